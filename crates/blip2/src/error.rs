@@ -1,0 +1,78 @@
+//! The library's error type.
+
+use std::path::PathBuf;
+
+/// Result with the library's [`Error`].
+pub type Result<T> = std::result::Result<T, Error>;
+
+/// What can go wrong in the library, in the words of what the user holds.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum Error {
+    /// A file could not be read or written.
+    #[error("{}: {source}", path.display())]
+    Io {
+        /// The file.
+        path: PathBuf,
+        /// The operating system's reason.
+        source: std::io::Error,
+    },
+    /// A file is not what it should be (cut short, mislabelled, hostile).
+    #[error("{}: {reason}", path.display())]
+    File {
+        /// The file.
+        path: PathBuf,
+        /// What is wrong with it and what to do.
+        reason: String,
+    },
+    /// A picture cannot be used.
+    #[error("{0}")]
+    Image(#[from] crate::image::ImageError),
+    /// A configuration value is wrong.
+    #[error("config: `{field}` {reason}")]
+    Config {
+        /// The field, with its path (`qformer.hidden_size`).
+        field: String,
+        /// What is wrong and what is expected.
+        reason: String,
+    },
+    /// A checkpoint lacks a tensor.
+    #[error("the checkpoint has no tensor `{name}`")]
+    MissingTensor {
+        /// Its full name.
+        name: String,
+    },
+    /// A checkpoint's tensor has the wrong shape.
+    #[error("tensor `{name}` has shape {found:?}, expected {expected:?}")]
+    TensorShape {
+        /// Its full name.
+        name: String,
+        /// What the configuration asks for.
+        expected: Vec<usize>,
+        /// What the file holds.
+        found: Vec<usize>,
+    },
+    /// A checkpoint holds tensors that the model does not use.
+    #[error("the checkpoint has tensors that this model does not use: {}", names.join(", "))]
+    UnusedTensors {
+        /// Their full names.
+        names: Vec<String>,
+    },
+    /// Text could not be turned into tokens or back.
+    #[error("tokenizer: {0}")]
+    Tokenizer(String),
+    /// The prompt and the answer do not fit the language model's context.
+    #[error("the text needs {n_tokens} tokens, the limit is {limit}: shorten it")]
+    TextTooLong {
+        /// Tokens of the text.
+        n_tokens: usize,
+        /// How many fit.
+        limit: usize,
+    },
+    /// A request that makes no sense.
+    #[error("{0}")]
+    Request(String),
+    /// The tensor engine failed.
+    #[error("tensor engine: {0}")]
+    Tensor(#[from] candle_core::Error),
+}
