@@ -1,1 +1,33 @@
-//! layers
+//! The layers all towers share, each written once, for inference and for training.
+//!
+//! This folder is the only place where tensors meet the kernels of [`blip2_kernels`]: every layer here is
+//! differentiable with respect to its inputs and its trainable weights. candle's own fused softmax and layer
+//! norm silently give no gradient; nothing outside this folder may use them.
+//!
+//! # Packed rows
+//!
+//! A batch of token sequences is one `[N, D]` tensor of rows without padding. A [`Plan`] tells attention which
+//! rows belong together, so a batch equals its singles bit for bit and nothing is computed for padding.
+
+mod activation;
+mod attention;
+mod dropout;
+mod embedding;
+mod linear;
+mod loss;
+mod norm;
+mod parameters;
+mod rope;
+mod view;
+
+pub use activation::{activate, gated};
+pub use attention::{AttentionShape, Plan, Sequence, Span, attention};
+pub use blip2_kernels::activation::Activation;
+pub use blip2_kernels::gemm::Precision;
+pub use dropout::DropoutRng;
+pub use embedding::Embedding;
+pub use linear::{Linear, Weight};
+pub use loss::{cross_entropy, linear_cross_entropy};
+pub use norm::{LayerNorm, RmsNorm};
+pub use parameters::{Loader, TensorSource, Trainable};
+pub use rope::rope;

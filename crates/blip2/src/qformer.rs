@@ -1,1 +1,525 @@
-//! qformer
+//! The Q-Former: a BERT whose learned queries look at a picture (BLIP-2 §3.1, arXiv 2301.12597).
+//!
+//! Queries and text tokens share self-attention; each has its own feed-forward layers; only queries
+//! cross-attend to the picture. The attention modes of the paper's figure 2 differ in which rows an attention
+//! [`Plan`] lets see which:
+//!
+//! | mode | call |
+//! |---|---|
+//! | queries only (ITC picture, stage 2) | [`QFormer::encode_queries`] |
+//! | text only (ITC text) | [`QFormer::encode_text`] |
+//! | bidirectional (ITM) | [`QFormer::encode_pairs`] |
+//! | multimodal causal (ITG) | [`QFormer::decode_text`] over the [`QueryKeys`] of a query pass |
+//!
+//! All tensors are packed rows `[N, D]`, see [`crate::layers`]. Tensor names are those of Hugging Face's BLIP-2;
+//! what its conversion drops is kept under `temp` and `cls`.
+
+use std::ops::Range;
+
+use candle_core::Tensor;
+
+use crate::config::QFormerConfig;
+use crate::layers::{
+    Activation, AttentionShape, DropoutRng, Embedding, LayerNorm, Linear, Loader, Plan, Sequence, Span,
+    activate, attention,
+};
+use crate::{Error, Result};
+
+/// Texts as token ids, packed: `ids` of all texts one after the other.
+#[derive(Debug, Clone, Default)]
+pub struct TextBatch {
+    ids: Vec<u32>,
+    spans: Vec<Range<usize>>,
+}
+
+impl TextBatch {
+    /// Packs token id lists.
+    pub fn new<T: AsRef<[u32]>>(texts: impl IntoIterator<Item = T>) -> Self {
+        let mut batch = Self::default();
+        for text in texts {
+            let start = batch.ids.len();
+            batch.ids.extend_from_slice(text.as_ref());
+            batch.spans.push(start..batch.ids.len());
+        }
+        batch
+    }
+
+    /// The number of texts.
+    pub fn len(&self) -> usize {
+        self.spans.len()
+    }
+
+    /// Whether there is no text.
+    pub fn is_empty(&self) -> bool {
+        self.spans.is_empty()
+    }
+
+    /// The rows of text `i`.
+    pub fn span(&self, i: usize) -> Range<usize> {
+        self.spans[i].clone()
+    }
+
+    /// The token ids of text `i`.
+    pub fn text(&self, i: usize) -> &[u32] {
+        &self.ids[self.spans[i].clone()]
+    }
+
+    /// All token ids, packed.
+    pub fn ids(&self) -> &[u32] {
+        &self.ids
+    }
+}
+
+/// A picture's keys and values in every cross-attention layer; computed once a picture, whatever looks at it.
+#[derive(Debug, Clone)]
+pub struct ImageKeys {
+    layers: Vec<(Tensor, Tensor)>,
+    n_tokens: usize,
+    n_images: usize,
+}
+
+impl ImageKeys {
+    fn span(&self, image: usize) -> Span {
+        Span { start: image * self.n_tokens, len: self.n_tokens }
+    }
+}
+
+/// The keys and values of a query pass in every layer, which [`QFormer::decode_text`] continues from.
+#[derive(Debug, Clone, Default)]
+pub struct QueryKeys {
+    layers: Vec<(Tensor, Tensor)>,
+}
+
+/// The Q-Former with its queries and stage-1 heads.
+#[derive(Debug, Clone)]
+pub struct QFormer {
+    config: QFormerConfig,
+    /// LAVIS's `ln_vision`: normalises the picture's tokens.
+    vision_layernorm: LayerNorm,
+    /// `[1, Q, D]`.
+    query_tokens: Tensor,
+    layernorm: LayerNorm,
+    layers: Vec<Layer>,
+    text: Option<TextParts>,
+}
+
+/// What only text needs; stage 2 and captioning do without.
+#[derive(Debug, Clone)]
+struct TextParts {
+    word_embeddings: Embedding,
+    position_embeddings: Embedding,
+    transform: Linear,
+    transform_norm: LayerNorm,
+    decoder: Linear,
+    vision_projection: Linear,
+    text_projection: Linear,
+    itm_head: Linear,
+    temp: Tensor,
+}
+
+/// The rows of one pass: query rows first, then text rows.
+struct Rows {
+    hidden: Tensor,
+    n_query_rows: usize,
+}
+
+impl QFormer {
+    /// Loads the Q-Former; `with_text` also the text side and the stage-1 heads.
+    ///
+    /// # Errors
+    /// When the configuration contradicts itself or a tensor is missing or has another shape.
+    pub fn load(config: &QFormerConfig, loader: &Loader<'_>, with_text: bool) -> Result<Self> {
+        config.validate()?;
+        let (width, eps) = (config.hidden_size, config.layer_norm_eps);
+        let qformer = loader.at("qformer");
+        let layers = (0..config.num_hidden_layers)
+            .map(|i| Layer::load(config, &qformer.at(format!("encoder.layer.{i}")), i, with_text))
+            .collect::<Result<_>>()?;
+        Ok(Self {
+            vision_layernorm: LayerNorm::load(
+                &loader.at("vision_layernorm"),
+                config.encoder_hidden_size,
+                config.vision_layer_norm_eps,
+            )?,
+            query_tokens: loader.tensor("query_tokens", &[1, config.num_query_tokens, width])?,
+            layernorm: LayerNorm::load(&qformer.at("layernorm"), width, eps)?,
+            layers,
+            text: with_text.then(|| TextParts::load(config, loader)).transpose()?,
+            config: config.clone(),
+        })
+    }
+
+    /// The configuration it was loaded with.
+    pub fn config(&self) -> &QFormerConfig {
+        &self.config
+    }
+
+    /// Projects a picture's tokens to the keys and values of every cross-attention layer.
+    ///
+    /// # Shapes
+    /// - `image_embeds`: `[B * P, encoder_hidden_size]`, the picture encoder's output
+    ///
+    /// # Errors
+    /// Those of the tensor engine.
+    pub fn image_keys(&self, image_embeds: &Tensor, n_images: usize) -> Result<ImageKeys> {
+        let (n_rows, _) = image_embeds.dims2()?;
+        if n_images == 0 || n_rows % n_images != 0 {
+            return Err(Error::Request(format!("{n_rows} picture tokens do not divide into {n_images} pictures")));
+        }
+        let x = self.vision_layernorm.forward(image_embeds)?;
+        let layers = self
+            .layers
+            .iter()
+            .filter_map(|layer| layer.crossattention.as_ref())
+            .map(|cross| Ok((cross.key.forward(&x)?, cross.value.forward(&x)?)))
+            .collect::<Result<_>>()?;
+        Ok(ImageKeys { layers, n_tokens: n_rows / n_images, n_images })
+    }
+
+    /// Runs the queries over each picture.
+    ///
+    /// Returns `[B * Q, D]` and the pass's own keys and values for [`Self::decode_text`].
+    ///
+    /// # Errors
+    /// Those of the tensor engine.
+    pub fn encode_queries(&self, image: &ImageKeys, dropout: &mut DropoutRng) -> Result<(Tensor, QueryKeys)> {
+        let images: Vec<usize> = (0..image.n_images).collect();
+        let rows = Rows { hidden: self.embed_queries(images.len(), dropout)?, n_query_rows: self.n_queries(images.len()) };
+        let plan = (0..images.len()).map(|i| full(vec![self.query_span(i)])).collect();
+        let mut keys = QueryKeys::default();
+        let rows = self.run(rows, &plan, Some((image, &images)), None, Some(&mut keys), dropout)?;
+        Ok((rows.hidden, keys))
+    }
+
+    /// Runs texts alone; row `spans[i].start` of the result is the `[CLS]` feature of text `i`.
+    ///
+    /// # Errors
+    /// When the model was loaded without its text side, or a text is too long.
+    pub fn encode_text(&self, texts: &TextBatch, dropout: &mut DropoutRng) -> Result<Tensor> {
+        let rows = Rows { hidden: self.embed_text(texts, dropout)?, n_query_rows: 0 };
+        let plan = (0..texts.len()).map(|i| full(vec![span(texts.span(i), 0)])).collect();
+        Ok(self.run(rows, &plan, None, None, None, dropout)?.hidden)
+    }
+
+    /// Runs queries and text together, fully bidirectional: pair `i` is picture `images[i]` with text `i`.
+    ///
+    /// Returns the query rows `[pairs * Q, D]` and the text rows.
+    ///
+    /// # Errors
+    /// When the model was loaded without its text side, or a text is too long.
+    pub fn encode_pairs(
+        &self,
+        image: &ImageKeys,
+        images: &[usize],
+        texts: &TextBatch,
+        dropout: &mut DropoutRng,
+    ) -> Result<(Tensor, Tensor)> {
+        if images.len() != texts.len() {
+            return Err(Error::Request(format!("{} pictures for {} texts", images.len(), texts.len())));
+        }
+        let n_query_rows = self.n_queries(images.len());
+        let queries = self.embed_queries(images.len(), dropout)?;
+        let hidden = Tensor::cat(&[&queries, &self.embed_text(texts, dropout)?], 0)?;
+        let plan = (0..texts.len())
+            .map(|i| full(vec![self.query_span(i), span(texts.span(i), n_query_rows)]))
+            .collect();
+        let rows = Rows { hidden, n_query_rows };
+        let hidden = self.run(rows, &plan, Some((image, images)), None, None, dropout)?.hidden;
+        let n_text_rows = hidden.dim(0)? - n_query_rows;
+        Ok((hidden.narrow(0, 0, n_query_rows)?, hidden.narrow(0, n_query_rows, n_text_rows)?))
+    }
+
+    /// Runs texts causally on top of a query pass: each token sees all queries of its picture and the tokens up
+    /// to itself. Text `i` belongs to picture `i` of that pass.
+    ///
+    /// # Errors
+    /// When the model was loaded without its text side, or a text is too long.
+    pub fn decode_text(&self, queries: &QueryKeys, texts: &TextBatch, dropout: &mut DropoutRng) -> Result<Tensor> {
+        let n_query_rows = self.n_queries(texts.len());
+        let plan = (0..texts.len())
+            .map(|i| Sequence {
+                queries: vec![span(texts.span(i), 0)],
+                keys: vec![self.query_span(i), span(texts.span(i), n_query_rows)],
+                causal: true,
+            })
+            .collect();
+        let rows = Rows { hidden: self.embed_text(texts, dropout)?, n_query_rows: 0 };
+        Ok(self.run(rows, &plan, None, Some(queries), None, dropout)?.hidden)
+    }
+
+    /// The picture's features in the comparison space, `[B * Q, E]`, each of length 1.
+    ///
+    /// # Errors
+    /// When the model was loaded without its text side.
+    pub fn project_image(&self, query_output: &Tensor) -> Result<Tensor> {
+        normalize(&self.text_parts()?.vision_projection.forward(query_output)?)
+    }
+
+    /// The texts' features in the comparison space, `[B, E]`, each of length 1, from [`Self::encode_text`].
+    ///
+    /// # Errors
+    /// When the model was loaded without its text side.
+    pub fn project_text(&self, text_output: &Tensor, texts: &TextBatch) -> Result<Tensor> {
+        let cls: Vec<u32> = (0..texts.len()).map(|i| texts.span(i).start as u32).collect();
+        let cls = text_output.index_select(&Tensor::from_slice(&cls, cls.len(), text_output.device())?, 0)?;
+        normalize(&self.text_parts()?.text_projection.forward(&cls)?)
+    }
+
+    /// Image-text matching logits `[pairs, 2]` (no match, match): the mean over the queries' logits.
+    ///
+    /// # Errors
+    /// When the model was loaded without its text side.
+    pub fn match_logits(&self, query_rows: &Tensor) -> Result<Tensor> {
+        let logits = self.text_parts()?.itm_head.forward(query_rows)?;
+        let n_queries = self.config.num_query_tokens;
+        Ok(logits.reshape((logits.dim(0)? / n_queries, n_queries, 2))?.mean(1)?)
+    }
+
+    /// The language-modelling head up to its vocabulary projection: rows to classify, and the projection.
+    ///
+    /// # Errors
+    /// When the model was loaded without its text side.
+    pub fn language_head(&self, text_rows: &Tensor) -> Result<(Tensor, &Linear)> {
+        let parts = self.text_parts()?;
+        let x = activate(&parts.transform.forward(text_rows)?, Activation::GeluErf)?;
+        Ok((parts.transform_norm.forward(&x)?, &parts.decoder))
+    }
+
+    /// The learned temperature that divides similarities, a scalar.
+    ///
+    /// # Errors
+    /// When the model was loaded without its text side.
+    pub fn temperature(&self) -> Result<&Tensor> {
+        Ok(&self.text_parts()?.temp)
+    }
+
+    fn text_parts(&self) -> Result<&TextParts> {
+        self.text.as_ref().ok_or_else(|| {
+            Error::Request("this checkpoint was loaded without the Q-Former's text side, which matching needs".into())
+        })
+    }
+
+    fn n_queries(&self, n_images: usize) -> usize {
+        n_images * self.config.num_query_tokens
+    }
+
+    fn query_span(&self, i: usize) -> Span {
+        Span { start: self.n_queries(i), len: self.config.num_query_tokens }
+    }
+
+    fn embed_queries(&self, n_images: usize, dropout: &mut DropoutRng) -> Result<Tensor> {
+        let (_, n_queries, width) = self.query_tokens.dims3()?;
+        let normed = self.layernorm.forward(&self.query_tokens.reshape((n_queries, width))?)?;
+        let rows = normed.unsqueeze(0)?.broadcast_as((n_images, n_queries, width))?;
+        Ok(dropout.apply(&rows.contiguous()?.reshape((n_images * n_queries, width))?)?)
+    }
+
+    fn embed_text(&self, texts: &TextBatch, dropout: &mut DropoutRng) -> Result<Tensor> {
+        let parts = self.text_parts()?;
+        let limit = self.config.max_position_embeddings;
+        for text in &texts.spans {
+            if text.len() > limit {
+                return Err(Error::TextTooLong { n_tokens: text.len(), limit });
+            }
+            if text.is_empty() {
+                return Err(Error::Request("a text has no tokens".into()));
+            }
+        }
+        if let Some(id) = texts.ids.iter().find(|&&id| id as usize >= self.config.vocab_size) {
+            return Err(Error::Request(format!("token {id} is outside the vocabulary")));
+        }
+        let positions: Vec<u32> = texts.spans.iter().flat_map(|s| 0..s.len() as u32).collect();
+        let words = parts.word_embeddings.forward(&texts.ids)?;
+        let positions = parts.position_embeddings.forward(&positions)?;
+        Ok(dropout.apply(&self.layernorm.forward_residual(&words, &positions)?)?)
+    }
+
+    fn run(
+        &self,
+        mut rows: Rows,
+        plan: &Plan,
+        image: Option<(&ImageKeys, &[usize])>,
+        prefix: Option<&QueryKeys>,
+        mut record: Option<&mut QueryKeys>,
+        dropout: &mut DropoutRng,
+    ) -> Result<Rows> {
+        let cross_plan: Option<Plan> = image.map(|(keys, images)| {
+            let sequences = images.iter().enumerate().map(|(i, &image)| Sequence {
+                queries: vec![self.query_span(i)],
+                keys: vec![keys.span(image)],
+                causal: false,
+            });
+            sequences.collect()
+        });
+        let mut cross_layers = image.map(|(keys, _)| keys.layers.iter());
+        for (i, layer) in self.layers.iter().enumerate() {
+            let (k, v) = (layer.attention.key.forward(&rows.hidden)?, layer.attention.value.forward(&rows.hidden)?);
+            if let Some(record) = &mut record {
+                record.layers.push((k.clone(), v.clone()));
+            }
+            let (k, v) = match prefix {
+                Some(prefix) => {
+                    let (prefix_k, prefix_v) = &prefix.layers[i];
+                    (Tensor::cat(&[prefix_k, &k], 0)?, Tensor::cat(&[prefix_v, &v], 0)?)
+                }
+                None => (k, v),
+            };
+            let hidden = layer.attention.forward(&rows.hidden, &k, &v, plan, dropout)?;
+            let cross = match (&layer.crossattention, &mut cross_layers, &cross_plan) {
+                (Some(block), Some(keys), Some(plan)) => keys.next().map(|keys| (block, keys, plan)),
+                _ => None,
+            };
+            rows.hidden = layer.feed_forward(&hidden, rows.n_query_rows, cross, dropout)?;
+        }
+        Ok(rows)
+    }
+}
+
+impl TextParts {
+    fn load(config: &QFormerConfig, loader: &Loader<'_>) -> Result<Self> {
+        let (width, vocab) = (config.hidden_size, config.vocab_size);
+        let embeddings = loader.at("qformer.embeddings");
+        let cls = loader.at("cls.predictions");
+        let tied = embeddings.at("word_embeddings").weight("weight", width, vocab)?;
+        let transform = cls.at("transform");
+        Ok(Self {
+            word_embeddings: Embedding::load(&embeddings.at("word_embeddings"), vocab, width)?,
+            position_embeddings: Embedding::load(
+                &embeddings.at("position_embeddings"),
+                config.max_position_embeddings,
+                width,
+            )?,
+            transform: transform.linear("dense", width, width)?,
+            transform_norm: LayerNorm::load(&transform.at("LayerNorm"), width, config.layer_norm_eps)?,
+            decoder: Linear::new(tied, Some(cls.tensor("bias", &[vocab])?)),
+            vision_projection: loader.linear("vision_projection", width, config.image_text_hidden_size)?,
+            text_projection: loader.linear("text_projection", width, config.image_text_hidden_size)?,
+            itm_head: loader.linear("itm_head", width, 2)?,
+            temp: loader.tensor("temp", &[])?,
+        })
+    }
+}
+
+#[derive(Debug, Clone)]
+struct Layer {
+    attention: Attention,
+    crossattention: Option<Attention>,
+    query: FeedForward,
+    text: Option<FeedForward>,
+}
+
+impl Layer {
+    fn load(config: &QFormerConfig, loader: &Loader<'_>, layer_idx: usize, with_text: bool) -> Result<Self> {
+        let crosses = layer_idx.is_multiple_of(config.cross_attention_frequency);
+        let cross = || Attention::load(config, &loader.at("crossattention"), config.encoder_hidden_size);
+        Ok(Self {
+            attention: Attention::load(config, &loader.at("attention"), config.hidden_size)?,
+            crossattention: crosses.then(cross).transpose()?,
+            query: FeedForward::load(config, loader, "_query")?,
+            text: with_text.then(|| FeedForward::load(config, loader, "")).transpose()?,
+        })
+    }
+
+    fn feed_forward(
+        &self,
+        hidden: &Tensor,
+        n_query_rows: usize,
+        cross: Option<(&Attention, &(Tensor, Tensor), &Plan)>,
+        dropout: &mut DropoutRng,
+    ) -> Result<Tensor> {
+        let n_text_rows = hidden.dim(0)? - n_query_rows;
+        let queries = if n_query_rows > 0 {
+            let mut queries = hidden.narrow(0, 0, n_query_rows)?;
+            if let Some((block, (k, v), plan)) = cross {
+                queries = block.forward(&queries, k, v, plan, dropout)?;
+            }
+            Some(self.query.forward(&queries, dropout)?)
+        } else {
+            None
+        };
+        if n_text_rows == 0 {
+            return queries.ok_or_else(|| Error::Request("an empty batch".into()));
+        }
+        let Some(text) = &self.text else {
+            return Err(Error::Request("this checkpoint was loaded without the Q-Former's text side".into()));
+        };
+        let text = text.forward(&hidden.narrow(0, n_query_rows, n_text_rows)?, dropout)?;
+        match queries {
+            Some(queries) => Ok(Tensor::cat(&[&queries, &text], 0)?),
+            None => Ok(text),
+        }
+    }
+}
+
+/// Attention with its output projection and post-norm residual; keys and values come from the caller.
+#[derive(Debug, Clone)]
+struct Attention {
+    query: Linear,
+    key: Linear,
+    value: Linear,
+    dense: Linear,
+    layer_norm: LayerNorm,
+    shape: AttentionShape,
+}
+
+impl Attention {
+    fn load(config: &QFormerConfig, loader: &Loader<'_>, key_width: usize) -> Result<Self> {
+        let (width, n_heads) = (config.hidden_size, config.num_attention_heads);
+        let (inner, output) = (loader.at("attention"), loader.at("output"));
+        let head_dim = width / n_heads;
+        Ok(Self {
+            query: inner.linear("query", width, width)?,
+            key: inner.linear("key", key_width, width)?,
+            value: inner.linear("value", key_width, width)?,
+            dense: output.linear("dense", width, width)?,
+            layer_norm: LayerNorm::load(&output.at("LayerNorm"), width, config.layer_norm_eps)?,
+            shape: AttentionShape { n_heads, n_kv_heads: n_heads, head_dim, scale: (head_dim as f32).sqrt().recip() },
+        })
+    }
+
+    fn forward(&self, x: &Tensor, k: &Tensor, v: &Tensor, plan: &Plan, dropout: &mut DropoutRng) -> Result<Tensor> {
+        let q = self.query.forward(x)?;
+        let context = attention(&q, k, v, plan, self.shape, dropout.draw())?;
+        let out = dropout.apply(&self.dense.forward(&context)?)?;
+        Ok(self.layer_norm.forward_residual(&out, x)?)
+    }
+}
+
+#[derive(Debug, Clone)]
+struct FeedForward {
+    intermediate: Linear,
+    output: Linear,
+    layer_norm: LayerNorm,
+}
+
+impl FeedForward {
+    fn load(config: &QFormerConfig, loader: &Loader<'_>, suffix: &str) -> Result<Self> {
+        let (width, inner) = (config.hidden_size, config.intermediate_size);
+        let output = loader.at(format!("output{suffix}"));
+        Ok(Self {
+            intermediate: loader.at(format!("intermediate{suffix}")).linear("dense", width, inner)?,
+            output: output.linear("dense", inner, width)?,
+            layer_norm: LayerNorm::load(&output.at("LayerNorm"), width, config.layer_norm_eps)?,
+        })
+    }
+
+    fn forward(&self, x: &Tensor, dropout: &mut DropoutRng) -> Result<Tensor> {
+        let inner = activate(&self.intermediate.forward(x)?, Activation::GeluErf)?;
+        let out = dropout.apply(&self.output.forward(&inner)?)?;
+        Ok(self.layer_norm.forward_residual(&out, x)?)
+    }
+}
+
+fn full(spans: Vec<Span>) -> Sequence {
+    Sequence { queries: spans.clone(), keys: spans, causal: false }
+}
+
+fn span(rows: Range<usize>, offset: usize) -> Span {
+    Span { start: rows.start + offset, len: rows.len() }
+}
+
+/// Scales each row to length 1 (`torch.nn.functional.normalize`, eps 1e-12).
+fn normalize(x: &Tensor) -> Result<Tensor> {
+    let norm = x.sqr()?.sum_keepdim(1)?.sqrt()?;
+    Ok(x.broadcast_div(&norm.maximum(1e-12)?)?)
+}

@@ -1,0 +1,90 @@
+//! Scaled dot-product attention over packed rows.
+
+use std::sync::Arc;
+
+use blip2_kernels::attention as kernels;
+pub use blip2_kernels::attention::{AttentionShape, Sequence, Span};
+use blip2_kernels::dropout::Dropout;
+use candle_core::{CpuStorage, CustomOp3, Layout, Result, Shape, Tensor};
+
+use super::view::{slice, tensor, with_slices};
+
+/// Which query rows attend to which key rows: one entry a sequence.
+pub type Plan = Arc<[Sequence]>;
+
+/// Multi-head attention, grouped-query where `shape.n_kv_heads < shape.n_heads`.
+///
+/// # Shapes
+/// - `q`: `[Nq, n_heads * head_dim]`; `k`, `v`: `[Nk, n_kv_heads * head_dim]`
+/// - returns `[Nq, n_heads * head_dim]`; a query row that no sequence of `plan` names is zero
+///
+/// `dropout` acts on the probabilities, after the softmax.
+///
+/// # Errors
+/// Those of the tensor engine.
+pub fn attention(
+    q: &Tensor,
+    k: &Tensor,
+    v: &Tensor,
+    plan: &Plan,
+    shape: AttentionShape,
+    dropout: Option<Dropout>,
+) -> Result<Tensor> {
+    let op = Attention { plan: plan.clone(), shape, dropout };
+    q.contiguous()?.apply_op3(&k.contiguous()?, &v.contiguous()?, op)
+}
+
+struct Attention {
+    plan: Plan,
+    shape: AttentionShape,
+    dropout: Option<Dropout>,
+}
+
+impl CustomOp3 for Attention {
+    fn name(&self) -> &'static str {
+        "attention"
+    }
+
+    fn cpu_fwd(
+        &self,
+        s1: &CpuStorage,
+        l1: &Layout,
+        s2: &CpuStorage,
+        l2: &Layout,
+        s3: &CpuStorage,
+        l3: &Layout,
+    ) -> Result<(CpuStorage, Shape)> {
+        let (q, k, v) = (slice(s1, l1)?, slice(s2, l2)?, slice(s3, l3)?);
+        let mut out = vec![0.0; q.len()];
+        kernels::attention(q, k, v, &self.plan, self.shape, self.dropout, &mut out);
+        Ok((CpuStorage::F32(out), l1.shape().clone()))
+    }
+
+    fn bwd(
+        &self,
+        q: &Tensor,
+        k: &Tensor,
+        v: &Tensor,
+        _: &Tensor,
+        d_out: &Tensor,
+    ) -> Result<(Option<Tensor>, Option<Tensor>, Option<Tensor>)> {
+        let (d_q, d_k, d_v) = with_slices([q, k, v, &d_out.contiguous()?], |[q, k, v, d_out]| {
+            let (mut d_q, mut d_k, mut d_v) = (vec![0.0; q.len()], vec![0.0; k.len()], vec![0.0; v.len()]);
+            let (plan, shape) = (&self.plan, self.shape);
+            kernels::attention_backward(
+                q,
+                k,
+                v,
+                d_out,
+                plan,
+                shape,
+                self.dropout,
+                &mut d_q,
+                &mut d_k,
+                &mut d_v,
+            );
+            (d_q, d_k, d_v)
+        })?;
+        Ok((Some(tensor(d_q, q)?), Some(tensor(d_k, k)?), Some(tensor(d_v, v)?)))
+    }
+}

@@ -1,0 +1,214 @@
+//! The affine map, in whatever format its weight is held.
+
+use std::sync::Arc;
+
+use blip2_kernels::gemm::{MatrixRef, Precision, gemm};
+use blip2_kernels::linear::PackedWeight;
+use candle_core::{CpuStorage, CustomOp1, CustomOp3, Layout, Result, Shape, Tensor};
+
+use super::Activation;
+use super::view::{slice, tensor, with_slices};
+
+/// A weight matrix `[out, in]`.
+#[derive(Clone)]
+pub enum Weight {
+    /// A plain tensor, trainable where it is a variable; products are computed in the given precision.
+    Dense(Tensor, Precision),
+    /// Frozen, in the panels that the kernels read.
+    Packed(Arc<PackedWeight>),
+}
+
+impl std::fmt::Debug for Weight {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            Self::Dense(w, precision) => write!(f, "Dense({:?}, {precision:?})", w.shape()),
+            Self::Packed(w) => write!(f, "Packed([{}, {}])", w.out_features(), w.in_features()),
+        }
+    }
+}
+
+/// `x Wᵀ + b`. The weight's format is a property of the value, so one model definition serves training and
+/// every inference precision.
+#[derive(Debug, Clone)]
+pub struct Linear {
+    weight: Weight,
+    bias: Option<Tensor>,
+}
+
+impl Linear {
+    /// From a weight `[out, in]` and a bias `[out]`.
+    pub fn new(weight: Weight, bias: Option<Tensor>) -> Self {
+        Self { weight, bias }
+    }
+
+    /// Maps the rows of `x`, `[N, in]`, to `[N, out]`.
+    ///
+    /// # Errors
+    /// When the width of `x` is not `in`.
+    pub fn forward(&self, x: &Tensor) -> Result<Tensor> {
+        let x = x.contiguous()?;
+        match &self.weight {
+            Weight::Dense(weight, precision) => {
+                let bias = match &self.bias {
+                    Some(bias) => bias.clone(),
+                    None => Tensor::zeros(0, x.dtype(), x.device())?,
+                };
+                x.apply_op3(weight, &bias, DenseLinear { precision: *precision })
+            }
+            Weight::Packed(weight) => {
+                let bias = self.bias.as_ref().map(Tensor::to_vec1).transpose()?;
+                x.apply_op1(PackedLinear { weight: weight.clone(), bias })
+            }
+        }
+    }
+
+    pub(super) fn weight(&self) -> &Weight {
+        &self.weight
+    }
+
+    pub(super) fn bias(&self) -> Option<&Tensor> {
+        self.bias.as_ref()
+    }
+}
+
+/// `y = x Wᵀ (+ b)` on slices; an empty bias is none.
+pub(super) fn dense_forward(x: &[f32], w: &[f32], bias: &[f32], n_in: usize, precision: Precision, y: &mut [f32]) {
+    let (n_rows, n_out) = (x.len() / n_in, w.len() / n_in);
+    if !bias.is_empty() {
+        y.chunks_exact_mut(n_out).for_each(|row| row.copy_from_slice(bias));
+    }
+    let a = MatrixRef { data: x, row_stride: n_in, col_stride: 1 };
+    let b = MatrixRef { data: w, row_stride: 1, col_stride: n_in };
+    gemm(n_rows, n_out, n_in, a, b, y, !bias.is_empty(), precision);
+}
+
+/// `d_x = d_y W` on slices.
+pub(super) fn dense_input_gradient(d_y: &[f32], w: &[f32], n_in: usize, precision: Precision, d_x: &mut [f32]) {
+    let n_out = w.len() / n_in;
+    let a = MatrixRef { data: d_y, row_stride: n_out, col_stride: 1 };
+    let b = MatrixRef { data: w, row_stride: n_in, col_stride: 1 };
+    gemm(d_y.len() / n_out, n_in, n_out, a, b, d_x, false, precision);
+}
+
+/// `d_w (+)= d_yᵀ x` on slices.
+pub(super) fn dense_weight_gradient(
+    d_y: &[f32],
+    x: &[f32],
+    n_in: usize,
+    accumulate: bool,
+    precision: Precision,
+    d_w: &mut [f32],
+) {
+    let n_out = d_w.len() / n_in;
+    let a = MatrixRef { data: d_y, row_stride: 1, col_stride: n_out };
+    let b = MatrixRef { data: x, row_stride: n_in, col_stride: 1 };
+    gemm(n_out, n_in, x.len() / n_in, a, b, d_w, accumulate, precision);
+}
+
+/// `d_b += ` the column sums of `d_y`.
+pub(super) fn add_column_sums(d_y: &[f32], d_b: &mut [f32]) {
+    for row in d_y.chunks_exact(d_b.len()) {
+        d_b.iter_mut().zip(row).for_each(|(sum, d)| *sum += d);
+    }
+}
+
+fn check_width(x: &Layout, n_in: usize) -> Result<()> {
+    match x.dims().last() {
+        Some(&width) if width == n_in => Ok(()),
+        _ => candle_core::bail!("a linear layer of {n_in} inputs was given {:?}", x.shape()),
+    }
+}
+
+fn output_shape(x: &Layout, n_out: usize) -> Shape {
+    let mut dims = x.dims().to_vec();
+    if let Some(last) = dims.last_mut() {
+        *last = n_out;
+    }
+    Shape::from(dims)
+}
+
+struct DenseLinear {
+    precision: Precision,
+}
+
+impl CustomOp3 for DenseLinear {
+    fn name(&self) -> &'static str {
+        "linear"
+    }
+
+    fn cpu_fwd(
+        &self,
+        s1: &CpuStorage,
+        l1: &Layout,
+        s2: &CpuStorage,
+        l2: &Layout,
+        s3: &CpuStorage,
+        l3: &Layout,
+    ) -> Result<(CpuStorage, Shape)> {
+        let (x, w, bias) = (slice(s1, l1)?, slice(s2, l2)?, slice(s3, l3)?);
+        let (n_out, n_in) = l2.shape().dims2()?;
+        check_width(l1, n_in)?;
+        let mut y = vec![0.0; x.len() / n_in * n_out];
+        dense_forward(x, w, bias, n_in, self.precision, &mut y);
+        Ok((CpuStorage::F32(y), output_shape(l1, n_out)))
+    }
+
+    fn bwd(
+        &self,
+        x: &Tensor,
+        w: &Tensor,
+        bias: &Tensor,
+        _: &Tensor,
+        d_y: &Tensor,
+    ) -> Result<(Option<Tensor>, Option<Tensor>, Option<Tensor>)> {
+        let (_, n_in) = w.dims2()?;
+        let (d_x, d_w, d_b) = with_slices([x, w, bias, &d_y.contiguous()?], |[xs, ws, bs, d_y]| {
+            let mut d_x = vec![0.0; xs.len()];
+            dense_input_gradient(d_y, ws, n_in, self.precision, &mut d_x);
+            let d_w = w.is_variable().then(|| {
+                let mut d_w = vec![0.0; ws.len()];
+                dense_weight_gradient(d_y, xs, n_in, false, self.precision, &mut d_w);
+                d_w
+            });
+            let d_b = (!bs.is_empty()).then(|| {
+                let mut d_b = vec![0.0; bs.len()];
+                add_column_sums(d_y, &mut d_b);
+                d_b
+            });
+            (d_x, d_w, d_b)
+        })?;
+        let d_w = d_w.map(|d| tensor(d, w)).transpose()?;
+        let d_b = d_b.map(|d| tensor(d, bias)).transpose()?;
+        Ok((Some(tensor(d_x, x)?), d_w, d_b))
+    }
+}
+
+struct PackedLinear {
+    weight: Arc<PackedWeight>,
+    bias: Option<Vec<f32>>,
+}
+
+impl CustomOp1 for PackedLinear {
+    fn name(&self) -> &'static str {
+        "packed-linear"
+    }
+
+    fn cpu_fwd(&self, s: &CpuStorage, l: &Layout) -> Result<(CpuStorage, Shape)> {
+        let (x, n_in, n_out) = (slice(s, l)?, self.weight.in_features(), self.weight.out_features());
+        check_width(l, n_in)?;
+        let n_rows = x.len() / n_in;
+        let mut y = vec![0.0; n_rows * n_out];
+        self.weight.forward(x, n_rows, self.bias.as_deref(), Activation::Identity, &mut y);
+        Ok((CpuStorage::F32(y), output_shape(l, n_out)))
+    }
+
+    fn bwd(&self, x: &Tensor, _: &Tensor, d_y: &Tensor) -> Result<Option<Tensor>> {
+        let d_x = with_slices([&d_y.contiguous()?], |[d_y]| {
+            let n_rows = d_y.len() / self.weight.out_features();
+            let mut d_x = vec![0.0; n_rows * self.weight.in_features()];
+            self.weight.input_gradient(d_y, n_rows, &mut d_x);
+            d_x
+        })?;
+        tensor(d_x, x).map(Some)
+    }
+}

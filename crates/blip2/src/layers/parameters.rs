@@ -1,0 +1,146 @@
+//! Where the layers' tensors come from: a frozen checkpoint, or variables to train.
+
+use std::cell::RefCell;
+use std::collections::BTreeMap;
+use std::sync::Arc;
+
+use blip2_kernels::gemm::Precision;
+use blip2_kernels::linear::PackedWeight;
+use candle_core::{Device, Tensor, Var};
+
+use super::{Linear, Weight};
+use crate::{Error, Result};
+
+/// A checkpoint: named f32 tensors. Implementations note which names were read.
+pub trait TensorSource {
+    /// The shape of a tensor, if the checkpoint has it.
+    fn shape(&self, name: &str) -> Option<Vec<usize>>;
+
+    /// A tensor's elements, row-major, widened to f32.
+    ///
+    /// # Errors
+    /// When the tensor is missing or its data cannot be read.
+    fn read_f32(&self, name: &str) -> Result<Vec<f32>>;
+}
+
+impl TensorSource for BTreeMap<String, (Vec<usize>, Vec<f32>)> {
+    fn shape(&self, name: &str) -> Option<Vec<usize>> {
+        self.get(name).map(|(shape, _)| shape.clone())
+    }
+
+    fn read_f32(&self, name: &str) -> Result<Vec<f32>> {
+        match self.get(name) {
+            Some((_, data)) => Ok(data.clone()),
+            None => Err(Error::MissingTensor { name: name.to_owned() }),
+        }
+    }
+}
+
+/// The trainable variables of a model by their checkpoint names.
+#[derive(Debug, Default)]
+pub struct Trainable {
+    variables: RefCell<BTreeMap<String, Var>>,
+}
+
+impl Trainable {
+    /// Every variable loaded so far, by name.
+    pub fn into_variables(self) -> BTreeMap<String, Var> {
+        self.variables.into_inner()
+    }
+}
+
+/// Hands a module its tensors under a name prefix, which mirrors the checkpoint (`loader.at("attention")`).
+#[derive(Clone)]
+pub struct Loader<'a> {
+    source: &'a dyn TensorSource,
+    trainable: Option<&'a Trainable>,
+    precision: Precision,
+    prefix: String,
+}
+
+impl std::fmt::Debug for Loader<'_> {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "Loader at `{}`", self.prefix)
+    }
+}
+
+impl<'a> Loader<'a> {
+    /// Frozen weights: matrices are packed for the kernels in `precision`.
+    pub fn frozen(source: &'a dyn TensorSource, precision: Precision) -> Self {
+        Self { source, trainable: None, precision, prefix: String::new() }
+    }
+
+    /// Variables registered in `trainable`; f32 master weights whose products are computed in `precision`.
+    pub fn trainable(source: &'a dyn TensorSource, trainable: &'a Trainable, precision: Precision) -> Self {
+        Self { source, trainable: Some(trainable), precision, prefix: String::new() }
+    }
+
+    /// The loader of a submodule.
+    pub fn at(&self, name: impl std::fmt::Display) -> Self {
+        let mut inner = self.clone();
+        inner.prefix = self.full_name(&name.to_string());
+        inner
+    }
+
+    /// Whether the checkpoint has a tensor of this name here.
+    pub fn has(&self, name: &str) -> bool {
+        self.source.shape(&self.full_name(name)).is_some()
+    }
+
+    /// The tensor `name` of exactly this shape.
+    ///
+    /// # Errors
+    /// When it is missing or has another shape.
+    pub fn tensor(&self, name: &str, shape: &[usize]) -> Result<Tensor> {
+        let full_name = self.full_name(name);
+        // A tied weight is asked for twice and must be one variable.
+        if let Some(variable) = self.trainable.and_then(|t| t.variables.borrow().get(&full_name).cloned()) {
+            return Ok(variable.as_tensor().clone());
+        }
+        let data = self.read(&full_name, shape)?;
+        let tensor = Tensor::from_vec(data, shape, &Device::Cpu)?;
+        let Some(trainable) = self.trainable else { return Ok(tensor) };
+        let variable = Var::from_tensor(&tensor)?;
+        let tensor = variable.as_tensor().clone();
+        trainable.variables.borrow_mut().insert(full_name, variable);
+        Ok(tensor)
+    }
+
+    /// The linear layer of `weight` `[n_out, n_in]` and `bias` `[n_out]` under `name`.
+    ///
+    /// # Errors
+    /// When a tensor is missing or has another shape.
+    pub fn linear(&self, name: &str, n_in: usize, n_out: usize) -> Result<Linear> {
+        let inner = self.at(name);
+        let bias = inner.tensor("bias", &[n_out])?;
+        Ok(Linear::new(inner.weight("weight", n_in, n_out)?, Some(bias)))
+    }
+
+    /// The matrix `name`, `[n_out, n_in]`, in the format of this loader.
+    ///
+    /// # Errors
+    /// When it is missing or has another shape.
+    pub fn weight(&self, name: &str, n_in: usize, n_out: usize) -> Result<Weight> {
+        if self.trainable.is_some() {
+            return Ok(Weight::Dense(self.tensor(name, &[n_out, n_in])?, self.precision));
+        }
+        let data = self.read(&self.full_name(name), &[n_out, n_in])?;
+        let row = |i: usize, out: &mut [f32]| out.copy_from_slice(&data[i * n_in..(i + 1) * n_in]);
+        Ok(Weight::Packed(Arc::new(PackedWeight::pack(n_out, n_in, self.precision, &row))))
+    }
+
+    fn full_name(&self, name: &str) -> String {
+        if self.prefix.is_empty() { name.to_owned() } else { format!("{}.{name}", self.prefix) }
+    }
+
+    fn read(&self, full_name: &str, shape: &[usize]) -> Result<Vec<f32>> {
+        let Some(found) = self.source.shape(full_name) else {
+            return Err(Error::MissingTensor { name: full_name.to_owned() });
+        };
+        if found != shape {
+            let (name, expected) = (full_name.to_owned(), shape.to_vec());
+            return Err(Error::TensorShape { name, expected, found });
+        }
+        self.source.read_f32(full_name)
+    }
+}
