@@ -1,1 +1,17 @@
-//! Placeholder.
+//! Training and evaluation of BLIP-2.
+//!
+//! The loop, [`trainer`], reads top to bottom; the losses of the paper are pure functions in [`losses`]; a
+//! stage ([`stage1`]) turns a batch into gradients; [`optimizer`] updates the trainable variables only.
+//! Everything random is a function of the seed and the step ([`rng`]), so resuming needs no random state.
+
+pub mod checkpoint;
+pub mod error;
+pub mod gradients;
+pub mod initialize;
+pub mod losses;
+pub mod optimizer;
+pub mod rng;
+pub mod schedule;
+pub mod stage1;
+
+pub use error::{Error, Result};

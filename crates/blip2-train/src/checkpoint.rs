@@ -1,0 +1,184 @@
+//! Checkpoints that hold everything a run needs to continue, and are never half-written.
+//!
+//! A checkpoint is a directory. It is written under another name, synced and renamed, so that a directory of
+//! the final name is always whole, whatever killed the run.
+
+use std::collections::BTreeMap;
+use std::fs::{self, File};
+use std::path::{Path, PathBuf};
+
+use candle_core::Var;
+use safetensors::tensor::{Dtype, SafeTensors, TensorView};
+use serde::{Deserialize, Serialize};
+
+use crate::initialize::Tensors;
+use crate::optimizer::{Moments, Optimizer};
+use crate::{Error, Result};
+
+/// Where a run stands.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct State {
+    /// Optimiser steps made.
+    pub step: u64,
+    /// The epoch the next batch belongs to.
+    pub epoch: u64,
+    /// How many samples of that epoch were used.
+    pub position: usize,
+    /// The run's configuration, as TOML.
+    pub config: String,
+}
+
+/// How many checkpoints a run keeps: the newest, and one to fall back on.
+const N_KEPT: usize = 2;
+
+/// Writes checkpoint `step-…` into `run_dir` and removes the oldest beyond two.
+///
+/// # Errors
+/// When the disk is full or not writable; what was there before stays.
+pub fn save(
+    run_dir: &Path,
+    state: &State,
+    variables: &BTreeMap<String, Var>,
+    optimizer: &Optimizer,
+) -> Result<PathBuf> {
+    let name = format!("step-{:08}", state.step);
+    let (partial, path) = (run_dir.join(format!(".{name}.partial")), run_dir.join(&name));
+    if partial.exists() {
+        fs::remove_dir_all(&partial).map_err(|e| io(&partial, e))?;
+    }
+    fs::create_dir_all(&partial).map_err(|e| io(&partial, e))?;
+    let written = write_parts(&partial, state, variables, optimizer).and_then(|()| {
+        if path.exists() {
+            fs::remove_dir_all(&path).map_err(|e| io(&path, e))?;
+        }
+        fs::rename(&partial, &path).map_err(|e| io(&path, e))?;
+        sync(run_dir)
+    });
+    if let Err(error) = written {
+        // The error of the write is the one to report.
+        let _ = fs::remove_dir_all(&partial);
+        return Err(error);
+    }
+    let mut all = list(run_dir)?;
+    all.truncate(all.len().saturating_sub(N_KEPT));
+    for old in all {
+        fs::remove_dir_all(&old).map_err(|e| io(&old, e))?;
+    }
+    Ok(path)
+}
+
+fn write_parts(
+    dir: &Path,
+    state: &State,
+    variables: &BTreeMap<String, Var>,
+    optimizer: &Optimizer,
+) -> Result<()> {
+    let mut model = Tensors::new();
+    for (name, variable) in variables {
+        model.insert(name.clone(), (variable.dims().to_vec(), variable.flatten_all()?.to_vec1()?));
+    }
+    write_tensors(&dir.join("model.safetensors"), &model)?;
+    let mut moments = Tensors::new();
+    for (name, Moments { m, v }) in optimizer.moments() {
+        moments.insert(format!("m.{name}"), (vec![m.len()], m.clone()));
+        moments.insert(format!("v.{name}"), (vec![v.len()], v.clone()));
+    }
+    write_tensors(&dir.join("optimizer.safetensors"), &moments)?;
+    let path = dir.join("state.json");
+    let json = serde_json::to_vec_pretty(state).map_err(|e| invalid(&path, &e))?;
+    fs::write(&path, json).map_err(|e| io(&path, e))?;
+    sync(&path)?;
+    sync(dir)
+}
+
+/// The newest whole checkpoint of a run.
+///
+/// # Errors
+/// When the directory cannot be read.
+pub fn newest(run_dir: &Path) -> Result<Option<PathBuf>> {
+    Ok(list(run_dir)?.pop())
+}
+
+fn list(run_dir: &Path) -> Result<Vec<PathBuf>> {
+    let mut found = Vec::new();
+    for entry in fs::read_dir(run_dir).map_err(|e| io(run_dir, e))? {
+        let path = entry.map_err(|e| io(run_dir, e))?.path();
+        let is_checkpoint = path.file_name().and_then(|n| n.to_str()).is_some_and(|n| n.starts_with("step-"));
+        if is_checkpoint && path.join("state.json").is_file() {
+            found.push(path);
+        }
+    }
+    found.sort();
+    Ok(found)
+}
+
+/// Reads a checkpoint: its state, the model's tensors, and the optimiser's moments.
+///
+/// # Errors
+/// When a file is missing or is not what [`save`] wrote.
+pub fn load(path: &Path) -> Result<(State, Tensors, BTreeMap<String, Moments>)> {
+    let state_path = path.join("state.json");
+    let json = fs::read(&state_path).map_err(|e| io(&state_path, e))?;
+    let state = serde_json::from_slice(&json).map_err(|e| invalid(&state_path, &e))?;
+    let model = read_tensors(&path.join("model.safetensors"))?;
+    let moments_path = path.join("optimizer.safetensors");
+    let mut flat = read_tensors(&moments_path)?;
+    let mut moments = BTreeMap::new();
+    for name in model.keys() {
+        match (flat.remove(&format!("m.{name}")), flat.remove(&format!("v.{name}"))) {
+            (Some((_, m)), Some((_, v))) => moments.insert(name.clone(), Moments { m, v }),
+            _ => return Err(invalid(&moments_path, &format!("has no moments of `{name}`"))),
+        };
+    }
+    Ok((state, model, moments))
+}
+
+/// Writes f32 tensors to one safetensors file and syncs it.
+///
+/// # Errors
+/// When the file cannot be written.
+pub fn write_tensors(path: &Path, tensors: &Tensors) -> Result<()> {
+    let bytes: Vec<(&String, &Vec<usize>, Vec<u8>)> = tensors
+        .iter()
+        .map(|(name, (shape, data))| (name, shape, data.iter().flat_map(|x| x.to_le_bytes()).collect()))
+        .collect();
+    let views = bytes
+        .iter()
+        .map(|(name, shape, data)| Ok((name.as_str(), TensorView::new(Dtype::F32, shape.to_vec(), data)?)))
+        .collect::<std::result::Result<Vec<_>, safetensors::SafeTensorError>>()
+        .map_err(|e| invalid(path, &e))?;
+    safetensors::serialize_to_file(views, None, path).map_err(|e| invalid(path, &e))?;
+    sync(path)
+}
+
+/// Reads every tensor of a safetensors file of f32.
+///
+/// # Errors
+/// When the file is missing, cut short, or holds another type.
+pub fn read_tensors(path: &Path) -> Result<Tensors> {
+    let bytes = fs::read(path).map_err(|e| io(path, e))?;
+    let file = SafeTensors::deserialize(&bytes).map_err(|e| invalid(path, &e))?;
+    let mut tensors = Tensors::new();
+    for (name, view) in file.iter() {
+        if view.dtype() != Dtype::F32 {
+            return Err(invalid(path, &format!("`{name}` is {:?}, expected F32", view.dtype())));
+        }
+        let (elements, _) = view.data().as_chunks::<4>();
+        let data = elements.iter().map(|&b| f32::from_le_bytes(b)).collect();
+        tensors.insert(name.to_owned(), (view.shape().to_vec(), data));
+    }
+    Ok(tensors)
+}
+
+fn sync(path: &Path) -> Result<()> {
+    File::open(path).and_then(|file| file.sync_all()).map_err(|e| io(path, e))
+}
+
+fn io(path: &Path, source: std::io::Error) -> Error {
+    Error::Io { path: path.to_owned(), source }
+}
+
+fn invalid(path: &Path, reason: &dyn std::fmt::Display) -> Error {
+    Error::File { path: path.to_owned(), reason: reason.to_string() }
+}

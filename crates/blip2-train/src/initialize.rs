@@ -1,0 +1,128 @@
+//! A fresh Q-Former from a BERT checkpoint (BLIP-2 §3.1).
+//!
+//! Self-attention, feed-forward layers and embeddings are BERT's; each query feed-forward starts as a copy of
+//! the text one; queries, cross-attention and heads are random. BERT's token-type embedding of type 0 is added
+//! to the positions, since the Q-Former has none.
+
+use std::collections::BTreeMap;
+
+use blip2::config::QFormerConfig;
+use blip2::layers::TensorSource;
+
+use crate::rng::Rng;
+use crate::{Error, Result};
+
+/// Named tensors: shape and elements.
+pub type Tensors = BTreeMap<String, (Vec<usize>, Vec<f32>)>;
+
+/// BERT's initializer range, the standard deviation of every random weight.
+const INITIALIZER_RANGE: f64 = 0.02;
+
+/// The temperature's start (BLIP-2's `temp`).
+const TEMPERATURE: f32 = 0.07;
+
+/// Builds the tensors of a Q-Former with its stage-1 heads from `bert`, a plain `BertModel` checkpoint.
+///
+/// # Errors
+/// When `bert` lacks a tensor or has other sizes than `config`.
+pub fn from_bert(config: &QFormerConfig, bert: &dyn TensorSource, seed: u64) -> Result<Tensors> {
+    let mut rng = Rng::new(seed, "initialize", 0);
+    let mut out = Tensors::new();
+    let (width, inner) = (config.hidden_size, config.intermediate_size);
+    let mut random = |name: &str, shape: &[usize]| {
+        let n = shape.iter().product();
+        let data = (0..n).map(|_| (rng.normal() * INITIALIZER_RANGE) as f32).collect();
+        (name.to_owned(), (shape.to_vec(), data))
+    };
+    let constant = |name: &str, n: usize, value: f32| (name.to_owned(), (vec![n], vec![value; n]));
+    let copy = |from: &str, shape: &[usize]| -> Result<(Vec<usize>, Vec<f32>)> {
+        match bert.shape(from) {
+            Some(found) if found == shape => Ok((found, bert.read_f32(from)?)),
+            Some(found) => Err(Error::Config(format!(
+                "the BERT checkpoint's `{from}` has shape {found:?}, the Q-Former needs {shape:?}"
+            ))),
+            None => Err(Error::Config(format!("the BERT checkpoint has no `{from}`"))),
+        }
+    };
+
+    // Word embeddings: rows beyond BERT's vocabulary ([DEC]) start as random vectors.
+    let bert_vocab = bert.shape("embeddings.word_embeddings.weight").map_or(0, |shape| shape[0]);
+    if bert_vocab > config.vocab_size {
+        return Err(Error::Config(format!("vocab_size is below BERT's {bert_vocab}")));
+    }
+    let (_, mut words) = copy("embeddings.word_embeddings.weight", &[bert_vocab, width])?;
+    let (_, (_, added)) = random("", &[config.vocab_size - bert_vocab, width]);
+    words.extend(added);
+    out.insert("qformer.embeddings.word_embeddings.weight".into(), (vec![config.vocab_size, width], words));
+    let n_positions = config.max_position_embeddings;
+    let (shape, mut positions) = copy("embeddings.position_embeddings.weight", &[n_positions, width])?;
+    if bert.shape("embeddings.token_type_embeddings.weight").is_some() {
+        let (_, types) = copy("embeddings.token_type_embeddings.weight", &[2, width])?;
+        for row in positions.chunks_exact_mut(width) {
+            row.iter_mut().zip(&types[..width]).for_each(|(p, t)| *p += t);
+        }
+    }
+    out.insert("qformer.embeddings.position_embeddings.weight".into(), (shape, positions));
+    for part in ["weight", "bias"] {
+        out.insert(format!("qformer.layernorm.{part}"), copy(&format!("embeddings.LayerNorm.{part}"), &[width])?);
+    }
+
+    for i in 0..config.num_hidden_layers {
+        let (from, to) = (format!("encoder.layer.{i}"), format!("qformer.encoder.layer.{i}"));
+        for part in ["query", "key", "value"] {
+            let name = format!("{from}.attention.self.{part}");
+            let to = format!("{to}.attention.attention.{part}");
+            out.insert(format!("{to}.weight"), copy(&format!("{name}.weight"), &[width, width])?);
+            out.insert(format!("{to}.bias"), copy(&format!("{name}.bias"), &[width])?);
+        }
+        let mut block = |from_part: &str, to_parts: &[&str], n_out: usize, n_in: Option<usize>| -> Result<()> {
+            for to_part in to_parts {
+                let shape = n_in.map_or(vec![n_out], |n_in| vec![n_out, n_in]);
+                let tensor = copy(&format!("{from}.{from_part}.weight"), &shape)?;
+                out.insert(format!("{to}.{to_part}.weight"), tensor);
+                out.insert(format!("{to}.{to_part}.bias"), copy(&format!("{from}.{from_part}.bias"), &[n_out])?);
+            }
+            Ok(())
+        };
+        block("attention.output.dense", &["attention.output.dense"], width, Some(width))?;
+        block("attention.output.LayerNorm", &["attention.output.LayerNorm"], width, None)?;
+        block("intermediate.dense", &["intermediate.dense", "intermediate_query.dense"], inner, Some(width))?;
+        block("output.dense", &["output.dense", "output_query.dense"], width, Some(inner))?;
+        block("output.LayerNorm", &["output.LayerNorm", "output_query.LayerNorm"], width, None)?;
+        if i.is_multiple_of(config.cross_attention_frequency) {
+            let cross = format!("{to}.crossattention");
+            for (part, n_in) in
+                [("query", width), ("key", config.encoder_hidden_size), ("value", config.encoder_hidden_size)]
+            {
+                out.extend([random(&format!("{cross}.attention.{part}.weight"), &[width, n_in])]);
+                out.extend([constant(&format!("{cross}.attention.{part}.bias"), width, 0.0)]);
+            }
+            out.extend([
+                random(&format!("{cross}.output.dense.weight"), &[width, width]),
+                constant(&format!("{cross}.output.dense.bias"), width, 0.0),
+                constant(&format!("{cross}.output.LayerNorm.weight"), width, 1.0),
+                constant(&format!("{cross}.output.LayerNorm.bias"), width, 0.0),
+            ]);
+        }
+    }
+
+    let (encoder, joint) = (config.encoder_hidden_size, config.image_text_hidden_size);
+    out.extend([
+        random("query_tokens", &[1, config.num_query_tokens, width]),
+        constant("vision_layernorm.weight", encoder, 1.0),
+        constant("vision_layernorm.bias", encoder, 0.0),
+        random("cls.predictions.transform.dense.weight", &[width, width]),
+        constant("cls.predictions.transform.dense.bias", width, 0.0),
+        constant("cls.predictions.transform.LayerNorm.weight", width, 1.0),
+        constant("cls.predictions.transform.LayerNorm.bias", width, 0.0),
+        constant("cls.predictions.bias", config.vocab_size, 0.0),
+        random("vision_projection.weight", &[joint, width]),
+        constant("vision_projection.bias", joint, 0.0),
+        random("text_projection.weight", &[joint, width]),
+        constant("text_projection.bias", joint, 0.0),
+        random("itm_head.weight", &[2, width]),
+        constant("itm_head.bias", 2, 0.0),
+        ("temp".to_owned(), (vec![], vec![TEMPERATURE])),
+    ]);
+    Ok(out)
+}

@@ -1,0 +1,304 @@
+//! Stage 1: the Q-Former learns to look at pictures through text (BLIP-2 §3.2).
+//!
+//! [`gradients`] computes ITC + ITM + ITG and their gradients for a batch. With more than one part it runs the
+//! contrastive loss in two passes: features of all parts without a graph, the loss and its gradient on the
+//! features, then each part again with its graph (dropout replayed) and the feature gradients fed in. Memory is
+//! that of one part, the gradients are those of the whole batch.
+
+use std::collections::BTreeMap;
+use std::ops::Range;
+
+use blip2::layers::DropoutRng;
+use blip2::qformer::{QFormer, TextBatch};
+use candle_core::{Tensor, Var};
+
+use crate::Result;
+use crate::gradients::Gradients;
+use crate::losses::{
+    HardNegatives, captioning_loss_sum, contrastive_loss, matching_loss_sum, sample_negatives, similarities,
+};
+use crate::rng::Rng;
+
+/// A stage-1 batch of B picture-text pairs.
+#[derive(Debug, Clone)]
+pub struct Batch {
+    /// The frozen encoder's tokens, `[B * P, encoder_hidden_size]`.
+    pub image_embeds: Tensor,
+    /// Equal for pairs of one picture.
+    pub image_ids: Vec<u64>,
+    /// Token ids of each text, `[CLS] … [SEP]`.
+    pub texts: Vec<Vec<u32>>,
+}
+
+/// What a step needs besides the batch.
+#[derive(Debug, Clone, Copy)]
+pub struct StepOptions {
+    /// Pairs computed at once; the batch is cut into parts of this size.
+    pub micro_batch: usize,
+    /// Dropout probability.
+    pub dropout: f32,
+    /// The run's seed.
+    pub seed: u64,
+    /// The step, which with the seed determines dropout and negatives.
+    pub step: u64,
+    /// The id of `[DEC]`, which starts a text to generate in place of `[CLS]`.
+    pub decoder_start: u32,
+}
+
+/// The values a step reports.
+#[derive(Debug, Clone, Copy, Default, PartialEq)]
+pub struct Values {
+    /// Contrastive loss.
+    pub itc: f32,
+    /// Matching loss.
+    pub itm: f32,
+    /// Captioning loss.
+    pub itg: f32,
+    /// Share of pairs whose match is classified rightly.
+    pub itm_accuracy: f32,
+    /// In-batch recall at 1, the mean of both directions.
+    pub recall_at_1: f32,
+    /// The learned temperature before the step.
+    pub temperature: f32,
+    /// Mean cosine between different query outputs of one picture: 1 is collapse.
+    pub query_cosine: f32,
+}
+
+impl Values {
+    /// The sum of the three losses.
+    pub fn loss(&self) -> f32 {
+        self.itc + self.itm + self.itg
+    }
+}
+
+/// A part's texts and its passes through the Q-Former up to the features.
+struct Part {
+    rows: Range<usize>,
+    texts: TextBatch,
+}
+
+/// Computes the losses of `batch` and the gradients of `variables`, the Q-Former's own.
+///
+/// # Errors
+/// When the batch holds one picture only, a text does not fit, or the tensor engine fails.
+pub fn gradients(
+    qformer: &QFormer,
+    variables: &BTreeMap<String, Var>,
+    batch: &Batch,
+    options: StepOptions,
+) -> Result<(Gradients, Values)> {
+    let n = batch.texts.len();
+    let parts: Vec<Part> = (0..n)
+        .step_by(options.micro_batch.max(1))
+        .map(|start| {
+            let rows = start..(start + options.micro_batch.max(1)).min(n);
+            Part { texts: TextBatch::new(&batch.texts[rows.clone()]), rows }
+        })
+        .collect();
+    let step = Step { qformer, batch, options, n_image_tokens: batch.image_embeds.dim(0)? / n.max(1) };
+    if let [part] = &parts[..] { step.one_pass(variables, part) } else { step.two_pass(variables, &parts) }
+}
+
+struct Step<'a> {
+    qformer: &'a QFormer,
+    batch: &'a Batch,
+    options: StepOptions,
+    n_image_tokens: usize,
+}
+
+/// The contrastive features of a part, and what the later passes need of the query pass.
+struct Features {
+    image: Tensor,
+    text: Tensor,
+    query_output: Tensor,
+    query_keys: blip2::qformer::QueryKeys,
+    image_keys: blip2::qformer::ImageKeys,
+}
+
+impl Step<'_> {
+    fn one_pass(&self, variables: &BTreeMap<String, Var>, part: &Part) -> Result<(Gradients, Values)> {
+        let features = self.features(part)?;
+        let sims = similarities(&features.image, &features.text, self.qformer.config().num_query_tokens)?;
+        let itc = contrastive_loss(&sims, self.qformer.temperature()?, &self.batch.image_ids)?;
+        let (mut values, negatives) = self.measure(&sims, &itc)?;
+        values.query_cosine = query_cosine(&features.query_output, self.qformer.config().num_query_tokens)?;
+        let (rest, itm, itg, correct) = self.match_and_caption(part, &features, &negatives, self.n_tokens())?;
+        (values.itm, values.itg, values.itm_accuracy) = (itm, itg, correct);
+        let mut gradients = Gradients::default();
+        gradients.add(variables, &mut (itc + rest)?.backward()?)?;
+        Ok((gradients, values))
+    }
+
+    fn two_pass(&self, variables: &BTreeMap<String, Var>, parts: &[Part]) -> Result<(Gradients, Values)> {
+        let n_queries = self.qformer.config().num_query_tokens;
+        let (mut images, mut texts, mut cosine) = (Vec::new(), Vec::new(), 0.0);
+        for part in parts {
+            let features = self.features(part)?;
+            cosine += query_cosine(&features.query_output, n_queries)? * part.rows.len() as f32;
+            images.push(features.image.detach());
+            texts.push(features.text.detach());
+        }
+        let image = Var::from_tensor(&Tensor::cat(&images, 0)?)?;
+        let text = Var::from_tensor(&Tensor::cat(&texts, 0)?)?;
+        let sims = similarities(image.as_tensor(), text.as_tensor(), n_queries)?;
+        let itc = contrastive_loss(&sims, self.qformer.temperature()?, &self.batch.image_ids)?;
+        let (mut values, negatives) = self.measure(&sims, &itc)?;
+        values.query_cosine = cosine / self.batch.texts.len() as f32;
+        let mut store = itc.backward()?;
+        let missing = || candle_core::Error::Msg("the contrastive loss gave its features no gradient".into());
+        let d_image = store.remove(image.as_tensor()).ok_or_else(missing)?;
+        let d_text = store.remove(text.as_tensor()).ok_or_else(missing)?;
+        // What is left reaches the temperature.
+        let mut gradients = Gradients::default();
+        gradients.add(variables, &mut store)?;
+        for part in parts {
+            let features = self.features(part)?;
+            let (start, len) = (part.rows.start, part.rows.len());
+            let d_image = d_image.narrow(0, start * n_queries, len * n_queries)?.contiguous()?;
+            let d_text = d_text.narrow(0, start, len)?.contiguous()?;
+            // Its gradient with respect to the features is the one of the whole batch's contrastive loss.
+            let surrogate = ((&features.image * d_image)?.sum_all()? + (&features.text * d_text)?.sum_all()?)?;
+            let (rest, itm, itg, correct) = self.match_and_caption(part, &features, &negatives, self.n_tokens())?;
+            values.itm += itm;
+            values.itg += itg;
+            values.itm_accuracy += correct;
+            gradients.add(variables, &mut (surrogate + rest)?.backward()?)?;
+        }
+        Ok((gradients, values))
+    }
+
+    /// The masks of one pass of one part: the same at every call, which is what replays them.
+    fn dropout(&self, part: &Part, pass: &str) -> DropoutRng {
+        let counter = self.options.step.wrapping_mul(1 << 20).wrapping_add(part.rows.start as u64);
+        DropoutRng::new(self.options.dropout, Rng::new(self.options.seed, pass, counter).next_u64())
+    }
+
+    fn features(&self, part: &Part) -> Result<Features> {
+        let image_keys = self.image_keys(part.rows.clone())?;
+        let (query_output, query_keys) =
+            self.qformer.encode_queries(&image_keys, &mut self.dropout(part, "query dropout"))?;
+        let text = self.qformer.encode_text(&part.texts, &mut self.dropout(part, "text dropout"))?;
+        let (image, text) =
+            (self.qformer.project_image(&query_output)?, self.qformer.project_text(&text, &part.texts)?);
+        Ok(Features { image, text, query_output, query_keys, image_keys })
+    }
+
+    fn image_keys(&self, rows: Range<usize>) -> Result<blip2::qformer::ImageKeys> {
+        let p = self.n_image_tokens;
+        let embeds = self.batch.image_embeds.narrow(0, rows.start * p, rows.len() * p)?;
+        Ok(self.qformer.image_keys(&embeds, rows.len())?)
+    }
+
+    /// Matching and captioning of a part, each as its share of the whole batch's mean; also both as numbers and
+    /// the share of right matches.
+    fn match_and_caption(
+        &self,
+        part: &Part,
+        features: &Features,
+        negatives: &HardNegatives,
+        n_tokens: usize,
+    ) -> Result<(Tensor, f32, f32, f32)> {
+        let n_pairs = 3 * self.batch.texts.len();
+        let (logits, labels) = self.match_logits(part, features, negatives)?;
+        let itm = (matching_loss_sum(&logits, &labels)? / n_pairs as f64)?;
+        let correct = count_correct(&logits, &labels)? as f32 / n_pairs as f32;
+
+        let texts = (0..part.texts.len()).map(|i| {
+            let mut ids = part.texts.text(i).to_vec();
+            ids[0] = self.options.decoder_start;
+            ids
+        });
+        let texts = TextBatch::new(texts);
+        let mut dropout = self.dropout(part, "caption dropout");
+        let hidden = self.qformer.decode_text(&features.query_keys, &texts, &mut dropout)?;
+        let (itg, _) = captioning_loss_sum(self.qformer, &hidden, &texts)?;
+        let itg = (itg / n_tokens as f64)?;
+        let (itm_value, itg_value) = (itm.to_scalar()?, itg.to_scalar()?);
+        Ok(((itm + itg)?, itm_value, itg_value, correct))
+    }
+
+    /// The logits of a part's 3B pairs: own picture and own text, a negative picture, a negative text.
+    fn match_logits(
+        &self,
+        part: &Part,
+        features: &Features,
+        negatives: &HardNegatives,
+    ) -> Result<(Tensor, Vec<u32>)> {
+        let rows = part.rows.clone();
+        let n = rows.len();
+        let is_whole_batch = n == self.batch.texts.len();
+        // In a part, the negative pictures may lie outside it: their keys are computed for it alone.
+        let (image_keys, negative_images): (_, Vec<usize>) = if is_whole_batch {
+            (features.image_keys.clone(), negatives.image_for_text.clone())
+        } else {
+            let p = self.n_image_tokens;
+            let embeds = &self.batch.image_embeds;
+            let mut pieces = vec![embeds.narrow(0, rows.start * p, n * p)?];
+            for &image in &negatives.image_for_text[rows.clone()] {
+                pieces.push(embeds.narrow(0, image * p, p)?);
+            }
+            (self.qformer.image_keys(&Tensor::cat(&pieces, 0)?, 2 * n)?, (n..2 * n).collect())
+        };
+        let own: Vec<usize> = (0..n).collect();
+        let images: Vec<usize> = own.iter().chain(&negative_images).chain(&own).copied().collect();
+        let own_texts = rows.clone().chain(rows.clone());
+        let negative_texts = rows.map(|i| negatives.text_for_image[i]);
+        let texts = TextBatch::new(own_texts.chain(negative_texts).map(|i| &self.batch.texts[i]));
+        let mut dropout = self.dropout(part, "match dropout");
+        let (queries, _) = self.qformer.encode_pairs(&image_keys, &images, &texts, &mut dropout)?;
+        let labels = (0..3 * n).map(|i| u32::from(i < n)).collect();
+        Ok((self.qformer.match_logits(&queries)?, labels))
+    }
+
+    fn n_tokens(&self) -> usize {
+        self.batch.texts.iter().map(|ids| ids.len() - 1).sum()
+    }
+
+    fn measure(&self, sims: &Tensor, itc: &Tensor) -> Result<(Values, HardNegatives)> {
+        let ids = &self.batch.image_ids;
+        let temperature = self.qformer.temperature()?.to_scalar::<f32>()?;
+        let sims = sims.flatten_all()?.to_vec1::<f32>()?;
+        let mut rng = Rng::new(self.options.seed, "negatives", self.options.step);
+        let negatives = sample_negatives(&sims, temperature, ids, &mut rng)?;
+        let values = Values {
+            itc: itc.to_scalar()?,
+            temperature,
+            recall_at_1: recall_at_1(&sims, ids),
+            ..Values::default()
+        };
+        Ok((values, negatives))
+    }
+}
+
+fn recall_at_1(sims: &[f32], ids: &[u64]) -> f32 {
+    let n = ids.len();
+    let hit = |own: usize, similarity: &dyn Fn(usize) -> f32| {
+        (0..n).max_by(|&a, &b| similarity(a).total_cmp(&similarity(b))).is_some_and(|best| ids[best] == ids[own])
+    };
+    let image_to_text = (0..n).filter(|&i| hit(i, &|t| sims[i * n + t])).count();
+    let text_to_image = (0..n).filter(|&t| hit(t, &|i| sims[i * n + t])).count();
+    (image_to_text + text_to_image) as f32 / (2 * n) as f32
+}
+
+fn count_correct(logits: &Tensor, labels: &[u32]) -> Result<usize> {
+    let logits = logits.to_vec2::<f32>()?;
+    Ok(logits.iter().zip(labels).filter(|(l, label)| u32::from(l[1] > l[0]) == **label).count())
+}
+
+/// The mean cosine between different query outputs of one picture.
+fn query_cosine(query_output: &Tensor, n_queries: usize) -> Result<f32> {
+    let rows = query_output.to_vec2::<f32>()?;
+    let (mut sum, mut n) = (0f64, 0usize);
+    for picture in rows.chunks_exact(n_queries) {
+        // The sum over all pairs is the squared length of the sum of the unit vectors.
+        let mut total = vec![0f64; picture[0].len()];
+        for row in picture {
+            let length = row.iter().map(|x| f64::from(*x).powi(2)).sum::<f64>().sqrt().max(1e-12);
+            total.iter_mut().zip(row).for_each(|(t, x)| *t += f64::from(*x) / length);
+        }
+        let all: f64 = total.iter().map(|t| t * t).sum();
+        sum += all - n_queries as f64;
+        n += n_queries * (n_queries - 1);
+    }
+    Ok((sum / n.max(1) as f64) as f32)
+}
