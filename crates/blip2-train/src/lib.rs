@@ -9,6 +9,7 @@ pub mod error;
 pub mod gradients;
 pub mod initialize;
 pub mod losses;
+pub mod metrics;
 pub mod optimizer;
 pub mod rng;
 pub mod schedule;
