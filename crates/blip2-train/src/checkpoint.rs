@@ -176,9 +176,9 @@ fn sync(path: &Path) -> Result<()> {
 }
 
 fn io(path: &Path, source: std::io::Error) -> Error {
-    Error::Io { path: path.to_owned(), source }
+    Error::io(path)(source)
 }
 
 fn invalid(path: &Path, reason: &dyn std::fmt::Display) -> Error {
-    Error::File { path: path.to_owned(), reason: reason.to_string() }
+    Error::file(path, reason.to_string())
 }

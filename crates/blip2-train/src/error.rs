@@ -1,11 +1,11 @@
 //! The training crate's error type.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 /// Result with the training crate's [`Error`].
 pub type Result<T> = std::result::Result<T, Error>;
 
-/// What can stop a training or an evaluation.
+/// What can go wrong in training and evaluation, in the words of what the user holds.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum Error {
@@ -17,29 +17,66 @@ pub enum Error {
         /// The operating system's reason.
         source: std::io::Error,
     },
-    /// A data file, configuration or checkpoint is not what it should be.
-    #[error("{}: {reason}", path.display())]
-    File {
-        /// The file, with the line where there is one.
+    /// A line of a manifest cannot be understood.
+    #[error("{}:{line}: {reason}", path.display())]
+    Manifest {
+        /// The manifest.
         path: PathBuf,
-        /// What is wrong and what to do.
+        /// The line, counted from one.
+        line: usize,
+        /// What is wrong with it.
         reason: String,
     },
-    /// A setting that makes no sense.
+    /// A file is not what it should be (cut short, mislabelled, of another run).
+    #[error("{}: {reason}", path.display())]
+    File {
+        /// The file.
+        path: PathBuf,
+        /// What is wrong with it and what to do.
+        reason: String,
+    },
+    /// A configuration value is wrong.
+    #[error("config: `{field}` {reason}")]
+    Config {
+        /// The field, with its path (`data[0].repeat`).
+        field: String,
+        /// What is wrong and what is expected.
+        reason: String,
+    },
+    /// Training cannot go on (nothing to train on, a loss that is not finite, a run that does not match).
     #[error("{0}")]
-    Config(String),
-    /// The loss or a gradient is not a finite number.
-    #[error("step {step}: {what} is not finite; the last good checkpoint is kept. Lower the learning rate")]
+    Training(String),
+    /// A value of the training is not a finite number.
+    #[error(
+        "step {step}: {what} is not finite; the last checkpoint is kept, continue from it with a lower learning rate"
+    )]
     NotFinite {
         /// The optimiser step.
         step: u64,
         /// Which value.
         what: String,
     },
-    /// The model library failed.
+    /// The library failed.
     #[error(transparent)]
     Model(#[from] blip2::Error),
     /// The tensor engine failed.
     #[error("tensor engine: {0}")]
     Tensor(#[from] candle_core::Error),
+}
+
+impl Error {
+    /// Wraps an operating system error with the file it happened on; made for `map_err`.
+    pub fn io(path: &Path) -> impl FnOnce(std::io::Error) -> Self + '_ {
+        move |source| Self::Io { path: path.to_path_buf(), source }
+    }
+
+    /// Shorthand for [`Error::File`].
+    pub fn file(path: &Path, reason: impl Into<String>) -> Self {
+        Self::File { path: path.to_path_buf(), reason: reason.into() }
+    }
+
+    /// Shorthand for [`Error::Config`].
+    pub fn config(field: impl Into<String>, reason: impl Into<String>) -> Self {
+        Self::Config { field: field.into(), reason: reason.into() }
+    }
 }

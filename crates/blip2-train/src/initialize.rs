@@ -9,7 +9,7 @@ use std::collections::BTreeMap;
 use blip2::config::QFormerConfig;
 use blip2::layers::TensorSource;
 
-use crate::rng::Rng;
+use crate::random::Random;
 use crate::{Error, Result};
 
 /// Named tensors: shape and elements.
@@ -26,29 +26,29 @@ const TEMPERATURE: f32 = 0.07;
 /// # Errors
 /// When `bert` lacks a tensor or has other sizes than `config`.
 pub fn from_bert(config: &QFormerConfig, bert: &dyn TensorSource, seed: u64) -> Result<Tensors> {
-    let mut rng = Rng::new(seed, "initialize", 0);
+    let mut numbers = Random::new(&[seed]);
     let mut out = Tensors::new();
     let (width, inner) = (config.hidden_size, config.intermediate_size);
     let mut random = |name: &str, shape: &[usize]| {
         let n = shape.iter().product();
-        let data = (0..n).map(|_| (rng.normal() * INITIALIZER_RANGE) as f32).collect();
+        let data = (0..n).map(|_| (numbers.normal() * INITIALIZER_RANGE) as f32).collect();
         (name.to_owned(), (shape.to_vec(), data))
     };
     let constant = |name: &str, n: usize, value: f32| (name.to_owned(), (vec![n], vec![value; n]));
     let copy = |from: &str, shape: &[usize]| -> Result<(Vec<usize>, Vec<f32>)> {
         match bert.shape(from) {
             Some(found) if found == shape => Ok((found, bert.read_f32(from)?)),
-            Some(found) => Err(Error::Config(format!(
+            Some(found) => Err(Error::Training(format!(
                 "the BERT checkpoint's `{from}` has shape {found:?}, the Q-Former needs {shape:?}"
             ))),
-            None => Err(Error::Config(format!("the BERT checkpoint has no `{from}`"))),
+            None => Err(Error::Training(format!("the BERT checkpoint has no `{from}`"))),
         }
     };
 
     // Word embeddings: rows beyond BERT's vocabulary ([DEC]) start as random vectors.
     let bert_vocab = bert.shape("embeddings.word_embeddings.weight").map_or(0, |shape| shape[0]);
     if bert_vocab > config.vocab_size {
-        return Err(Error::Config(format!("vocab_size is below BERT's {bert_vocab}")));
+        return Err(Error::config("qformer.vocab_size", format!("is below BERT's {bert_vocab}")));
     }
     let (_, mut words) = copy("embeddings.word_embeddings.weight", &[bert_vocab, width])?;
     let (_, (_, added)) = random("", &[config.vocab_size - bert_vocab, width]);
@@ -64,7 +64,10 @@ pub fn from_bert(config: &QFormerConfig, bert: &dyn TensorSource, seed: u64) -> 
     }
     out.insert("qformer.embeddings.position_embeddings.weight".into(), (shape, positions));
     for part in ["weight", "bias"] {
-        out.insert(format!("qformer.layernorm.{part}"), copy(&format!("embeddings.LayerNorm.{part}"), &[width])?);
+        out.insert(
+            format!("qformer.layernorm.{part}"),
+            copy(&format!("embeddings.LayerNorm.{part}"), &[width])?,
+        );
     }
 
     for i in 0..config.num_hidden_layers {
@@ -75,15 +78,19 @@ pub fn from_bert(config: &QFormerConfig, bert: &dyn TensorSource, seed: u64) -> 
             out.insert(format!("{to}.weight"), copy(&format!("{name}.weight"), &[width, width])?);
             out.insert(format!("{to}.bias"), copy(&format!("{name}.bias"), &[width])?);
         }
-        let mut block = |from_part: &str, to_parts: &[&str], n_out: usize, n_in: Option<usize>| -> Result<()> {
-            for to_part in to_parts {
-                let shape = n_in.map_or(vec![n_out], |n_in| vec![n_out, n_in]);
-                let tensor = copy(&format!("{from}.{from_part}.weight"), &shape)?;
-                out.insert(format!("{to}.{to_part}.weight"), tensor);
-                out.insert(format!("{to}.{to_part}.bias"), copy(&format!("{from}.{from_part}.bias"), &[n_out])?);
-            }
-            Ok(())
-        };
+        let mut block =
+            |from_part: &str, to_parts: &[&str], n_out: usize, n_in: Option<usize>| -> Result<()> {
+                for to_part in to_parts {
+                    let shape = n_in.map_or(vec![n_out], |n_in| vec![n_out, n_in]);
+                    let tensor = copy(&format!("{from}.{from_part}.weight"), &shape)?;
+                    out.insert(format!("{to}.{to_part}.weight"), tensor);
+                    out.insert(
+                        format!("{to}.{to_part}.bias"),
+                        copy(&format!("{from}.{from_part}.bias"), &[n_out])?,
+                    );
+                }
+                Ok(())
+            };
         block("attention.output.dense", &["attention.output.dense"], width, Some(width))?;
         block("attention.output.LayerNorm", &["attention.output.LayerNorm"], width, None)?;
         block("intermediate.dense", &["intermediate.dense", "intermediate_query.dense"], inner, Some(width))?;

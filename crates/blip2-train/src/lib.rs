@@ -2,7 +2,7 @@
 //!
 //! The loop, [`trainer`], reads top to bottom; the losses of the paper are pure functions in [`losses`]; a
 //! stage ([`stage1`]) turns a batch into gradients; [`optimizer`] updates the trainable variables only.
-//! Everything random is a function of the seed and the step ([`rng`]), so resuming needs no random state.
+//! Everything random is a function of the seed and the step ([`random`]), so resuming needs no random state.
 
 pub mod checkpoint;
 pub mod error;
@@ -11,7 +11,7 @@ pub mod initialize;
 pub mod losses;
 pub mod metrics;
 pub mod optimizer;
-pub mod rng;
+pub mod random;
 pub mod schedule;
 pub mod stage1;
 

@@ -4,7 +4,7 @@ use blip2::layers::linear_cross_entropy;
 use blip2::qformer::{QFormer, TextBatch};
 use candle_core::{D, Device, Tensor};
 
-use crate::rng::Rng;
+use crate::random::Random;
 use crate::{Error, Result};
 
 /// Label smoothing of ITC and ITG (LAVIS `blip2_qformer.py`).
@@ -78,7 +78,7 @@ pub fn sample_negatives(
     similarities: &[f32],
     temperature: f32,
     image_ids: &[u64],
-    rng: &mut Rng,
+    random: &mut Random,
 ) -> Result<HardNegatives> {
     let n = image_ids.len();
     let mut draw = |own: usize, similarity: &dyn Fn(usize) -> f32| {
@@ -88,8 +88,8 @@ pub fn sample_negatives(
         // The floor keeps every negative possible when the softmax underflows (LAVIS adds 1e-4 likewise).
         let weights: Vec<f64> =
             (0..n).map(|j| if negative(j) { (logit(j) - max).exp() + 1e-4 } else { 0.0 }).collect();
-        rng.weighted(&weights).ok_or_else(|| {
-            Error::Config("a batch holds captions of one picture only: matching needs two pictures or more".into())
+        random.weighted(&weights).ok_or_else(|| {
+            Error::config("batch_size", "leaves a batch with one picture only: matching needs two or more")
         })
     };
     let image_for_text = (0..n).map(|t| draw(t, &|i| similarities[i * n + t])).collect::<Result<_>>()?;
@@ -135,7 +135,8 @@ mod tests {
         let ids = [7, 8, 7, 9];
         let similarities = vec![1.0; 16];
         for step in 0..200 {
-            let negatives = sample_negatives(&similarities, 0.07, &ids, &mut Rng::new(1, "itm", step)).unwrap();
+            let negatives =
+                sample_negatives(&similarities, 0.07, &ids, &mut Random::new(&[1, step])).unwrap();
             for i in 0..4 {
                 assert_ne!(ids[negatives.image_for_text[i]], ids[i]);
                 assert_ne!(ids[negatives.text_for_image[i]], ids[i]);
@@ -149,8 +150,8 @@ mod tests {
         similarities[1] = 1.0; // picture 0, text 1
         let mut hits = 0;
         for step in 0..200 {
-            let rng = &mut Rng::new(1, "itm", step);
-            let negatives = sample_negatives(&similarities, 0.07, &[1, 2, 3], rng).unwrap();
+            let random = &mut Random::new(&[1, step]);
+            let negatives = sample_negatives(&similarities, 0.07, &[1, 2, 3], random).unwrap();
             hits += usize::from(negatives.text_for_image[0] == 1);
             hits += usize::from(negatives.image_for_text[1] == 0);
         }
@@ -159,8 +160,8 @@ mod tests {
 
     #[test]
     fn one_picture_has_no_negatives() {
-        let error = sample_negatives(&[1.0; 4], 0.07, &[5, 5], &mut Rng::new(1, "itm", 0)).unwrap_err();
-        assert!(error.to_string().contains("two pictures"), "{error}");
+        let error = sample_negatives(&[1.0; 4], 0.07, &[5, 5], &mut Random::new(&[1])).unwrap_err();
+        assert!(error.to_string().contains("two or more"), "{error}");
     }
 
     #[test]

@@ -76,7 +76,9 @@ impl Optimizer {
         for (name, variable) in variables {
             let n = variable.elem_count();
             if !moments.get(name).is_some_and(|s| s.m.len() == n && s.v.len() == n) {
-                return Err(Error::Config(format!("the checkpoint's optimiser state does not fit `{name}`")));
+                return Err(Error::Training(format!(
+                    "the checkpoint's optimiser state does not fit `{name}`"
+                )));
             }
         }
         Ok(Self { config, moments, n_updates })
@@ -98,10 +100,13 @@ impl Optimizer {
     /// When a gradient is not finite; nothing is changed then.
     pub fn step(&mut self, variables: &BTreeMap<String, Var>, gradients: &Gradients, lr: f64) -> Result<f64> {
         let norm = gradients.global_norm(self.n_updates)?;
-        let clip = if norm > self.config.clip_norm { (self.config.clip_norm / (norm + 1e-6)) as f32 } else { 1.0 };
+        let clip =
+            if norm > self.config.clip_norm { (self.config.clip_norm / (norm + 1e-6)) as f32 } else { 1.0 };
         self.n_updates += 1;
         for (name, variable) in variables {
-            let (Some(gradient), Some(moments)) = (gradients.get(name), self.moments.get_mut(name)) else { continue };
+            let (Some(gradient), Some(moments)) = (gradients.get(name), self.moments.get_mut(name)) else {
+                continue;
+            };
             let decay = if decays(name, variable.rank()) { self.config.weight_decay } else { 0.0 };
             let hyper = AdamW {
                 lr: lr as f32,

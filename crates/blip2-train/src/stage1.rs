@@ -17,7 +17,7 @@ use crate::gradients::Gradients;
 use crate::losses::{
     HardNegatives, captioning_loss_sum, contrastive_loss, matching_loss_sum, sample_negatives, similarities,
 };
-use crate::rng::Rng;
+use crate::random::Random;
 
 /// A stage-1 batch of B picture-text pairs.
 #[derive(Debug, Clone)]
@@ -99,6 +99,16 @@ pub fn gradients(
     if let [part] = &parts[..] { step.one_pass(variables, part) } else { step.two_pass(variables, &parts) }
 }
 
+/// What random numbers are drawn for: each purpose has its own stream.
+#[derive(Debug, Clone, Copy)]
+enum Purpose {
+    QueryDropout,
+    TextDropout,
+    MatchDropout,
+    CaptionDropout,
+    Negatives,
+}
+
 struct Step<'a> {
     qformer: &'a QFormer,
     batch: &'a Batch,
@@ -122,7 +132,8 @@ impl Step<'_> {
         let itc = contrastive_loss(&sims, self.qformer.temperature()?, &self.batch.image_ids)?;
         let (mut values, negatives) = self.measure(&sims, &itc)?;
         values.query_cosine = query_cosine(&features.query_output, self.qformer.config().num_query_tokens)?;
-        let (rest, itm, itg, correct) = self.match_and_caption(part, &features, &negatives, self.n_tokens())?;
+        let (rest, itm, itg, correct) =
+            self.match_and_caption(part, &features, &negatives, self.n_tokens())?;
         (values.itm, values.itg, values.itm_accuracy) = (itm, itg, correct);
         let mut gradients = Gradients::default();
         gradients.add(variables, &mut (itc + rest)?.backward()?)?;
@@ -157,8 +168,10 @@ impl Step<'_> {
             let d_image = d_image.narrow(0, start * n_queries, len * n_queries)?.contiguous()?;
             let d_text = d_text.narrow(0, start, len)?.contiguous()?;
             // Its gradient with respect to the features is the one of the whole batch's contrastive loss.
-            let surrogate = ((&features.image * d_image)?.sum_all()? + (&features.text * d_text)?.sum_all()?)?;
-            let (rest, itm, itg, correct) = self.match_and_caption(part, &features, &negatives, self.n_tokens())?;
+            let surrogate =
+                ((&features.image * d_image)?.sum_all()? + (&features.text * d_text)?.sum_all()?)?;
+            let (rest, itm, itg, correct) =
+                self.match_and_caption(part, &features, &negatives, self.n_tokens())?;
             values.itm += itm;
             values.itg += itg;
             values.itm_accuracy += correct;
@@ -168,16 +181,17 @@ impl Step<'_> {
     }
 
     /// The masks of one pass of one part: the same at every call, which is what replays them.
-    fn dropout(&self, part: &Part, pass: &str) -> DropoutRng {
-        let counter = self.options.step.wrapping_mul(1 << 20).wrapping_add(part.rows.start as u64);
-        DropoutRng::new(self.options.dropout, Rng::new(self.options.seed, pass, counter).next_u64())
+    fn dropout(&self, part: &Part, purpose: Purpose) -> DropoutRng {
+        let StepOptions { seed, step, dropout, .. } = self.options;
+        let mut random = Random::new(&[seed, step, purpose as u64, part.rows.start as u64]);
+        DropoutRng::new(dropout, random.next_u64())
     }
 
     fn features(&self, part: &Part) -> Result<Features> {
         let image_keys = self.image_keys(part.rows.clone())?;
         let (query_output, query_keys) =
-            self.qformer.encode_queries(&image_keys, &mut self.dropout(part, "query dropout"))?;
-        let text = self.qformer.encode_text(&part.texts, &mut self.dropout(part, "text dropout"))?;
+            self.qformer.encode_queries(&image_keys, &mut self.dropout(part, Purpose::QueryDropout))?;
+        let text = self.qformer.encode_text(&part.texts, &mut self.dropout(part, Purpose::TextDropout))?;
         let (image, text) =
             (self.qformer.project_image(&query_output)?, self.qformer.project_text(&text, &part.texts)?);
         Ok(Features { image, text, query_output, query_keys, image_keys })
@@ -209,7 +223,7 @@ impl Step<'_> {
             ids
         });
         let texts = TextBatch::new(texts);
-        let mut dropout = self.dropout(part, "caption dropout");
+        let mut dropout = self.dropout(part, Purpose::CaptionDropout);
         let hidden = self.qformer.decode_text(&features.query_keys, &texts, &mut dropout)?;
         let (itg, _) = captioning_loss_sum(self.qformer, &hidden, &texts)?;
         let itg = (itg / n_tokens as f64)?;
@@ -244,7 +258,7 @@ impl Step<'_> {
         let own_texts = rows.clone().chain(rows.clone());
         let negative_texts = rows.map(|i| negatives.text_for_image[i]);
         let texts = TextBatch::new(own_texts.chain(negative_texts).map(|i| &self.batch.texts[i]));
-        let mut dropout = self.dropout(part, "match dropout");
+        let mut dropout = self.dropout(part, Purpose::MatchDropout);
         let (queries, _) = self.qformer.encode_pairs(&image_keys, &images, &texts, &mut dropout)?;
         let labels = (0..3 * n).map(|i| u32::from(i < n)).collect();
         Ok((self.qformer.match_logits(&queries)?, labels))
@@ -258,8 +272,8 @@ impl Step<'_> {
         let ids = &self.batch.image_ids;
         let temperature = self.qformer.temperature()?.to_scalar::<f32>()?;
         let sims = sims.flatten_all()?.to_vec1::<f32>()?;
-        let mut rng = Rng::new(self.options.seed, "negatives", self.options.step);
-        let negatives = sample_negatives(&sims, temperature, ids, &mut rng)?;
+        let mut random = Random::new(&[self.options.seed, self.options.step, Purpose::Negatives as u64]);
+        let negatives = sample_negatives(&sims, temperature, ids, &mut random)?;
         let values = Values {
             itc: itc.to_scalar()?,
             temperature,
@@ -273,7 +287,9 @@ impl Step<'_> {
 fn recall_at_1(sims: &[f32], ids: &[u64]) -> f32 {
     let n = ids.len();
     let hit = |own: usize, similarity: &dyn Fn(usize) -> f32| {
-        (0..n).max_by(|&a, &b| similarity(a).total_cmp(&similarity(b))).is_some_and(|best| ids[best] == ids[own])
+        (0..n)
+            .max_by(|&a, &b| similarity(a).total_cmp(&similarity(b)))
+            .is_some_and(|best| ids[best] == ids[own])
     };
     let image_to_text = (0..n).filter(|&i| hit(i, &|t| sims[i * n + t])).count();
     let text_to_image = (0..n).filter(|&t| hit(t, &|i| sims[i * n + t])).count();

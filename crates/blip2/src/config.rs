@@ -59,7 +59,8 @@ impl QFormerConfig {
             }
         }
         if !self.hidden_size.is_multiple_of(self.num_attention_heads) {
-            let reason = format!("is {}, which {} heads do not divide", self.hidden_size, self.num_attention_heads);
+            let reason =
+                format!("is {}, which {} heads do not divide", self.hidden_size, self.num_attention_heads);
             return Err(Error::Config { field: "qformer.hidden_size".into(), reason });
         }
         Ok(())

@@ -164,7 +164,9 @@ impl QFormer {
     pub fn image_keys(&self, image_embeds: &Tensor, n_images: usize) -> Result<ImageKeys> {
         let (n_rows, _) = image_embeds.dims2()?;
         if n_images == 0 || n_rows % n_images != 0 {
-            return Err(Error::Request(format!("{n_rows} picture tokens do not divide into {n_images} pictures")));
+            return Err(Error::Request(format!(
+                "{n_rows} picture tokens do not divide into {n_images} pictures"
+            )));
         }
         let x = self.vision_layernorm.forward(image_embeds)?;
         let layers = self
@@ -184,7 +186,10 @@ impl QFormer {
     /// Those of the tensor engine.
     pub fn encode_queries(&self, image: &ImageKeys, dropout: &mut DropoutRng) -> Result<(Tensor, QueryKeys)> {
         let images: Vec<usize> = (0..image.n_images).collect();
-        let rows = Rows { hidden: self.embed_queries(images.len(), dropout)?, n_query_rows: self.n_queries(images.len()) };
+        let rows = Rows {
+            hidden: self.embed_queries(images.len(), dropout)?,
+            n_query_rows: self.n_queries(images.len()),
+        };
         let plan = (0..images.len()).map(|i| full(vec![self.query_span(i)])).collect();
         let mut keys = QueryKeys::default();
         let rows = self.run(rows, &plan, Some((image, &images)), None, Some(&mut keys), dropout)?;
@@ -234,7 +239,12 @@ impl QFormer {
     ///
     /// # Errors
     /// When the model was loaded without its text side, or a text is too long.
-    pub fn decode_text(&self, queries: &QueryKeys, texts: &TextBatch, dropout: &mut DropoutRng) -> Result<Tensor> {
+    pub fn decode_text(
+        &self,
+        queries: &QueryKeys,
+        texts: &TextBatch,
+        dropout: &mut DropoutRng,
+    ) -> Result<Tensor> {
         let n_query_rows = self.n_queries(texts.len());
         let plan = (0..texts.len())
             .map(|i| Sequence {
@@ -295,7 +305,9 @@ impl QFormer {
 
     fn text_parts(&self) -> Result<&TextParts> {
         self.text.as_ref().ok_or_else(|| {
-            Error::Request("this checkpoint was loaded without the Q-Former's text side, which matching needs".into())
+            Error::Request(
+                "this checkpoint was loaded without the Q-Former's text side, which matching needs".into(),
+            )
         })
     }
 
@@ -353,7 +365,8 @@ impl QFormer {
         });
         let mut cross_layers = image.map(|(keys, _)| keys.layers.iter());
         for (i, layer) in self.layers.iter().enumerate() {
-            let (k, v) = (layer.attention.key.forward(&rows.hidden)?, layer.attention.value.forward(&rows.hidden)?);
+            let (k, v) =
+                (layer.attention.key.forward(&rows.hidden)?, layer.attention.value.forward(&rows.hidden)?);
             if let Some(record) = &mut record {
                 record.layers.push((k.clone(), v.clone()));
             }
@@ -473,11 +486,23 @@ impl Attention {
             value: inner.linear("value", key_width, width)?,
             dense: output.linear("dense", width, width)?,
             layer_norm: LayerNorm::load(&output.at("LayerNorm"), width, config.layer_norm_eps)?,
-            shape: AttentionShape { n_heads, n_kv_heads: n_heads, head_dim, scale: (head_dim as f32).sqrt().recip() },
+            shape: AttentionShape {
+                n_heads,
+                n_kv_heads: n_heads,
+                head_dim,
+                scale: (head_dim as f32).sqrt().recip(),
+            },
         })
     }
 
-    fn forward(&self, x: &Tensor, k: &Tensor, v: &Tensor, plan: &Plan, dropout: &mut DropoutRng) -> Result<Tensor> {
+    fn forward(
+        &self,
+        x: &Tensor,
+        k: &Tensor,
+        v: &Tensor,
+        plan: &Plan,
+        dropout: &mut DropoutRng,
+    ) -> Result<Tensor> {
         let q = self.query.forward(x)?;
         let context = attention(&q, k, v, plan, self.shape, dropout.draw())?;
         let out = dropout.apply(&self.dense.forward(&context)?)?;

@@ -72,7 +72,14 @@ impl Linear {
 }
 
 /// `y = x Wᵀ (+ b)` on slices; an empty bias is none.
-pub(super) fn dense_forward(x: &[f32], w: &[f32], bias: &[f32], n_in: usize, precision: Precision, y: &mut [f32]) {
+pub(super) fn dense_forward(
+    x: &[f32],
+    w: &[f32],
+    bias: &[f32],
+    n_in: usize,
+    precision: Precision,
+    y: &mut [f32],
+) {
     let (n_rows, n_out) = (x.len() / n_in, w.len() / n_in);
     if !bias.is_empty() {
         y.chunks_exact_mut(n_out).for_each(|row| row.copy_from_slice(bias));
@@ -83,7 +90,13 @@ pub(super) fn dense_forward(x: &[f32], w: &[f32], bias: &[f32], n_in: usize, pre
 }
 
 /// `d_x = d_y W` on slices.
-pub(super) fn dense_input_gradient(d_y: &[f32], w: &[f32], n_in: usize, precision: Precision, d_x: &mut [f32]) {
+pub(super) fn dense_input_gradient(
+    d_y: &[f32],
+    w: &[f32],
+    n_in: usize,
+    precision: Precision,
+    d_x: &mut [f32],
+) {
     let n_out = w.len() / n_in;
     let a = MatrixRef { data: d_y, row_stride: n_out, col_stride: 1 };
     let b = MatrixRef { data: w, row_stride: n_in, col_stride: 1 };

@@ -7,9 +7,7 @@ use blip2_kernels::gemm::Precision;
 use blip2_kernels::linear::PackedWeight;
 use candle_core::{CpuStorage, CustomOp1, CustomOp3, Layout, Result, Shape, Tensor};
 
-use super::linear::{
-    add_column_sums, dense_forward, dense_input_gradient, dense_weight_gradient,
-};
+use super::linear::{add_column_sums, dense_forward, dense_input_gradient, dense_weight_gradient};
 use super::view::{slice, tensor, with_slices};
 use super::{Activation, Linear, Weight};
 
@@ -135,27 +133,36 @@ impl CustomOp3 for DenseCrossEntropy {
         d_losses: &Tensor,
     ) -> Result<(Option<Tensor>, Option<Tensor>, Option<Tensor>)> {
         let (n_classes, n_in) = w.dims2()?;
-        let (d_x, d_w, d_b) = with_slices([x, w, bias, &d_losses.contiguous()?], |[x, w, bias, d_losses]| {
-            let (mut d_x, mut d_w, mut d_b) = (vec![0.0; x.len()], vec![0.0; w.len()], vec![0.0; bias.len()]);
-            let n_elements = ROWS_AT_A_TIME.min(d_losses.len()) * n_classes;
-            let (mut logits, mut d_logits) = (vec![0.0; n_elements], vec![0.0; n_elements]);
-            for start in (0..d_losses.len()).step_by(ROWS_AT_A_TIME) {
-                let rows = start..(start + ROWS_AT_A_TIME).min(d_losses.len());
-                let elements = rows.start * n_in..rows.end * n_in;
-                let (x, targets) = (&x[elements.clone()], &self.targets[rows.clone()]);
-                let logits = &mut logits[..rows.len() * n_classes];
-                let d_logits = &mut d_logits[..rows.len() * n_classes];
-                dense_forward(x, w, bias, n_in, self.precision, logits);
-                let d_losses = &d_losses[rows];
-                kernels::cross_entropy_backward(logits, n_classes, targets, self.smoothing, d_losses, d_logits);
-                dense_input_gradient(d_logits, w, n_in, self.precision, &mut d_x[elements]);
-                dense_weight_gradient(d_logits, x, n_in, start > 0, self.precision, &mut d_w);
-                if !d_b.is_empty() {
-                    add_column_sums(d_logits, &mut d_b);
+        let (d_x, d_w, d_b) =
+            with_slices([x, w, bias, &d_losses.contiguous()?], |[x, w, bias, d_losses]| {
+                let (mut d_x, mut d_w, mut d_b) =
+                    (vec![0.0; x.len()], vec![0.0; w.len()], vec![0.0; bias.len()]);
+                let n_elements = ROWS_AT_A_TIME.min(d_losses.len()) * n_classes;
+                let (mut logits, mut d_logits) = (vec![0.0; n_elements], vec![0.0; n_elements]);
+                for start in (0..d_losses.len()).step_by(ROWS_AT_A_TIME) {
+                    let rows = start..(start + ROWS_AT_A_TIME).min(d_losses.len());
+                    let elements = rows.start * n_in..rows.end * n_in;
+                    let (x, targets) = (&x[elements.clone()], &self.targets[rows.clone()]);
+                    let logits = &mut logits[..rows.len() * n_classes];
+                    let d_logits = &mut d_logits[..rows.len() * n_classes];
+                    dense_forward(x, w, bias, n_in, self.precision, logits);
+                    let d_losses = &d_losses[rows];
+                    kernels::cross_entropy_backward(
+                        logits,
+                        n_classes,
+                        targets,
+                        self.smoothing,
+                        d_losses,
+                        d_logits,
+                    );
+                    dense_input_gradient(d_logits, w, n_in, self.precision, &mut d_x[elements]);
+                    dense_weight_gradient(d_logits, x, n_in, start > 0, self.precision, &mut d_w);
+                    if !d_b.is_empty() {
+                        add_column_sums(d_logits, &mut d_b);
+                    }
                 }
-            }
-            (d_x, d_w, d_b)
-        })?;
+                (d_x, d_w, d_b)
+            })?;
         let d_b = if d_b.is_empty() { None } else { Some(tensor(d_b, bias)?) };
         Ok((Some(tensor(d_x, x)?), Some(tensor(d_w, w)?), d_b))
     }
@@ -200,7 +207,14 @@ impl CustomOp1 for PackedCrossEntropy {
                 let bias = self.bias.as_deref();
                 self.weight.forward(&x[elements.clone()], rows.len(), bias, Activation::Identity, logits);
                 let (targets, d_losses) = (&self.targets[rows.clone()], &d_losses[rows.clone()]);
-                kernels::cross_entropy_backward(logits, n_classes, targets, self.smoothing, d_losses, d_logits);
+                kernels::cross_entropy_backward(
+                    logits,
+                    n_classes,
+                    targets,
+                    self.smoothing,
+                    d_losses,
+                    d_logits,
+                );
                 self.weight.input_gradient(d_logits, rows.len(), &mut d_x[elements]);
             }
             d_x

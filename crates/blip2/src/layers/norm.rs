@@ -129,9 +129,10 @@ impl CustomOp3 for Norm {
         _: &Tensor,
         d_out: &Tensor,
     ) -> Result<(Option<Tensor>, Option<Tensor>, Option<Tensor>)> {
-        let (d_x, d_wb) = with_slices([x, residual, wb, &d_out.contiguous()?], |[x, residual, wb, d_out]| {
-            self.backward(x, Some(residual), wb, d_out)
-        })?;
+        let (d_x, d_wb) =
+            with_slices([x, residual, wb, &d_out.contiguous()?], |[x, residual, wb, d_out]| {
+                self.backward(x, Some(residual), wb, d_out)
+            })?;
         let d_x = tensor(d_x, x)?;
         Ok((Some(d_x.clone()), Some(d_x), Some(tensor(d_wb, wb)?)))
     }

@@ -4,7 +4,9 @@ use candle_core::{CpuStorage, Layout, Result, Storage, Tensor, bail};
 
 /// The contiguous f32 elements behind a custom operation's argument.
 pub(super) fn slice<'a>(storage: &'a CpuStorage, layout: &Layout) -> Result<&'a [f32]> {
-    let Some((start, end)) = layout.contiguous_offsets() else { bail!("a kernel argument is not contiguous") };
+    let Some((start, end)) = layout.contiguous_offsets() else {
+        bail!("a kernel argument is not contiguous")
+    };
     Ok(&storage.as_slice::<f32>()?[start..end])
 }
 
