@@ -1,1 +1,3 @@
 //! weights
+
+pub mod torch_pickle;
