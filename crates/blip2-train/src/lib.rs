@@ -7,10 +7,13 @@
 pub mod checkpoint;
 pub mod error;
 pub mod gradients;
+pub mod health;
 pub mod initialize;
+pub mod log;
 pub mod losses;
 pub mod metrics;
 pub mod optimizer;
+pub mod plot;
 pub mod random;
 pub mod schedule;
 pub mod stage1;
