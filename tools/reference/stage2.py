@@ -12,7 +12,6 @@ from .qformer import Output, QFormer, QFormerConfig
 
 IMAGE_ROW = -1
 """In `Stage2Batch.ids`: the places of the projected queries, Q in a row for each sample."""
-IGNORED = -100
 
 
 @dataclass
@@ -33,8 +32,8 @@ class Stage2Output:
     query_pass: Output
     soft_tokens: Tensor
     """[B, Q, width of the language model]"""
-    logits: Tensor
-    """[B, S, V]"""
+    logits: Tensor | None
+    """[B, S, V], or None when only the loss was asked for."""
 
 
 class Stage2(nn.Module):
@@ -48,7 +47,8 @@ class Stage2(nn.Module):
         self.language_projection = nn.Linear(config.hidden_size, language_model.config.hidden_size)
         self.language_model = language_model.requires_grad_(False)
 
-    def forward(self, batch: Stage2Batch) -> Stage2Output:
+    def forward(self, batch: Stage2Batch, all_logits: bool = True) -> Stage2Output:
+        """`all_logits=False` spends the vocabulary projection on the rows that predict a target only."""
         image = self.vision_layernorm(batch.image_embeds)
         query_pass = self.qformer.queries(self.query_tokens.expand(image.shape[0], -1, -1), image)
         soft_tokens = self.language_projection(query_pass.last)
@@ -57,8 +57,16 @@ class Stage2(nn.Module):
         rows = self.language_model.get_input_embeddings()(batch.ids.masked_fill(is_image, 0))
         # Row-major order of the mask is the order of the soft tokens: sample by sample, query by query.
         rows = rows.masked_scatter(is_image[..., None], soft_tokens.to(rows.dtype))
-        logits = self.language_model(inputs_embeds=rows, attention_mask=batch.mask.long(), use_cache=False).logits
+        hidden = self.language_model.model(inputs_embeds=rows, attention_mask=batch.mask.long(), use_cache=False)[0]
 
-        targets = batch.ids.masked_fill(~batch.is_target, IGNORED)[:, 1:]
-        loss = F.cross_entropy(logits[:, :-1].flatten(0, 1), targets.flatten(), ignore_index=IGNORED)
+        # A target is predicted by the row before it.
+        predicts = batch.is_target.roll(-1, dims=1)
+        predicts[:, -1] = False
+        targets = batch.ids[:, 1:][predicts[:, :-1]]
+        logits = None
+        if all_logits:
+            logits = self.language_model.lm_head(hidden)
+            loss = F.cross_entropy(logits[predicts], targets)
+        else:
+            loss = F.cross_entropy(self.language_model.lm_head(hidden[predicts]).float(), targets)
         return Stage2Output(loss, query_pass, soft_tokens, logits)
