@@ -11,6 +11,7 @@ use candle_core::Var;
 use safetensors::tensor::{Dtype, SafeTensors, TensorView};
 use serde::{Deserialize, Serialize};
 
+use crate::data::LoaderState;
 use crate::initialize::Tensors;
 use crate::optimizer::{Moments, Optimizer};
 use crate::{Error, Result};
@@ -21,10 +22,8 @@ use crate::{Error, Result};
 pub struct State {
     /// Optimiser steps made.
     pub step: u64,
-    /// The epoch the next batch belongs to.
-    pub epoch: u64,
-    /// How many samples of that epoch were used.
-    pub position: usize,
+    /// Where the loader stands.
+    pub loader: LoaderState,
     /// The run's configuration, as TOML.
     pub config: String,
 }

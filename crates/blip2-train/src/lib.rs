@@ -17,5 +17,6 @@ pub mod plot;
 pub mod random;
 pub mod schedule;
 pub mod stage1;
+pub mod trainer;
 
 pub use error::{Error, Result};

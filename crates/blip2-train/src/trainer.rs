@@ -1,0 +1,161 @@
+//! The training loop: deal a batch, compute gradients, update, report, save.
+//!
+//! The loop knows neither models nor losses: a stage is an [`Objective`]. Everything it needs to go on after a stop
+//! is in the checkpoint, and everything random depends on the seed and the step alone, so a run that was killed and
+//! resumed ends with the same weights, bit for bit, as one that was not.
+
+use std::collections::BTreeMap;
+use std::ops::ControlFlow;
+use std::path::{Path, PathBuf};
+
+use candle_core::{Tensor, Var};
+use serde::{Deserialize, Serialize};
+
+use crate::checkpoint::{self, State};
+use crate::data::{Batch, Loader};
+use crate::gradients::Gradients;
+use crate::optimizer::{Optimizer, OptimizerConfig};
+use crate::schedule::Schedule;
+use crate::{Error, Result};
+
+/// A stage of training: what it trains, and what a batch teaches it.
+pub trait Objective {
+    /// The trainable variables by checkpoint name.
+    fn variables(&self) -> &BTreeMap<String, Var>;
+
+    /// The gradients of a batch, and the values to report; the first value is the total loss.
+    ///
+    /// # Errors
+    /// When the batch cannot be used or the tensor engine fails.
+    fn gradients(&self, batch: &Batch, step: u64) -> Result<(Gradients, Vec<Value>)>;
+}
+
+/// A named number of a step, as it appears in progress lines, logs and plots.
+pub type Value = (&'static str, f64);
+
+/// The settings of the loop.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct LoopConfig {
+    /// Passes over the data.
+    pub epochs: u64,
+    /// The learning rate over the run.
+    pub learning_rate: Schedule,
+    /// AdamW's constants.
+    #[serde(default)]
+    pub optimizer: OptimizerConfig,
+    /// Steps between checkpoints.
+    pub save_every: u64,
+}
+
+/// A finished step.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Report {
+    /// Steps made, this one included.
+    pub step: u64,
+    /// Steps of the whole run.
+    pub n_steps: u64,
+    /// The epoch, from 0.
+    pub epoch: u64,
+    /// What the objective reported; the total loss first.
+    pub values: Vec<Value>,
+    /// The learning rate it was made with.
+    pub learning_rate: f64,
+    /// Length of the gradient before clipping.
+    pub gradient_norm: f64,
+}
+
+/// How a run ended.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Outcome {
+    /// All steps were made; the last checkpoint.
+    Finished(PathBuf),
+    /// The observer asked to stop; the checkpoint to resume from.
+    Stopped(PathBuf),
+}
+
+/// Where a run starts.
+#[derive(Debug)]
+pub struct Start {
+    optimizer: Optimizer,
+    step: u64,
+}
+
+impl Start {
+    /// From the first step.
+    pub fn fresh(config: &LoopConfig, objective: &impl Objective) -> Self {
+        Self { optimizer: Optimizer::new(config.optimizer, objective.variables()), step: 0 }
+    }
+
+    /// From a checkpoint: restores the variables' values, the optimiser and the loader's place.
+    ///
+    /// # Errors
+    /// When the checkpoint belongs to another model or to other data.
+    pub fn resume(path: &Path, config: &LoopConfig, objective: &impl Objective, loader: &mut Loader) -> Result<Self> {
+        let (state, mut model, moments) = checkpoint::load(path)?;
+        let variables = objective.variables();
+        for (name, variable) in variables {
+            let fits = model.remove(name).filter(|(shape, _)| shape == variable.dims());
+            let Some((shape, data)) = fits else {
+                return Err(Error::file(path, format!("has no `{name}` of shape {:?}", variable.dims())));
+            };
+            variable.set(&Tensor::from_vec(data, shape, variable.device())?)?;
+        }
+        if let Some(name) = model.keys().next() {
+            return Err(Error::file(path, format!("holds `{name}`, which this run does not train")));
+        }
+        loader.restore(&state.loader)?;
+        let optimizer = Optimizer::resume(config.optimizer, variables, moments, state.step)?;
+        Ok(Self { optimizer, step: state.step })
+    }
+}
+
+/// Runs the loop from `start` to the end of the last epoch, or until `on_step` breaks.
+///
+/// `settings` is the run's whole configuration as text; every checkpoint carries it.
+///
+/// # Errors
+/// When a loss or gradient is not finite (the last checkpoint stays as it was), or a checkpoint cannot be written.
+pub fn train(
+    objective: &impl Objective,
+    loader: &mut Loader,
+    config: &LoopConfig,
+    settings: &str,
+    run_dir: &Path,
+    start: Start,
+    on_step: &mut dyn FnMut(&Report) -> ControlFlow<()>,
+) -> Result<Outcome> {
+    let Start { mut optimizer, mut step } = start;
+    let n_steps = config.epochs * loader.batches_per_epoch() as u64;
+    if step >= n_steps {
+        return Err(Error::config("epochs", format!("{n_steps} steps are already made: there is nothing left to do")));
+    }
+    let save = |step, loader: &Loader, optimizer: &Optimizer| {
+        let state = State { step, loader: loader.state(), config: settings.to_owned() };
+        checkpoint::save(run_dir, &state, objective.variables(), optimizer)
+    };
+    loop {
+        let batch = loader.next_batch();
+        let (gradients, values) = objective.gradients(&batch, step)?;
+        if let Some((name, _)) = values.iter().find(|(_, value)| !value.is_finite()) {
+            return Err(Error::NotFinite { step, what: (*name).to_owned() });
+        }
+        // A part of the graph that no gradient reaches would silently stay untrained.
+        if let (0, [name, ..]) = (step, &gradients.missing(objective.variables())[..]) {
+            return Err(Error::Training(format!("no gradient reaches `{name}`")));
+        }
+        let learning_rate = config.learning_rate.at(step, n_steps);
+        let gradient_norm = optimizer.step(objective.variables(), &gradients, learning_rate)?;
+        step += 1;
+        let stop = on_step(&Report { step, n_steps, epoch: batch.epoch, values, learning_rate, gradient_norm });
+        if step == n_steps {
+            return save(step, loader, &optimizer).map(Outcome::Finished);
+        }
+        if stop.is_break() {
+            return save(step, loader, &optimizer).map(Outcome::Stopped);
+        }
+        if step.is_multiple_of(config.save_every.max(1)) {
+            save(step, loader, &optimizer)?;
+        }
+    }
+}
