@@ -1,1 +1,78 @@
-//! adamw
+//! The AdamW update (arXiv 1711.05101), as `torch.optim.AdamW` computes it.
+
+use rayon::prelude::*;
+
+use crate::isa::{Isa, with_isa};
+
+/// The constants of one update.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct AdamW {
+    /// Learning rate.
+    pub lr: f32,
+    /// Decay of the mean of the gradients.
+    pub beta1: f32,
+    /// Decay of the mean of the squared gradients.
+    pub beta2: f32,
+    /// Added to the root.
+    pub eps: f32,
+    /// Decoupled weight decay.
+    pub weight_decay: f32,
+    /// Which update this is, from 1.
+    pub step: u64,
+}
+
+/// Updates `param` and its moments in place; the gradient counts `grad_scale` times.
+///
+/// # Panics
+/// When the lengths differ.
+pub fn adamw_step(param: &mut [f32], grad: &[f32], grad_scale: f32, m: &mut [f32], v: &mut [f32], h: AdamW) {
+    assert!(grad.len() == param.len() && m.len() == param.len() && v.len() == param.len(), "lengths differ");
+    const CHUNK: usize = 1 << 14;
+    let (beta1, beta2) = (f64::from(h.beta1), f64::from(h.beta2));
+    let step_size = (f64::from(h.lr) / (1.0 - beta1.powf(h.step as f64))) as f32;
+    let root_correction = (1.0 - beta2.powf(h.step as f64)).sqrt() as f32;
+    let decay = 1.0 - h.lr * h.weight_decay;
+    let isa = Isa::detect();
+    let chunks = param.par_chunks_mut(CHUNK).zip(grad.par_chunks(CHUNK));
+    let moments = m.par_chunks_mut(CHUNK).zip(v.par_chunks_mut(CHUNK));
+    chunks.zip(moments).for_each(|((param, grad), (m, v))| {
+        with_isa(isa, || {
+            for i in 0..param.len() {
+                let g = grad[i] * grad_scale;
+                m[i] += (g - m[i]) * (1.0 - h.beta1);
+                v[i] = v[i] * h.beta2 + g * g * (1.0 - h.beta2);
+                let denominator = v[i].sqrt() / root_correction + h.eps;
+                param[i] = param[i] * decay - step_size * (m[i] / denominator);
+            }
+        });
+    });
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn ten_steps_equal_the_definition_in_double_precision() {
+        let h = AdamW { lr: 1e-2, beta1: 0.9, beta2: 0.98, eps: 1e-8, weight_decay: 0.05, step: 0 };
+        let mut param = vec![0.5f32, -1.0, 2.0];
+        let (mut m, mut v) = (vec![0.0; 3], vec![0.0; 3]);
+        let mut expected: Vec<[f64; 3]> = param.iter().map(|&p| [f64::from(p), 0.0, 0.0]).collect();
+        for step in 1..=10u64 {
+            let grad: Vec<f32> = (0..3).map(|i| ((step * 7 + i) as f32).sin()).collect();
+            adamw_step(&mut param, &grad, 0.5, &mut m, &mut v, AdamW { step, ..h });
+            for ([p, m, v], g) in expected.iter_mut().zip(&grad) {
+                let g = f64::from(*g) * 0.5;
+                *p -= 1e-2 * 0.05 * *p;
+                *m = 0.9 * *m + 0.1 * g;
+                *v = 0.98 * *v + 0.02 * g * g;
+                let (m_hat, v_hat) =
+                    (*m / (1.0 - 0.9f64.powi(step as i32)), *v / (1.0 - 0.98f64.powi(step as i32)));
+                *p -= 1e-2 * m_hat / (v_hat.sqrt() + 1e-8);
+            }
+        }
+        for (p, [expected, ..]) in param.iter().zip(expected) {
+            assert!((f64::from(*p) - expected).abs() < 2e-6, "{p} {expected}");
+        }
+    }
+}

@@ -1,1 +1,175 @@
-//! conv
+//! Convolutions in NHWC: depthwise, and the rearrangement that makes any other one a matrix product.
+
+use rayon::prelude::*;
+
+use crate::activation::{Activation, activate_in_place};
+use crate::isa::{Isa, with_isa};
+
+/// Sizes of a convolution over one or more pictures.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct ConvDims {
+    /// Pictures.
+    pub batch: usize,
+    /// Input rows.
+    pub height: usize,
+    /// Input columns.
+    pub width: usize,
+    /// Input channels.
+    pub channels: usize,
+    /// Side of the square kernel.
+    pub kernel: usize,
+    /// Step of the kernel.
+    pub stride: usize,
+    /// Zero rows above the picture.
+    pub pad_top: usize,
+    /// Zero columns left of the picture.
+    pub pad_left: usize,
+    /// Output rows.
+    pub out_height: usize,
+    /// Output columns.
+    pub out_width: usize,
+}
+
+impl ConvDims {
+    /// TensorFlow's "SAME": the output is `ceil(input / stride)`, the odd zero goes to the bottom and right.
+    pub fn same(
+        batch: usize,
+        height: usize,
+        width: usize,
+        channels: usize,
+        kernel: usize,
+        stride: usize,
+    ) -> Self {
+        let (out_height, out_width) = (height.div_ceil(stride), width.div_ceil(stride));
+        let pad = |out: usize, size: usize| ((out - 1) * stride + kernel).saturating_sub(size) / 2;
+        let (pad_top, pad_left) = (pad(out_height, height), pad(out_width, width));
+        Self { batch, height, width, channels, kernel, stride, pad_top, pad_left, out_height, out_width }
+    }
+
+    fn input_len(&self) -> usize {
+        self.batch * self.height * self.width * self.channels
+    }
+
+    /// The input position of kernel cell `(ky, kx)` for output `(y, x)`, unless it falls on padding.
+    #[inline(always)]
+    fn source(&self, y: usize, x: usize, ky: usize, kx: usize) -> Option<usize> {
+        let row = (y * self.stride + ky).checked_sub(self.pad_top).filter(|&row| row < self.height)?;
+        let column =
+            (x * self.stride + kx).checked_sub(self.pad_left).filter(|&column| column < self.width)?;
+        Some(row * self.width + column)
+    }
+}
+
+/// Convolves each channel with its own kernel; `weight` is `[kernel, kernel, channels]`.
+///
+/// # Panics
+/// When the lengths do not fit.
+pub fn depthwise_conv2d(
+    x: &[f32],
+    dims: ConvDims,
+    weight: &[f32],
+    bias: &[f32],
+    activation: Activation,
+    out: &mut [f32],
+) {
+    let c = dims.channels;
+    assert_eq!(x.len(), dims.input_len(), "x must be [batch, height, width, channels]");
+    assert!(weight.len() == dims.kernel * dims.kernel * c && bias.len() == c, "weight or bias do not fit");
+    let row_len = dims.out_width * c;
+    assert_eq!(out.len(), dims.batch * dims.out_height * row_len, "out does not fit");
+    let isa = Isa::detect();
+    out.par_chunks_exact_mut(row_len.max(1)).enumerate().for_each(|(row, out)| {
+        let (picture, y) = (row / dims.out_height, row % dims.out_height);
+        let x = &x[picture * dims.height * dims.width * c..][..dims.height * dims.width * c];
+        with_isa(isa, || {
+            for (column, out) in out.chunks_exact_mut(c).enumerate() {
+                out.copy_from_slice(bias);
+                for ky in 0..dims.kernel {
+                    for kx in 0..dims.kernel {
+                        let Some(source) = dims.source(y, column, ky, kx) else { continue };
+                        let (x, w) = (&x[source * c..][..c], &weight[(ky * dims.kernel + kx) * c..][..c]);
+                        for i in 0..c {
+                            out[i] += x[i] * w[i];
+                        }
+                    }
+                }
+            }
+        });
+    });
+    if activation != Activation::Identity {
+        activate_in_place(out, activation);
+    }
+}
+
+/// Lays out, for each output position, the inputs under the kernel: `[batch * out_height * out_width, kernel * kernel *
+/// channels]`, so that a convolution is a matrix product.
+///
+/// # Panics
+/// When the lengths do not fit.
+pub fn im2col(x: &[f32], dims: ConvDims, out: &mut [f32]) {
+    let c = dims.channels;
+    let patch = dims.kernel * dims.kernel * c;
+    assert_eq!(x.len(), dims.input_len(), "x must be [batch, height, width, channels]");
+    assert_eq!(out.len(), dims.batch * dims.out_height * dims.out_width * patch, "out does not fit");
+    out.par_chunks_exact_mut((dims.out_width * patch).max(1)).enumerate().for_each(|(row, out)| {
+        let (picture, y) = (row / dims.out_height, row % dims.out_height);
+        let x = &x[picture * dims.height * dims.width * c..][..dims.height * dims.width * c];
+        for (column, out) in out.chunks_exact_mut(patch).enumerate() {
+            for (cell, out) in out.chunks_exact_mut(c).enumerate() {
+                match dims.source(y, column, cell / dims.kernel, cell % dims.kernel) {
+                    Some(source) => out.copy_from_slice(&x[source * c..][..c]),
+                    None => out.fill(0.0),
+                }
+            }
+        }
+    });
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn depthwise_equals_the_definition_for_every_stride_and_padding() {
+        for (height, width, kernel, stride) in
+            [(5, 7, 3, 1), (6, 4, 3, 2), (9, 9, 5, 2), (1, 1, 5, 1), (8, 8, 5, 1)]
+        {
+            let (batch, c) = (2, 19);
+            let dims = ConvDims::same(batch, height, width, c, kernel, stride);
+            let number = |i: usize| (i as f32 * 0.77).sin();
+            let x: Vec<f32> = (0..dims.input_len()).map(number).collect();
+            let weight: Vec<f32> = (0..kernel * kernel * c).map(|i| number(i + 5)).collect();
+            let bias: Vec<f32> = (0..c).map(|i| number(i + 9)).collect();
+            let mut out = vec![0.0; batch * dims.out_height * dims.out_width * c];
+            depthwise_conv2d(&x, dims, &weight, &bias, Activation::Relu6, &mut out);
+            let mut columns = vec![0.0; batch * dims.out_height * dims.out_width * kernel * kernel * c];
+            im2col(&x, dims, &mut columns);
+            let total_pad = ((dims.out_height - 1) * stride + kernel).saturating_sub(height);
+            assert_eq!(dims.pad_top, total_pad / 2, "the odd zero goes below");
+            for (position, out) in out.chunks(c).enumerate() {
+                let (b, y, x_out) = (
+                    position / (dims.out_height * dims.out_width),
+                    position / dims.out_width % dims.out_height,
+                    position % dims.out_width,
+                );
+                for ch in 0..c {
+                    let mut expected = f64::from(bias[ch]);
+                    for cell in 0..kernel * kernel {
+                        let row = (y * stride + cell / kernel) as isize - dims.pad_top as isize;
+                        let column = (x_out * stride + cell % kernel) as isize - dims.pad_left as isize;
+                        let inside =
+                            row >= 0 && column >= 0 && (row as usize) < height && (column as usize) < width;
+                        let value = if inside {
+                            x[((b * height + row as usize) * width + column as usize) * c + ch]
+                        } else {
+                            0.0
+                        };
+                        assert_eq!(columns[(position * kernel * kernel + cell) * c + ch], value);
+                        expected += f64::from(value) * f64::from(weight[cell * c + ch]);
+                    }
+                    assert!((f64::from(out[ch]) - expected.clamp(0.0, 6.0)).abs() < 1e-4);
+                }
+            }
+        }
+    }
+}

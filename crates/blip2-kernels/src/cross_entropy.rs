@@ -1,1 +1,100 @@
-//! cross_entropy
+//! Softmax cross-entropy with label smoothing.
+
+use rayon::prelude::*;
+
+use crate::isa::{Isa, with_isa};
+use crate::lanes::{exp, max, sum, sum_by};
+
+/// The loss of each row: `(1 - s) * -log p[target] + s * mean over classes of -log p`.
+///
+/// # Panics
+/// When the lengths do not fit or a target is not below `n_classes`.
+pub fn cross_entropy(logits: &[f32], n_classes: usize, targets: &[u32], smoothing: f32, losses: &mut [f32]) {
+    assert!(logits.len() == targets.len() * n_classes && losses.len() == targets.len(), "lengths do not fit");
+    let isa = Isa::detect();
+    let rows = logits.par_chunks_exact(n_classes.max(1)).zip(targets).zip(losses);
+    rows.for_each(|((row, &target), loss)| {
+        with_isa(isa, || {
+            let max = max(row);
+            let log_sum = max + sum_by(row.len(), |i| exp(row[i] - max)).ln();
+            let nll = log_sum - row[target as usize];
+            let uniform = if smoothing == 0.0 { 0.0 } else { log_sum - sum(row) / n_classes as f32 };
+            *loss = (1.0 - smoothing) * nll + smoothing * uniform;
+        });
+    });
+}
+
+/// `d_logits = d_loss * (softmax(logits) - target distribution)`, row by row.
+///
+/// # Panics
+/// As [`cross_entropy`].
+pub fn cross_entropy_backward(
+    logits: &[f32],
+    n_classes: usize,
+    targets: &[u32],
+    smoothing: f32,
+    d_losses: &[f32],
+    d_logits: &mut [f32],
+) {
+    assert!(
+        logits.len() == targets.len() * n_classes && d_losses.len() == targets.len(),
+        "lengths do not fit"
+    );
+    assert_eq!(d_logits.len(), logits.len(), "lengths do not fit");
+    let isa = Isa::detect();
+    let inputs = logits.par_chunks_exact(n_classes.max(1)).zip(targets).zip(d_losses);
+    inputs.zip(d_logits.par_chunks_exact_mut(n_classes.max(1))).for_each(
+        |(((row, &target), &d_loss), d_row)| {
+            with_isa(isa, || {
+                let max = max(row);
+                d_row.iter_mut().zip(row).for_each(|(d, x)| *d = exp(x - max));
+                let scale = d_loss / sum(d_row);
+                let floor = d_loss * smoothing / n_classes as f32;
+                d_row.iter_mut().for_each(|d| *d = *d * scale - floor);
+                d_row[target as usize] -= d_loss * (1.0 - smoothing);
+            });
+        },
+    );
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn reference(row: &[f64], target: usize, smoothing: f64) -> f64 {
+        let log_sum = row.iter().map(|x| x.exp()).sum::<f64>().ln();
+        let mean = row.iter().map(|x| log_sum - x).sum::<f64>() / row.len() as f64;
+        (1.0 - smoothing) * (log_sum - row[target]) + smoothing * mean
+    }
+
+    #[test]
+    fn losses_and_gradients_equal_the_definition() {
+        for n_classes in [1, 2, 15, 16, 33, 67] {
+            for smoothing in [0.0f32, 0.1] {
+                let logits: Vec<f32> = (0..3 * n_classes).map(|i| (i as f32 * 1.7).sin() * 4.0).collect();
+                let targets = [0, n_classes as u32 - 1, n_classes as u32 / 2];
+                let d_losses = [1.0, -0.5, 2.0];
+                let mut losses = [0.0; 3];
+                cross_entropy(&logits, n_classes, &targets, smoothing, &mut losses);
+                let mut d_logits = vec![0.0; logits.len()];
+                cross_entropy_backward(&logits, n_classes, &targets, smoothing, &d_losses, &mut d_logits);
+                for r in 0..3 {
+                    let row: Vec<f64> =
+                        logits[r * n_classes..(r + 1) * n_classes].iter().map(|&x| f64::from(x)).collect();
+                    let loss = |row: &[f64]| reference(row, targets[r] as usize, f64::from(smoothing));
+                    assert!((f64::from(losses[r]) - loss(&row)).abs() < 1e-5, "{n_classes} {smoothing}");
+                    for j in 0..n_classes {
+                        let shifted = |by: f64| {
+                            let mut row = row.clone();
+                            row[j] += by;
+                            loss(&row)
+                        };
+                        let slope = (shifted(1e-5) - shifted(-1e-5)) / 2e-5 * f64::from(d_losses[r]);
+                        let found = f64::from(d_logits[r * n_classes + j]);
+                        assert!((found - slope).abs() < 1e-5, "{n_classes} {smoothing} {j}: {found} {slope}");
+                    }
+                }
+            }
+        }
+    }
+}

@@ -1,1 +1,282 @@
-//! gemm
+//! Matrix products of strided f32 views.
+//!
+//! `B` is packed into panels of 32 columns, `A` into rows of one block of `k`; a micro-kernel keeps up to 12 × 32 sums in
+//! registers. With [`Precision::Bf16`] both are rounded to bf16 while packing and multiplied in pairs along `k`
+//! (`vdpbf16ps`). Each sum runs over `k` in order whatever the sizes, so a row of the result does not depend on the
+//! number of rows.
+
+mod micro;
+mod pack;
+
+use std::cell::RefCell;
+
+use rayon::prelude::*;
+
+use crate::isa::Isa;
+pub(crate) use pack::{Panels, pack_panels};
+
+/// Precision of the products; sums are always f32.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum Precision {
+    /// Operands as they are.
+    F32,
+    /// Operands rounded to the nearest bf16.
+    Bf16,
+}
+
+impl Precision {
+    /// Elements along `k` that one packed 32-bit word holds.
+    pub(crate) fn per_word(self) -> usize {
+        match self {
+            Self::F32 => 1,
+            Self::Bf16 => 2,
+        }
+    }
+}
+
+/// A view whose element `(r, c)` is `data[r * row_stride + c * col_stride]`.
+#[derive(Debug, Clone, Copy)]
+pub struct MatrixRef<'a> {
+    /// The elements.
+    pub data: &'a [f32],
+    /// Distance between rows.
+    pub row_stride: usize,
+    /// Distance between columns.
+    pub col_stride: usize,
+}
+
+impl MatrixRef<'_> {
+    fn check(&self, rows: usize, cols: usize) {
+        if rows > 0 && cols > 0 {
+            let last = (rows - 1) * self.row_stride + (cols - 1) * self.col_stride;
+            assert!(
+                last < self.data.len(),
+                "a {rows} x {cols} view reaches beyond its {} elements",
+                self.data.len()
+            );
+        }
+    }
+}
+
+/// Columns of a panel of `B`: two AVX-512 registers.
+pub(crate) const NR: usize = 32;
+/// Rows of the register tile: 12 × 2 sums, 2 registers of `B` and one of `A` out of 32.
+const MR: usize = 12;
+/// Packed words along `k` in a block: a 32-column panel is 32 KiB, which stays in the first two cache levels.
+pub(crate) const KW: usize = 256;
+/// Words between rows of packed `A`: not a power of two, so that twelve rows do not share cache sets.
+const A_STRIDE: usize = KW + 16;
+/// Rows of `A` that a task packs at once.
+const ROWS_A_TASK: usize = 8 * MR;
+
+/// `c = a b` (or `c += a b`), `a`: `m × k`, `b`: `k × n`, `c`: `m × n` row-major.
+///
+/// # Panics
+/// When a view does not hold its elements or `c` is not of length `m * n`.
+pub fn gemm(
+    m: usize,
+    n: usize,
+    k: usize,
+    a: MatrixRef<'_>,
+    b: MatrixRef<'_>,
+    c: &mut [f32],
+    accumulate: bool,
+    precision: Precision,
+) {
+    gemm_with(Isa::detect(), m, n, k, a, b, c, accumulate, precision);
+}
+
+#[allow(clippy::too_many_arguments, reason = "the operands of a matrix product")]
+fn gemm_with(
+    isa: Isa,
+    m: usize,
+    n: usize,
+    k: usize,
+    a: MatrixRef<'_>,
+    b: MatrixRef<'_>,
+    c: &mut [f32],
+    accumulate: bool,
+    precision: Precision,
+) {
+    a.check(m, k);
+    b.check(k, n);
+    assert_eq!(c.len(), m * n, "c must be m * n");
+    if !accumulate {
+        c.fill(0.0);
+    }
+    if m == 0 || n == 0 || k == 0 {
+        return;
+    }
+    thread_local!(static PANELS: RefCell<Vec<u32>> = const { RefCell::new(Vec::new()) });
+    // Taken, not borrowed: a waiting thread may run another task that multiplies too.
+    let mut buffer = PANELS.take();
+    let block = KW * precision.per_word();
+    for k_start in (0..k).step_by(block) {
+        let k_len = block.min(k - k_start);
+        let b_block = MatrixRef { data: &b.data[(k_start * b.row_stride).min(b.data.len())..], ..b };
+        let panels = pack_panels(isa, precision, k_len, n, b_block, &mut buffer);
+        let a_block = MatrixRef { data: &a.data[(k_start * a.col_stride).min(a.data.len())..], ..a };
+        multiply(isa, m, a_block, panels, c);
+    }
+    PANELS.set(buffer);
+}
+
+/// `c += a * panels` for one block of `k`.
+pub(crate) fn multiply(isa: Isa, m: usize, a: MatrixRef<'_>, panels: Panels<'_>, c: &mut [f32]) {
+    let n = panels.n;
+    let n_panels = n.div_ceil(NR);
+    // Enough tasks for the threads: few rows are cut along the columns.
+    let row_blocks = m.div_ceil(ROWS_A_TASK);
+    let wanted = 4 * rayon::current_num_threads();
+    let column_groups = if row_blocks >= wanted { 1 } else { wanted.div_ceil(row_blocks).min(n_panels) };
+    let panels_a_group = n_panels.div_ceil(column_groups);
+    let column_groups = n_panels.div_ceil(panels_a_group);
+    let out = Output(c.as_mut_ptr());
+    (0..row_blocks * column_groups).into_par_iter().for_each(|task| {
+        thread_local!(static ROWS: RefCell<Vec<u32>> = const { RefCell::new(Vec::new()) });
+        let (row_block, group) = (task / column_groups, task % column_groups);
+        let rows = row_block * ROWS_A_TASK..((row_block + 1) * ROWS_A_TASK).min(m);
+        let mut packed = ROWS.take();
+        packed.resize(ROWS_A_TASK * A_STRIDE, 0);
+        let data = &a.data[(rows.start * a.row_stride).min(a.data.len())..];
+        pack::pack_rows(
+            isa,
+            panels.precision,
+            panels.k_len,
+            rows.len(),
+            MatrixRef { data, ..a },
+            A_STRIDE,
+            &mut packed,
+        );
+        for panel in group * panels_a_group..((group + 1) * panels_a_group).min(n_panels) {
+            let words = panels.panel(panel);
+            let width = NR.min(n - panel * NR);
+            for tile in (0..rows.len()).step_by(MR) {
+                let n_rows = MR.min(rows.len() - tile);
+                // SAFETY: rows `rows.start + tile ..+ n_rows` and columns `panel * NR ..+ width` lie in `c`, which is
+                // m * n; no other task has this row block and column group.
+                let c = unsafe { out.at((rows.start + tile) * n + panel * NR) };
+                let a = &packed[tile * A_STRIDE..];
+                // SAFETY: as above; `a` holds `n_rows` rows of A_STRIDE words and `words` is a whole panel.
+                unsafe { micro::tile(isa, panels.precision, n_rows, a, A_STRIDE, words, c, n, width) };
+            }
+        }
+        ROWS.set(packed);
+    });
+}
+
+/// A pointer that tasks write disjoint parts through.
+#[derive(Clone, Copy)]
+pub(crate) struct Output(pub(crate) *mut f32);
+
+// SAFETY: every user writes disjoint parts from different tasks, as the comment at each use shows.
+unsafe impl Send for Output {}
+// SAFETY: as above.
+unsafe impl Sync for Output {}
+
+impl Output {
+    /// # Safety
+    /// `offset` must lie inside the allocation.
+    #[inline(always)]
+    pub(crate) unsafe fn at(&self, offset: usize) -> *mut f32 {
+        // SAFETY: the caller's promise.
+        unsafe { self.0.add(offset) }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn numbers(n: usize, seed: u32) -> Vec<f32> {
+        let mut state = seed.wrapping_mul(2_654_435_761).wrapping_add(1);
+        (0..n)
+            .map(|_| {
+                state = state.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);
+                (state >> 8) as f32 / (1 << 23) as f32 - 1.0
+            })
+            .collect()
+    }
+
+    fn round(x: f32, precision: Precision) -> f64 {
+        match precision {
+            Precision::F32 => f64::from(x),
+            Precision::Bf16 => half::bf16::from_f32(x).to_f64(),
+        }
+    }
+
+    fn check(m: usize, n: usize, k: usize, transposed: (bool, bool), precision: Precision, isa: Isa) {
+        let (a, b) = (numbers(m * k, 1), numbers(k * n, 2));
+        let view = |data, cols: usize, rows: usize, transposed| {
+            let (row_stride, col_stride) = if transposed { (1, rows) } else { (cols, 1) };
+            MatrixRef { data, row_stride, col_stride }
+        };
+        let (a, b) = (view(&a[..], k, m, transposed.0), view(&b[..], n, k, transposed.1));
+        let mut c = numbers(m * n, 3);
+        let before = c.clone();
+        gemm_with(isa, m, n, k, a, b, &mut c, true, precision);
+        for i in 0..m {
+            for j in 0..n {
+                let (mut expected, mut magnitude) = (f64::from(before[i * n + j]), 1.0);
+                for l in 0..k {
+                    let x = round(a.data[i * a.row_stride + l * a.col_stride], precision);
+                    let y = round(b.data[l * b.row_stride + j * b.col_stride], precision);
+                    expected += x * y;
+                    magnitude += (x * y).abs();
+                }
+                // k sums, each with half an ulp of the running magnitude.
+                let tolerance = magnitude * f64::from(f32::EPSILON) * (k as f64).sqrt().max(4.0);
+                let found = f64::from(c[i * n + j]);
+                assert!(
+                    (found - expected).abs() <= tolerance,
+                    "{isa:?} {precision:?} {m}x{n}x{k} {transposed:?} ({i}, {j}): {found} {expected}"
+                );
+            }
+        }
+    }
+
+    #[test]
+    fn products_equal_the_reference_for_all_strides_and_tails() {
+        let sizes = [
+            (1, 1, 1),
+            (1, 33, 3),
+            (12, 32, 2),
+            (13, 31, 5),
+            (25, 64, 67),
+            (97, 70, 33),
+            (5, 100, 513),
+            (50, 7, 1030),
+        ];
+        for isa in Isa::all_available() {
+            for precision in [Precision::F32, Precision::Bf16] {
+                for (m, n, k) in sizes {
+                    for transposed in [(false, false), (true, false), (false, true), (true, true)] {
+                        check(m, n, k, transposed, precision, isa);
+                    }
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn not_a_number_and_infinity_reach_the_result() {
+        for isa in Isa::all_available() {
+            for precision in [Precision::F32, Precision::Bf16] {
+                let a = [1.0, f32::from_bits(0x7fff_ffff), 1.0, f32::INFINITY];
+                let b = [1.0; 4];
+                let mut c = [0.0; 4];
+                let view = |data| MatrixRef { data, row_stride: 2, col_stride: 1 };
+                gemm_with(isa, 2, 2, 2, view(&a), view(&b), &mut c, false, precision);
+                assert!(c[0].is_nan() && c[1].is_nan(), "{isa:?} {precision:?} {c:?}");
+                assert_eq!((c[2], c[3]), (f32::INFINITY, f32::INFINITY), "{isa:?} {precision:?}");
+            }
+        }
+    }
+
+    #[test]
+    #[should_panic(expected = "reaches beyond")]
+    fn a_view_that_is_too_short_is_refused() {
+        let view = MatrixRef { data: &[0.0; 5], row_stride: 3, col_stride: 1 };
+        gemm(2, 3, 3, view, view, &mut [0.0; 6], false, Precision::F32);
+    }
+}

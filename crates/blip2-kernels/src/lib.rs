@@ -1,6 +1,11 @@
 //! SIMD kernels of blip2: slices in, slices out.
 //!
-//! The only crate of the workspace with `unsafe` code; it knows no tensor type.
+//! The only crate of the workspace with `unsafe` code; it knows no tensor type. One operation is one file, with its
+//! tests. Results do not depend on the number of threads, and the result for a row does not depend on the rows
+//! beside it, bit for bit.
+//!
+//! Which instructions are used is decided at run time ([`isa::Isa::detect`]); `BLIP2_ISA=scalar|avx2|avx512` forces a
+//! lower set.
 #![allow(unsafe_code)]
 
 pub mod activation;
@@ -11,6 +16,7 @@ pub mod cross_entropy;
 pub mod dropout;
 pub mod gemm;
 pub mod isa;
+mod lanes;
 pub mod linear;
 pub mod norm;
 pub mod rope;

@@ -1,1 +1,233 @@
-//! linear
+//! A weight matrix packed once for the kernels.
+
+use rayon::prelude::*;
+
+use crate::activation::{Activation, activate_in_place};
+use crate::gemm::{KW, MatrixRef, NR, Panels, Precision, gemm, multiply, pack_panels};
+use crate::isa::Isa;
+
+/// Output rows unpacked at a time by the input gradient: a megabyte or so, not the whole matrix.
+const ROWS_A_GRADIENT_BLOCK: usize = 1024;
+
+/// A frozen weight `[out, in]`, stored in the panels that the matrix product reads.
+#[derive(Debug)]
+pub struct PackedWeight {
+    /// Per block of `k`: the panels of all outputs.
+    blocks: Vec<Vec<u32>>,
+    out_features: usize,
+    in_features: usize,
+    precision: Precision,
+}
+
+impl PackedWeight {
+    /// Packs a matrix given row by row: `row(i, into)` fills row `i` of `in_features` numbers.
+    ///
+    /// # Panics
+    /// When a size is zero.
+    pub fn pack(
+        out_features: usize,
+        in_features: usize,
+        precision: Precision,
+        row: &(dyn Fn(usize, &mut [f32]) + Sync),
+    ) -> Self {
+        assert!(out_features > 0 && in_features > 0, "an empty weight");
+        let block = KW * precision.per_word();
+        let n_words = |k_len: usize| k_len.div_ceil(precision.per_word());
+        let k_lens: Vec<usize> =
+            (0..in_features).step_by(block).map(|k| block.min(in_features - k)).collect();
+        // Panel by panel: each is filled from its own 32 rows.
+        let panels: Vec<Vec<Vec<u32>>> = (0..out_features.div_ceil(NR))
+            .into_par_iter()
+            .map(|panel| {
+                let width = NR.min(out_features - panel * NR);
+                let mut rows = vec![0.0; width * in_features];
+                rows.chunks_exact_mut(in_features).enumerate().for_each(|(i, out)| row(panel * NR + i, out));
+                let mut start = 0;
+                k_lens
+                    .iter()
+                    .map(|&k_len| {
+                        let view = MatrixRef { data: &rows[start..], row_stride: 1, col_stride: in_features };
+                        start += k_len;
+                        let mut words = Vec::new();
+                        pack_panels(Isa::detect(), precision, k_len, width, view, &mut words);
+                        words
+                    })
+                    .collect()
+            })
+            .collect();
+        let mut blocks: Vec<Vec<u32>> =
+            k_lens.iter().map(|&k_len| Vec::with_capacity(panels.len() * n_words(k_len) * NR)).collect();
+        for panel in panels {
+            blocks.iter_mut().zip(panel).for_each(|(block, words)| block.extend(words));
+        }
+        Self { blocks, out_features, in_features, precision }
+    }
+
+    /// `y = activation(x Wᵀ + bias)`; `x` is `[n_rows, in]`, `y` `[n_rows, out]`.
+    ///
+    /// A row of `y` is the same, bit for bit, whatever `n_rows` is.
+    ///
+    /// # Panics
+    /// When the lengths do not fit.
+    pub fn forward(
+        &self,
+        x: &[f32],
+        n_rows: usize,
+        bias: Option<&[f32]>,
+        activation: Activation,
+        y: &mut [f32],
+    ) {
+        assert_eq!(x.len(), n_rows * self.in_features, "x must be [n_rows, in]");
+        assert_eq!(y.len(), n_rows * self.out_features, "y must be [n_rows, out]");
+        match bias {
+            Some(bias) => y.chunks_exact_mut(self.out_features).for_each(|row| row.copy_from_slice(bias)),
+            None => y.fill(0.0),
+        }
+        if n_rows == 0 {
+            return;
+        }
+        for (i, block) in self.blocks.iter().enumerate() {
+            let a =
+                MatrixRef { data: &x[i * self.block_len()..], row_stride: self.in_features, col_stride: 1 };
+            multiply(Isa::detect(), n_rows, a, self.panels(i, block), y);
+        }
+        if activation != Activation::Identity {
+            activate_in_place(y, activation);
+        }
+    }
+
+    /// `d_x = d_y W`; `d_y` is `[n_rows, out]`, `d_x` `[n_rows, in]`. Reads the packed form, some rows at a time.
+    ///
+    /// # Panics
+    /// When the lengths do not fit.
+    pub fn input_gradient(&self, d_y: &[f32], n_rows: usize, d_x: &mut [f32]) {
+        assert_eq!(d_y.len(), n_rows * self.out_features, "d_y must be [n_rows, out]");
+        assert_eq!(d_x.len(), n_rows * self.in_features, "d_x must be [n_rows, in]");
+        if n_rows == 0 {
+            return;
+        }
+        let mut rows = vec![0.0; ROWS_A_GRADIENT_BLOCK.min(self.out_features) * self.in_features];
+        for start in (0..self.out_features).step_by(ROWS_A_GRADIENT_BLOCK) {
+            let n = ROWS_A_GRADIENT_BLOCK.min(self.out_features - start);
+            let rows = &mut rows[..n * self.in_features];
+            rows.par_chunks_exact_mut(self.in_features)
+                .enumerate()
+                .for_each(|(i, row)| self.row(start + i, row));
+            let a = MatrixRef { data: &d_y[start..], row_stride: self.out_features, col_stride: 1 };
+            let b = MatrixRef { data: rows, row_stride: self.in_features, col_stride: 1 };
+            gemm(n_rows, self.in_features, n, a, b, d_x, start > 0, self.precision);
+        }
+    }
+
+    /// Row `output` of the matrix, as it was rounded.
+    ///
+    /// # Panics
+    /// When there is no such row or `into` is not of length `in`.
+    pub fn row(&self, output: usize, into: &mut [f32]) {
+        assert!(output < self.out_features, "row {output} of {}", self.out_features);
+        assert_eq!(into.len(), self.in_features, "a row has `in` elements");
+        for ((i, block), into) in self.blocks.iter().enumerate().zip(into.chunks_mut(self.block_len())) {
+            let panel = self.panels(i, block);
+            let words = panel.panel(output / NR).as_chunks::<NR>().0.iter().map(|row| row[output % NR]);
+            match self.precision {
+                Precision::F32 => into.iter_mut().zip(words).for_each(|(x, word)| *x = f32::from_bits(word)),
+                Precision::Bf16 => {
+                    for (pair, word) in into.chunks_mut(2).zip(words) {
+                        pair[0] = f32::from_bits(word << 16);
+                        if let Some(high) = pair.get_mut(1) {
+                            *high = f32::from_bits(word & 0xffff_0000);
+                        }
+                    }
+                }
+            }
+        }
+    }
+
+    /// Outputs of the map.
+    pub fn out_features(&self) -> usize {
+        self.out_features
+    }
+
+    /// Inputs of the map.
+    pub fn in_features(&self) -> usize {
+        self.in_features
+    }
+
+    /// Memory of the packed weight.
+    pub fn n_bytes(&self) -> usize {
+        self.blocks.iter().map(|block| 4 * block.len()).sum()
+    }
+
+    fn block_len(&self) -> usize {
+        KW * self.precision.per_word()
+    }
+
+    fn panels<'a>(&self, i: usize, words: &'a [u32]) -> Panels<'a> {
+        let k_len = self.block_len().min(self.in_features - i * self.block_len());
+        Panels { words, precision: self.precision, k_len, n: self.out_features }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn number(i: usize) -> f32 {
+        ((i as f32 * 0.618_034).fract() - 0.5) * 2.0
+    }
+
+    fn weight(out: usize, inn: usize, precision: Precision) -> PackedWeight {
+        PackedWeight::pack(out, inn, precision, &|i, row| {
+            row.iter_mut().enumerate().for_each(|(j, w)| *w = number(i * inn + j));
+        })
+    }
+
+    #[test]
+    fn rows_come_back_rounded() {
+        for (precision, tolerance) in [(Precision::F32, 0.0), (Precision::Bf16, 1.0 / 256.0)] {
+            let (out, inn) = (70, 1027);
+            let packed = weight(out, inn, precision);
+            let mut row = vec![0.0; inn];
+            for i in [0, 31, 32, 69] {
+                packed.row(i, &mut row);
+                for (j, w) in row.iter().enumerate() {
+                    let expected = number(i * inn + j);
+                    assert!((w - expected).abs() <= tolerance * expected.abs(), "({i}, {j})");
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn a_row_does_not_depend_on_the_number_of_rows() {
+        for precision in [Precision::F32, Precision::Bf16] {
+            let (out, inn, n) = (75, 700, 100);
+            let packed = weight(out, inn, precision);
+            let x: Vec<f32> = (0..n * inn).map(|i| number(i + 7)).collect();
+            let bias: Vec<f32> = (0..out).map(number).collect();
+            let mut all = vec![0.0; n * out];
+            packed.forward(&x, n, Some(&bias), Activation::GeluErf, &mut all);
+            for n_rows in [1, 2, 5, 13, 97] {
+                let mut some = vec![0.0; n_rows * out];
+                packed.forward(&x[..n_rows * inn], n_rows, Some(&bias), Activation::GeluErf, &mut some);
+                assert_eq!(some, all[..n_rows * out], "{precision:?} {n_rows}");
+            }
+        }
+    }
+
+    #[test]
+    fn the_input_gradient_is_the_product_with_the_weight() {
+        let (out, inn, n) = (1100, 37, 3);
+        let packed = weight(out, inn, Precision::F32);
+        let d_y: Vec<f32> = (0..n * out).map(|i| number(3 * i)).collect();
+        let mut d_x = vec![0.0; n * inn];
+        packed.input_gradient(&d_y, n, &mut d_x);
+        for i in 0..n {
+            for j in 0..inn {
+                let expected: f64 =
+                    (0..out).map(|o| f64::from(d_y[i * out + o]) * f64::from(number(o * inn + j))).sum();
+                assert!((f64::from(d_x[i * inn + j]) - expected).abs() < 1e-3, "({i}, {j})");
+            }
+        }
+    }
+}

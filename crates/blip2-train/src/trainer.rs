@@ -91,7 +91,12 @@ impl Start {
     ///
     /// # Errors
     /// When the checkpoint belongs to another model or to other data.
-    pub fn resume(path: &Path, config: &LoopConfig, objective: &impl Objective, loader: &mut Loader) -> Result<Self> {
+    pub fn resume(
+        path: &Path,
+        config: &LoopConfig,
+        objective: &impl Objective,
+        loader: &mut Loader,
+    ) -> Result<Self> {
         let (state, mut model, moments) = checkpoint::load(path)?;
         let variables = objective.variables();
         for (name, variable) in variables {
@@ -128,7 +133,10 @@ pub fn train(
     let Start { mut optimizer, mut step } = start;
     let n_steps = config.epochs * loader.batches_per_epoch() as u64;
     if step >= n_steps {
-        return Err(Error::config("epochs", format!("{n_steps} steps are already made: there is nothing left to do")));
+        return Err(Error::config(
+            "epochs",
+            format!("{n_steps} steps are already made: there is nothing left to do"),
+        ));
     }
     let save = |step, loader: &Loader, optimizer: &Optimizer| {
         let state = State { step, loader: loader.state(), config: settings.to_owned() };
@@ -147,7 +155,8 @@ pub fn train(
         let learning_rate = config.learning_rate.at(step, n_steps);
         let gradient_norm = optimizer.step(objective.variables(), &gradients, learning_rate)?;
         step += 1;
-        let stop = on_step(&Report { step, n_steps, epoch: batch.epoch, values, learning_rate, gradient_norm });
+        let stop =
+            on_step(&Report { step, n_steps, epoch: batch.epoch, values, learning_rate, gradient_norm });
         if step == n_steps {
             return save(step, loader, &optimizer).map(Outcome::Finished);
         }

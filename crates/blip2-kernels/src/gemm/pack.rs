@@ -1,0 +1,171 @@
+//! Rearranging operands into the words that the micro-kernels read.
+//!
+//! A word is one f32, or two neighbours along `k` rounded to bf16 (the lower half first).
+
+use rayon::prelude::*;
+
+use super::{KW, MatrixRef, NR, Precision};
+use crate::isa::{Isa, with_isa};
+
+/// One block of `k` of a packed `B`: panels of NR columns, each `k` words × NR.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Panels<'a> {
+    pub(crate) words: &'a [u32],
+    pub(crate) precision: Precision,
+    pub(crate) k_len: usize,
+    pub(crate) n: usize,
+}
+
+impl Panels<'_> {
+    pub(crate) fn panel(&self, i: usize) -> &[u32] {
+        let len = self.k_len.div_ceil(self.precision.per_word()) * NR;
+        &self.words[i * len..(i + 1) * len]
+    }
+}
+
+/// The bits of `x` rounded to the nearest bf16, ties to even; NaN stays NaN.
+#[inline(always)]
+pub(crate) fn bf16_bits(x: f32) -> u32 {
+    let bits = x.to_bits();
+    let rounded = bits.wrapping_add(0x7fff + ((bits >> 16) & 1)) >> 16;
+    if x.is_nan() { (bits >> 16) | 0x40 } else { rounded }
+}
+
+#[inline(always)]
+fn pair(low: f32, high: f32) -> u32 {
+    bf16_bits(low) | (bf16_bits(high) << 16)
+}
+
+/// Packs the `k_len × n` view `b` (`k_len` at most one block) into `buffer`; tails are zero.
+pub(crate) fn pack_panels<'a>(
+    isa: Isa,
+    precision: Precision,
+    k_len: usize,
+    n: usize,
+    b: MatrixRef<'_>,
+    buffer: &'a mut Vec<u32>,
+) -> Panels<'a> {
+    let n_words = k_len.div_ceil(precision.per_word());
+    debug_assert!(n_words <= KW);
+    let n_panels = n.div_ceil(NR);
+    if buffer.len() < n_panels * n_words * NR {
+        buffer.resize(n_panels * n_words * NR, 0);
+    }
+    let words = &mut buffer[..n_panels * n_words * NR];
+    words.par_chunks_mut(n_words * NR).with_min_len(4).enumerate().for_each(|(i, panel)| {
+        let width = NR.min(n - i * NR);
+        let data = &b.data[(i * NR * b.col_stride).min(b.data.len())..];
+        with_isa(isa, || pack_panel(precision, k_len, width, MatrixRef { data, ..b }, panel));
+    });
+    Panels { words, precision, k_len, n }
+}
+
+#[inline(always)]
+fn pack_panel(precision: Precision, k_len: usize, width: usize, b: MatrixRef<'_>, panel: &mut [u32]) {
+    if width < NR {
+        panel.fill(0);
+    }
+    let (rows, _) = panel.as_chunks_mut::<NR>();
+    if b.col_stride == 1 && width == NR {
+        let row = |k: usize| &b.data[k * b.row_stride..][..NR];
+        match precision {
+            Precision::F32 => {
+                for (k, out) in rows.iter_mut().enumerate() {
+                    out.iter_mut().zip(row(k)).for_each(|(o, x)| *o = x.to_bits());
+                }
+            }
+            Precision::Bf16 => {
+                for (p, out) in rows.iter_mut().enumerate() {
+                    let low = row(2 * p);
+                    if 2 * p + 1 < k_len {
+                        let high = row(2 * p + 1);
+                        for j in 0..NR {
+                            out[j] = pair(low[j], high[j]);
+                        }
+                    } else {
+                        out.iter_mut().zip(low).for_each(|(o, &x)| *o = bf16_bits(x));
+                    }
+                }
+            }
+        }
+        return;
+    }
+    let at = |k: usize, j: usize| b.data[k * b.row_stride + j * b.col_stride];
+    // Eight words at a time along k: a column's neighbours lie in one cache line where k is contiguous.
+    for start in (0..rows.len()).step_by(8) {
+        let end = (start + 8).min(rows.len());
+        for j in 0..width {
+            for (p, out) in rows[start..end].iter_mut().enumerate() {
+                let p = start + p;
+                out[j] = match precision {
+                    Precision::F32 => at(p, j).to_bits(),
+                    Precision::Bf16 if 2 * p + 1 < k_len => pair(at(2 * p, j), at(2 * p + 1, j)),
+                    Precision::Bf16 => bf16_bits(at(2 * p, j)),
+                };
+            }
+        }
+    }
+}
+
+/// Packs the `m × k_len` view `a` row by row, `stride` words a row.
+pub(super) fn pack_rows(
+    isa: Isa,
+    precision: Precision,
+    k_len: usize,
+    m: usize,
+    a: MatrixRef<'_>,
+    stride: usize,
+    packed: &mut [u32],
+) {
+    with_isa(isa, || {
+        if a.col_stride == 1 {
+            for (i, out) in packed.chunks_exact_mut(stride).take(m).enumerate() {
+                let row = &a.data[i * a.row_stride..][..k_len];
+                match precision {
+                    Precision::F32 => out.iter_mut().zip(row).for_each(|(o, x)| *o = x.to_bits()),
+                    Precision::Bf16 => {
+                        let (pairs, rest) = row.as_chunks::<2>();
+                        out.iter_mut().zip(pairs).for_each(|(o, p)| *o = pair(p[0], p[1]));
+                        if let [last] = rest {
+                            out[pairs.len()] = bf16_bits(*last);
+                        }
+                    }
+                }
+            }
+            return;
+        }
+        let at = |i: usize, k: usize| a.data[i * a.row_stride + k * a.col_stride];
+        // Sixteen rows at a time: where rows are contiguous they share a cache line.
+        for start in (0..m).step_by(16) {
+            for p in 0..k_len.div_ceil(precision.per_word()) {
+                for i in start..(start + 16).min(m) {
+                    packed[i * stride + p] = match precision {
+                        Precision::F32 => at(i, p).to_bits(),
+                        Precision::Bf16 if 2 * p + 1 < k_len => pair(at(i, 2 * p), at(i, 2 * p + 1)),
+                        Precision::Bf16 => bf16_bits(at(i, 2 * p)),
+                    };
+                }
+            }
+        }
+    });
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn rounding_is_that_of_the_half_crate() {
+        let mut bits = 1u32;
+        for _ in 0..100_000 {
+            bits = bits.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);
+            let x = f32::from_bits(bits);
+            let expected = half::bf16::from_f32(x);
+            if x.is_nan() {
+                assert!(half::bf16::from_bits(bf16_bits(x) as u16).is_nan());
+            } else {
+                assert_eq!(bf16_bits(x), u32::from(expected.to_bits()), "{x:e}");
+            }
+        }
+    }
+}

@@ -1,0 +1,189 @@
+//! Reductions in a fixed order of lanes, and functions that vectorise; all `#[inline(always)]` for `with_isa`.
+
+pub(crate) const LANES: usize = 16;
+
+#[inline(always)]
+fn fold(lanes: [f32; LANES], f: impl Fn(f32, f32) -> f32) -> f32 {
+    let mut lanes = lanes;
+    let mut half = LANES / 2;
+    while half > 0 {
+        for i in 0..half {
+            lanes[i] = f(lanes[i], lanes[i + half]);
+        }
+        half /= 2;
+    }
+    lanes[0]
+}
+
+/// The sum of `f(i)` over `0..n`.
+#[inline(always)]
+pub(crate) fn sum_by(n: usize, f: impl Fn(usize) -> f32) -> f32 {
+    let mut lanes = [0.0; LANES];
+    let whole = n / LANES * LANES;
+    let mut start = 0;
+    while start < whole {
+        for (lane, sum) in lanes.iter_mut().enumerate() {
+            *sum += f(start + lane);
+        }
+        start += LANES;
+    }
+    for i in whole..n {
+        lanes[i - whole] += f(i);
+    }
+    fold(lanes, |a, b| a + b)
+}
+
+/// The sum of a slice.
+#[inline(always)]
+pub(crate) fn sum(x: &[f32]) -> f32 {
+    let mut lanes = [0.0; LANES];
+    let (chunks, rest) = x.as_chunks::<LANES>();
+    for chunk in chunks {
+        for (sum, x) in lanes.iter_mut().zip(chunk) {
+            *sum += x;
+        }
+    }
+    for (sum, x) in lanes.iter_mut().zip(rest) {
+        *sum += x;
+    }
+    fold(lanes, |a, b| a + b)
+}
+
+/// The dot product of two slices of one length.
+#[inline(always)]
+pub(crate) fn dot(x: &[f32], y: &[f32]) -> f32 {
+    let mut lanes = [0.0; LANES];
+    let ((xs, x_rest), (ys, y_rest)) = (x.as_chunks::<LANES>(), y.as_chunks::<LANES>());
+    for (x, y) in xs.iter().zip(ys) {
+        for i in 0..LANES {
+            lanes[i] += x[i] * y[i];
+        }
+    }
+    for (i, (x, y)) in x_rest.iter().zip(y_rest).enumerate() {
+        lanes[i] += x * y;
+    }
+    fold(lanes, |a, b| a + b)
+}
+
+/// The largest element, or NaN where there is one; `-inf` for none.
+#[inline(always)]
+pub(crate) fn max(x: &[f32]) -> f32 {
+    let keep_nan = |a: f32, b: f32| if a > b || a.is_nan() { a } else { b };
+    let mut lanes = [f32::NEG_INFINITY; LANES];
+    let (chunks, rest) = x.as_chunks::<LANES>();
+    for chunk in chunks {
+        for (max, &x) in lanes.iter_mut().zip(chunk) {
+            *max = keep_nan(*max, x);
+        }
+    }
+    for (max, &x) in lanes.iter_mut().zip(rest) {
+        *max = keep_nan(*max, x);
+    }
+    fold(lanes, keep_nan)
+}
+
+/// `y += a * x`.
+#[inline(always)]
+pub(crate) fn axpy(a: f32, x: &[f32], y: &mut [f32]) {
+    for (y, x) in y.iter_mut().zip(x) {
+        *y += a * x;
+    }
+}
+
+/// `e^x` to about 2 ulp; 0 below -87.3, infinite above 88.7, NaN for NaN.
+#[inline(always)]
+pub(crate) fn exp(x: f32) -> f32 {
+    // Cody-Waite reduction and the minimax polynomial of Cephes' expf.
+    const ROUND: f32 = 12_582_912.0; // 1.5 * 2^23: adding it rounds to the nearest integer
+    let clamped = x.clamp(-87.3, 88.72);
+    let n = (clamped * std::f32::consts::LOG2_E + ROUND) - ROUND;
+    let r = (clamped - n * 0.693_359_4) + n * 2.121_944_4e-4;
+    let mut p = 1.987_569_1e-4;
+    p = p * r + 1.398_199_9e-3;
+    p = p * r + 8.333_452e-3;
+    p = p * r + 4.166_579_6e-2;
+    p = p * r + 1.666_666_6e-1;
+    p = p * r + 5e-1;
+    let value = (p * r * r + r) + 1.0;
+    // 2^n in two halves: n may be 128, whose power alone is infinite.
+    let half = (n * 0.5) as i32;
+    let rest = n as i32 - half;
+    let power = |n: i32| f32::from_bits(((n + 127) as u32) << 23);
+    let value = value * power(half) * power(rest);
+    if x < -87.3 {
+        0.0
+    } else if x > 88.72 {
+        f32::INFINITY
+    } else {
+        value
+    }
+}
+
+/// `1 / (1 + e^-x)`.
+#[inline(always)]
+pub(crate) fn sigmoid(x: f32) -> f32 {
+    1.0 / (1.0 + exp(-x))
+}
+
+/// The error function to 2e-7 absolute (Abramowitz and Stegun 7.1.26).
+#[inline(always)]
+pub(crate) fn erf(x: f32) -> f32 {
+    let a = x.abs();
+    let t = 1.0 / (1.0 + 0.327_591_1 * a);
+    let mut p = 1.061_405_4;
+    p = p * t - 1.453_152;
+    p = p * t + 1.421_413_7;
+    p = p * t - 0.284_496_74;
+    p = p * t + 0.254_829_6;
+    let value = 1.0 - p * t * exp(-a * a);
+    if x < 0.0 { -value } else { value }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn exp_is_within_three_ulp_and_keeps_the_special_values() {
+        let mut worst = 0.0f64;
+        for i in -870_000..880_000 {
+            let x = i as f32 * 1e-4;
+            let expected = f64::from(x).exp();
+            worst = worst.max((f64::from(exp(x)) / expected - 1.0).abs());
+        }
+        assert!(worst < 3.0 * f64::from(f32::EPSILON), "{worst:e}");
+        assert_eq!(exp(0.0), 1.0);
+        assert_eq!(exp(f32::NEG_INFINITY), 0.0);
+        assert_eq!(exp(f32::INFINITY), f32::INFINITY);
+        assert!(exp(f32::NAN).is_nan());
+    }
+
+    #[test]
+    fn erf_matches_tabulated_values() {
+        for (x, expected) in [
+            (0.0, 0.0),
+            (0.1, 0.112_462_916),
+            (0.5, 0.520_499_878),
+            (1.0, 0.842_700_793),
+            (2.0, 0.995_322_265),
+            (4.0, 0.999_999_985),
+        ] {
+            assert!((f64::from(erf(x)) - expected).abs() < 3e-7, "{x}");
+            assert!((f64::from(erf(-x)) + expected).abs() < 3e-7, "-{x}");
+        }
+    }
+
+    #[test]
+    fn reductions_take_every_element() {
+        for n in 0..=67 {
+            let x: Vec<f32> = (0..n).map(|i| (i as f32 * 0.7).sin()).collect();
+            let expected: f64 = x.iter().map(|&x| f64::from(x)).sum();
+            assert!((f64::from(sum(&x)) - expected).abs() < 1e-5, "{n}");
+            assert!((f64::from(sum_by(n, |i| x[i])) - expected).abs() < 1e-5, "{n}");
+            let squares: f64 = x.iter().map(|&x| f64::from(x) * f64::from(x)).sum();
+            assert!((f64::from(dot(&x, &x)) - squares).abs() < 1e-4, "{n}");
+            assert_eq!(max(&x), x.iter().copied().fold(f32::NEG_INFINITY, f32::max), "{n}");
+        }
+        assert!(max(&[1.0, f32::NAN, 2.0]).is_nan());
+    }
+}
