@@ -127,7 +127,7 @@ pub(crate) fn multiply(isa: Isa, m: usize, a: MatrixRef<'_>, panels: Panels<'_>,
     let n_panels = n.div_ceil(NR);
     // Enough tasks for the threads: few rows are cut along the columns.
     let row_blocks = m.div_ceil(ROWS_A_TASK);
-    let wanted = 4 * rayon::current_num_threads();
+    let wanted = 2 * rayon::current_num_threads();
     let column_groups = if row_blocks >= wanted { 1 } else { wanted.div_ceil(row_blocks).min(n_panels) };
     let panels_a_group = n_panels.div_ceil(column_groups);
     let column_groups = n_panels.div_ceil(panels_a_group);

@@ -135,15 +135,36 @@ pub(super) fn pack_rows(
             return;
         }
         let at = |i: usize, k: usize| a.data[i * a.row_stride + k * a.col_stride];
-        // Sixteen rows at a time: where rows are contiguous they share a cache line.
-        for start in (0..m).step_by(16) {
-            for p in 0..k_len.div_ceil(precision.per_word()) {
-                for i in start..(start + 16).min(m) {
-                    packed[i * stride + p] = match precision {
-                        Precision::F32 => at(i, p).to_bits(),
-                        Precision::Bf16 if 2 * p + 1 < k_len => pair(at(i, 2 * p), at(i, 2 * p + 1)),
-                        Precision::Bf16 => bf16_bits(at(i, 2 * p)),
-                    };
+        let n_words = k_len.div_ceil(precision.per_word());
+        let word = |i: usize, p: usize| match precision {
+            Precision::F32 => at(i, p).to_bits(),
+            Precision::Bf16 if 2 * p + 1 < k_len => pair(at(i, 2 * p), at(i, 2 * p + 1)),
+            Precision::Bf16 => bf16_bits(at(i, 2 * p)),
+        };
+        // Sixteen rows at a time: where rows are contiguous (a transposed operand) they are one register.
+        const ROWS: usize = 16;
+        for start in (0..m).step_by(ROWS) {
+            let rows = ROWS.min(m - start);
+            let whole = if a.row_stride == 1 && rows == ROWS { k_len / precision.per_word() } else { 0 };
+            for p in 0..whole {
+                let column = |k: usize| -> &[f32; ROWS] {
+                    let at = start + k * a.col_stride;
+                    a.data[at..at + ROWS].first_chunk().expect("sixteen elements")
+                };
+                let words: [u32; ROWS] = match precision {
+                    Precision::F32 => column(p).map(f32::to_bits),
+                    Precision::Bf16 => {
+                        let (low, high) = (column(2 * p), column(2 * p + 1));
+                        std::array::from_fn(|i| pair(low[i], high[i]))
+                    }
+                };
+                for (out, word) in packed[start * stride..].chunks_exact_mut(stride).zip(words) {
+                    out[p] = word;
+                }
+            }
+            for p in whole..n_words {
+                for i in start..start + rows {
+                    packed[i * stride + p] = word(i, p);
                 }
             }
         }
