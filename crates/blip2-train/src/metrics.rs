@@ -161,6 +161,31 @@ mod tests {
         }
     }
 
+    /// One human caption of each photo against the other four, as a scale for what a model reaches.
+    #[test]
+    fn human_captions_of_flickr8k_score_as_in_pycocoevalcap() {
+        #[derive(Deserialize)]
+        struct Photo {
+            captions: Vec<String>,
+        }
+        let path = concat!(env!("CARGO_MANIFEST_DIR"), "/../../../shared/data/flickr8k/dev.jsonl");
+        let Ok(rows) = std::fs::read_to_string(path) else {
+            println!("SKIPPED: {path} is absent");
+            return;
+        };
+        let photos: Vec<Photo> = rows.lines().map(|row| serde_json::from_str(row).expect("a row")).collect();
+        let pairs: Vec<_> =
+            photos.iter().map(|p| CaptionPair::from_text(&p.captions[0], &p.captions[1..])).collect();
+        let scores = CaptionScores::of(&pairs);
+        // pycocoevalcap 1.2 on the same words.
+        let expected = [0.6283162595218782, 0.444161691947586, 0.30753589506624435, 0.2117379952234458];
+        for (found, expected) in scores.bleu.into_iter().zip(expected) {
+            check("BLEU", found, expected, 1e-9);
+        }
+        check("ROUGE-L", scores.rouge_l, 0.4919050983382492, 1e-9);
+        check("CIDEr-D", scores.cider_d, 0.8081522137052262, 1e-9);
+    }
+
     #[test]
     fn words_are_lower_case_runs_of_letters_digits_and_apostrophes() {
         assert_eq!(
