@@ -1,3 +1,304 @@
-//! weights
+//! Weight files: memory-mapped readers that hand out rows as f32, and the atomic writer.
+//!
+//! Flow: file → [`Safetensors`](safetensors::Safetensors) or [`Gguf`](gguf::Gguf) → [`TensorRows`] →
+//! packed weights of a layer; PyTorch's own files through [`torch_pickle`]. Nothing here knows a model: names, shapes and bytes only. Every reader treats the file
+//! as hostile (sizes are checked before memory is spent) and remembers which tensors were asked for, so that a
+//! checkpoint of another model is noticed instead of half used.
 
+use std::{
+    fs::{self, File},
+    io::{self, BufWriter},
+    path::{Path, PathBuf},
+    sync::{
+        Arc,
+        atomic::{AtomicBool, AtomicU64, Ordering},
+    },
+};
+
+use crate::{Error, Result};
+
+mod blocks;
+pub mod gguf;
+pub mod safetensors;
 pub mod torch_pickle;
+
+pub use blocks::Encoding;
+
+/// A read-only view of a whole file, shared by the readers that hand out parts of it.
+#[derive(Debug, Clone)]
+pub struct MappedFile {
+    path: PathBuf,
+    map: Arc<memmap2::Mmap>,
+}
+
+impl MappedFile {
+    /// Maps the file at `path`.
+    ///
+    /// The file must not be cut short by another process while it is mapped (the operating system would end this
+    /// one); files that this project writes are replaced by renaming, never rewritten in place.
+    ///
+    /// # Errors
+    /// [`Error::Io`] when it cannot be opened, [`Error::File`] when it is a directory or empty.
+    #[allow(unsafe_code)]
+    pub fn open(path: impl AsRef<Path>) -> Result<Self> {
+        let path = path.as_ref();
+        let io_error = |source| Error::Io { path: path.into(), source };
+        let file = File::open(path).map_err(io_error)?;
+        let about = file.metadata().map_err(io_error)?;
+        if !about.is_file() {
+            return Err(refuse(path, "this is not a regular file: give the path of the weight file itself"));
+        }
+        if about.len() == 0 {
+            return Err(refuse(path, "the file is empty: fetch it again"));
+        }
+        // SAFETY: the mapping is private and read-only, and its bytes are only ever read as `u8` (any value is valid)
+        // with every range checked against its length. What no check here can exclude is another process that
+        // changes the file meanwhile: parsed headers are copied out before they are judged, so changed bytes give
+        // wrong numbers, not wrong addresses; truncation ends the process, as documented above.
+        let map = unsafe { memmap2::Mmap::map(&file) }.map_err(io_error)?;
+        Ok(Self { path: path.into(), map: Arc::new(map) })
+    }
+
+    /// Where the file is.
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// All of its bytes.
+    pub fn bytes(&self) -> &[u8] {
+        &self.map
+    }
+}
+
+/// The rows of one stored tensor, decoded to f32 on request.
+///
+/// A tensor of shape `[d0, d1, …, dn]` is `d0·…·d(n-1)` rows of `dn` values; a vector is one row. Reading needs no
+/// `Result`: everything was checked when the view was made, so a packing loop on several threads can use it.
+#[derive(Debug, Clone)]
+pub struct TensorRows<'a> {
+    shape: Vec<usize>,
+    encoding: Encoding,
+    bytes: &'a [u8],
+}
+
+impl<'a> TensorRows<'a> {
+    /// Checks that `bytes` is exactly a tensor of `shape` in `encoding`; the reason is for an error message.
+    fn new(shape: Vec<usize>, encoding: Encoding, bytes: &'a [u8]) -> std::result::Result<Self, String> {
+        let expected = encoding.n_bytes(&shape)?;
+        if expected != bytes.len() {
+            return Err(format!("holds {} bytes where its shape needs {expected}", bytes.len()));
+        }
+        Ok(Self { shape, encoding, bytes })
+    }
+
+    /// Its shape, slowest dimension first (as PyTorch writes it).
+    pub fn shape(&self) -> &[usize] {
+        &self.shape
+    }
+
+    /// How its values are stored.
+    pub fn encoding(&self) -> Encoding {
+        self.encoding
+    }
+
+    /// Values in a row: the last dimension, 1 for a scalar.
+    pub fn row_len(&self) -> usize {
+        self.shape.last().copied().unwrap_or(1)
+    }
+
+    /// How many rows there are.
+    pub fn n_rows(&self) -> usize {
+        self.shape.iter().rev().skip(1).product()
+    }
+
+    /// The stored bytes of all rows.
+    pub fn bytes(&self) -> &'a [u8] {
+        self.bytes
+    }
+
+    /// Decodes row `row` into `into`.
+    ///
+    /// # Panics
+    /// When there is no such row or `into` is not of length [`row_len`](Self::row_len).
+    pub fn read_row(&self, row: usize, into: &mut [f32]) {
+        assert_eq!(into.len(), self.row_len(), "the buffer must hold exactly one row");
+        assert!(row < self.n_rows(), "row {row} of a tensor with {} rows", self.n_rows());
+        let n_bytes = self.bytes.len() / self.n_rows();
+        self.encoding.decode(&self.bytes[row * n_bytes..(row + 1) * n_bytes], into);
+    }
+
+    /// Decodes all rows, in order.
+    pub fn to_vec(&self) -> Vec<f32> {
+        let mut values = vec![0.0; self.shape.iter().product()];
+        self.encoding.decode(self.bytes, &mut values);
+        values
+    }
+
+    /// Checks the shape that a configuration asks for.
+    ///
+    /// # Errors
+    /// [`Error::TensorShape`] with `name` in it.
+    pub fn expect_shape(self, name: &str, expected: &[usize]) -> Result<Self> {
+        if self.shape == expected {
+            return Ok(self);
+        }
+        Err(Error::TensorShape { name: name.into(), expected: expected.into(), found: self.shape })
+    }
+}
+
+/// Writes a file so that its readers see all of it or the one that was there before, also after a power cut.
+///
+/// `write` fills a new file beside `path`; that is flushed to the disk, renamed over `path`, and the folder is flushed
+/// too. When anything fails the new file is removed and `path` is untouched.
+///
+/// # Errors
+/// [`Error::Io`] that names `path`, whatever step failed (a full disk included).
+pub fn write_atomically(
+    path: impl AsRef<Path>,
+    write: impl FnOnce(&mut BufWriter<File>) -> io::Result<()>,
+) -> Result<()> {
+    let path = path.as_ref();
+    replace_file(path, write).map_err(|source| Error::Io { path: path.into(), source })
+}
+
+fn replace_file(path: &Path, write: impl FnOnce(&mut BufWriter<File>) -> io::Result<()>) -> io::Result<()> {
+    let name = path.file_name().ok_or_else(|| {
+        io::Error::new(io::ErrorKind::InvalidInput, "this path does not end in a file name")
+    })?;
+    let folder = match path.parent() {
+        Some(parent) if !parent.as_os_str().is_empty() => parent,
+        _ => Path::new("."),
+    };
+    if path.is_dir() {
+        return Err(io::Error::new(
+            io::ErrorKind::IsADirectory,
+            "a folder is in the way: give the path of a file",
+        ));
+    }
+    let (temporary, file) = TemporaryFile::create(folder, name)?;
+    let mut writer = BufWriter::with_capacity(1 << 18, file);
+    write(&mut writer)?;
+    writer.into_inner().map_err(io::IntoInnerError::into_error)?.sync_all()?;
+    fs::rename(&temporary.path, path)?; // nothing is left under the temporary name for the drop to remove
+    // The name is safe only when the folder is on the disk too. Not every platform can open a folder.
+    #[cfg(unix)]
+    File::open(folder)?.sync_all()?;
+    Ok(())
+}
+
+/// A file that is removed when it goes out of scope.
+struct TemporaryFile {
+    path: PathBuf,
+}
+
+impl TemporaryFile {
+    fn create(folder: &Path, name: &std::ffi::OsStr) -> io::Result<(Self, File)> {
+        static COUNTER: AtomicU64 = AtomicU64::new(0);
+        loop {
+            let mut own_name = std::ffi::OsString::from(".");
+            own_name.push(name);
+            own_name.push(format!(".{}-{}.tmp", std::process::id(), COUNTER.fetch_add(1, Ordering::Relaxed)));
+            let path = folder.join(own_name);
+            match File::create_new(&path) {
+                Ok(file) => return Ok((Self { path }, file)),
+                // Left by a killed process that had this number: take the next one.
+                Err(error) if error.kind() == io::ErrorKind::AlreadyExists => {}
+                Err(error) => return Err(error),
+            }
+        }
+    }
+}
+
+impl Drop for TemporaryFile {
+    fn drop(&mut self) {
+        let _ = fs::remove_file(&self.path); // nothing more can be done, and the first error is already on its way
+    }
+}
+
+fn refuse(path: &Path, reason: impl Into<String>) -> Error {
+    Error::File { path: path.into(), reason: reason.into() }
+}
+
+/// [`Error::UnusedTensors`] with the names whose mark is not set.
+fn no_unused<'a>(tensors: impl Iterator<Item = (&'a String, &'a AtomicBool)>) -> Result<()> {
+    let names: Vec<_> =
+        tensors.filter(|(_, used)| !used.load(Ordering::Relaxed)).map(|(name, _)| name.clone()).collect();
+    if names.is_empty() { Ok(()) } else { Err(Error::UnusedTensors { names }) }
+}
+
+/// What a file that is not of the expected format most likely is, with the remedy.
+fn recognise(bytes: &[u8]) -> Option<&'static str> {
+    let start = &bytes[..bytes.len().min(512)];
+    let text = String::from_utf8_lossy(start).trim_start().to_ascii_lowercase();
+    let is_json = text.starts_with('{');
+    let is_header = start.len() > 8 && start[8] == b'{' && start[4..8] == [0; 4];
+    Some(if start.starts_with(b"version https://git-lfs") {
+        "this is a Git LFS pointer, not the file itself: run `git lfs pull` or download the file"
+    } else if text.starts_with("<!doctype") || text.starts_with("<html") || text.starts_with("<?xml") {
+        "this is a web page, not a weight file: the download gave an error or login page, fetch it again"
+    } else if start.starts_with(b"GGUF") {
+        "this is a GGUF file: give it as the language model"
+    } else if is_header {
+        "this looks like a safetensors file"
+    } else if start.starts_with(b"PK\x03\x04") {
+        "this is a zip archive (a PyTorch checkpoint or a wheel): convert the checkpoint to safetensors, or unpack the wheel"
+    } else if start.starts_with(b"\x80\x02")
+        || start.starts_with(b"\x80\x03")
+        || start.starts_with(b"\x80\x04")
+    {
+        "this is a Python pickle (a PyTorch checkpoint): convert it to safetensors"
+    } else if start.starts_with(b"\x1f\x8b") {
+        "this is gzip-compressed: unpack it first"
+    } else if is_json {
+        "this is JSON text, not a weight file"
+    } else {
+        return None;
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use std::io::Write;
+
+    use super::*;
+
+    #[test]
+    fn a_failed_write_leaves_the_old_file_and_nothing_else() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("weights.bin");
+        write_atomically(&path, |file| file.write_all(b"old")).unwrap();
+        let error = write_atomically(&path, |file| {
+            file.write_all(b"new, but not all of it")?;
+            Err(io::Error::new(io::ErrorKind::StorageFull, "no space left"))
+        })
+        .unwrap_err();
+        assert!(
+            error.to_string().contains("weights.bin") && error.to_string().contains("no space left"),
+            "{error}"
+        );
+        assert_eq!(fs::read(&path).unwrap(), b"old");
+        assert_eq!(fs::read_dir(folder.path()).unwrap().count(), 1, "the temporary file was left behind");
+        write_atomically(&path, |file| file.write_all(b"new")).unwrap();
+        assert_eq!(fs::read(&path).unwrap(), b"new");
+    }
+
+    #[test]
+    fn writing_to_an_impossible_place_names_it() {
+        let folder = tempfile::tempdir().unwrap();
+        for path in [folder.path().join("missing/weights.bin"), folder.path().into()] {
+            let error = write_atomically(&path, |file| file.write_all(b"x")).unwrap_err();
+            assert!(error.to_string().contains(&path.display().to_string()), "{error}");
+        }
+        assert_eq!(fs::read_dir(folder.path()).unwrap().count(), 0);
+    }
+
+    #[test]
+    fn folders_and_empty_files_are_refused_by_name() {
+        let folder = tempfile::tempdir().unwrap();
+        let empty = folder.path().join("empty");
+        fs::write(&empty, b"").unwrap();
+        assert!(MappedFile::open(&empty).unwrap_err().to_string().contains("empty: the file is empty"));
+        assert!(MappedFile::open(folder.path()).unwrap_err().to_string().contains("not a regular file"));
+        assert!(MappedFile::open(folder.path().join("absent")).unwrap_err().to_string().contains("absent"));
+    }
+}

@@ -1,0 +1,566 @@
+//! Safetensors checkpoints: one file, the shards of one, or a folder that holds them.
+
+use std::{
+    collections::BTreeMap,
+    io::{self, Write},
+    path::{Path, PathBuf},
+    sync::atomic::{AtomicBool, Ordering},
+};
+
+use half::{bf16, f16};
+use safetensors::{Dtype, SafeTensorError, SafeTensors};
+
+use super::{Encoding, MappedFile, TensorRows, recognise, refuse, write_atomically};
+use crate::{Error, Result};
+
+/// Tensors kept in one or several safetensors files, memory-mapped.
+///
+/// It remembers which tensors were read; [`finish`](Self::finish) then tells of those that nobody wanted.
+#[derive(Debug)]
+pub struct Safetensors {
+    files: Vec<MappedFile>,
+    metadata: BTreeMap<String, String>,
+    tensors: BTreeMap<String, Entry>,
+}
+
+#[derive(Debug)]
+struct Entry {
+    file_idx: usize,
+    dtype: Dtype,
+    shape: Vec<usize>,
+    range: std::ops::Range<usize>,
+    used: AtomicBool,
+}
+
+impl Safetensors {
+    /// Opens one checkpoint: a `.safetensors` file, a `….safetensors.index.json` that lists shards beside it, or a
+    /// folder with `model.safetensors` or `model.safetensors.index.json`.
+    ///
+    /// # Errors
+    /// As [`open_files`](Self::open_files); [`Error::File`] too when the index is not one.
+    pub fn open(path: impl AsRef<Path>) -> Result<Self> {
+        let path = path.as_ref();
+        if path.is_dir() {
+            let [file, index] =
+                ["model.safetensors", "model.safetensors.index.json"].map(|name| path.join(name));
+            return match (file.exists(), index.exists()) {
+                (true, _) => Self::open_files(&[file]),
+                (false, true) => Self::open_files(&shards(&index)?),
+                (false, false) => Err(refuse(
+                    path,
+                    "this folder has neither model.safetensors nor model.safetensors.index.json",
+                )),
+            };
+        }
+        if path.extension().is_some_and(|extension| extension == "json") {
+            return Self::open_files(&shards(path)?);
+        }
+        Self::open_files(&[path])
+    }
+
+    /// Opens files that together are one checkpoint.
+    ///
+    /// # Errors
+    /// [`Error::Io`] or [`Error::File`] with the file's name and what is wrong with it: cut short, a header that
+    /// does not match the data, another format, a tensor that two files hold.
+    pub fn open_files(paths: &[impl AsRef<Path>]) -> Result<Self> {
+        let mut checkpoint = Self { files: Vec::new(), metadata: BTreeMap::new(), tensors: BTreeMap::new() };
+        for path in paths {
+            checkpoint.add(MappedFile::open(path)?)?;
+        }
+        Ok(checkpoint)
+    }
+
+    fn add(&mut self, file: MappedFile) -> Result<()> {
+        let bytes = file.bytes();
+        let (header_len, header) =
+            SafeTensors::read_metadata(bytes).map_err(|error| refuse(file.path(), explain(&error, bytes)))?;
+        let data = 8 + header_len;
+        for (name, info) in header.tensors() {
+            let (start, end) = info.data_offsets;
+            let entry = Entry {
+                file_idx: self.files.len(),
+                dtype: info.dtype,
+                shape: info.shape.clone(),
+                range: data + start..data + end,
+                used: AtomicBool::new(false),
+            };
+            if let Some(other) = self.tensors.insert(name.clone(), entry) {
+                let other = self.files[other.file_idx].path().display();
+                return Err(refuse(file.path(), format!("the tensor `{name}` is also in {other}")));
+            }
+        }
+        self.metadata
+            .extend(header.metadata().iter().flatten().map(|(key, value)| (key.clone(), value.clone())));
+        self.files.push(file);
+        Ok(())
+    }
+
+    /// The files, in the order they were opened.
+    pub fn files(&self) -> &[MappedFile] {
+        &self.files
+    }
+
+    /// The free text that was stored beside the tensors, by key.
+    pub fn metadata(&self) -> &BTreeMap<String, String> {
+        &self.metadata
+    }
+
+    /// Names of all tensors, sorted.
+    pub fn names(&self) -> impl Iterator<Item = &str> {
+        self.tensors.keys().map(String::as_str)
+    }
+
+    /// Whether there is a tensor of this name. Asking does not count as reading it.
+    pub fn contains(&self, name: &str) -> bool {
+        self.tensors.contains_key(name)
+    }
+
+    /// Its shape. Asking does not count as reading it.
+    ///
+    /// # Errors
+    /// [`Error::MissingTensor`].
+    pub fn shape(&self, name: &str) -> Result<&[usize]> {
+        Ok(&self.entry(name)?.shape)
+    }
+
+    /// The tensor's rows, to be decoded one by one, and marks it as used.
+    ///
+    /// # Errors
+    /// [`Error::MissingTensor`], or [`Error::File`] when its number type is one that this project does not read.
+    pub fn tensor(&self, name: &str) -> Result<TensorRows<'_>> {
+        let entry = self.entry(name)?;
+        let file = &self.files[entry.file_idx];
+        let refuse = |reason: String| refuse(file.path(), format!("tensor `{name}` {reason}"));
+        let encoding = encoding(entry.dtype).ok_or_else(|| {
+            refuse(format!("holds {} numbers: convert it to F32, F16 or BF16", entry.dtype))
+        })?;
+        entry.used.store(true, Ordering::Relaxed);
+        TensorRows::new(entry.shape.clone(), encoding, &file.bytes()[entry.range.clone()]).map_err(refuse)
+    }
+
+    /// All its values as f32, in row-major order.
+    ///
+    /// # Errors
+    /// As [`tensor`](Self::tensor).
+    pub fn read_f32(&self, name: &str) -> Result<Vec<f32>> {
+        Ok(self.tensor(name)?.to_vec())
+    }
+
+    /// Decodes one row (all dimensions but the last count rows); for many rows, keep the result of
+    /// [`tensor`](Self::tensor).
+    ///
+    /// # Errors
+    /// As [`tensor`](Self::tensor).
+    ///
+    /// # Panics
+    /// When there is no such row or `into` is not exactly one row.
+    pub fn read_row_f32(&self, name: &str, row: usize, into: &mut [f32]) -> Result<()> {
+        self.tensor(name)?.read_row(row, into);
+        Ok(())
+    }
+
+    /// Counts the tensors for which `is_known` holds as used: those that this kind of checkpoint has and the model
+    /// does without.
+    pub fn ignore(&self, is_known: impl Fn(&str) -> bool) {
+        for (name, entry) in &self.tensors {
+            if is_known(name) {
+                entry.used.store(true, Ordering::Relaxed);
+            }
+        }
+    }
+
+    /// Ends loading.
+    ///
+    /// # Errors
+    /// [`Error::UnusedTensors`] with every tensor that was neither read nor ignored.
+    pub fn finish(&self) -> Result<()> {
+        super::no_unused(self.tensors.iter().map(|(name, entry)| (name, &entry.used)))
+    }
+
+    fn entry(&self, name: &str) -> Result<&Entry> {
+        self.tensors.get(name).ok_or_else(|| Error::MissingTensor { name: name.into() })
+    }
+}
+
+fn encoding(dtype: Dtype) -> Option<Encoding> {
+    Some(match dtype {
+        Dtype::F32 => Encoding::F32,
+        Dtype::F16 => Encoding::F16,
+        Dtype::BF16 => Encoding::Bf16,
+        Dtype::F64 => Encoding::F64,
+        Dtype::BOOL => Encoding::Bool,
+        Dtype::U8 => Encoding::U8,
+        Dtype::I8 => Encoding::I8,
+        Dtype::U16 => Encoding::U16,
+        Dtype::I16 => Encoding::I16,
+        Dtype::U32 => Encoding::U32,
+        Dtype::I32 => Encoding::I32,
+        Dtype::U64 => Encoding::U64,
+        Dtype::I64 => Encoding::I64,
+        _ => return None,
+    })
+}
+
+/// The shard files that a Hugging Face index lists, each beside the index.
+fn shards(index: &Path) -> Result<Vec<PathBuf>> {
+    #[derive(serde::Deserialize)]
+    struct Index {
+        weight_map: BTreeMap<String, String>,
+    }
+    let file = MappedFile::open(index)?;
+    let parsed: Index = serde_json::from_slice(file.bytes())
+        .map_err(|error| refuse(index, format!("this is not an index of safetensors shards: {error}")))?;
+    let mut names: Vec<_> = parsed.weight_map.into_values().collect();
+    names.sort();
+    names.dedup();
+    names
+        .into_iter()
+        .map(|name| {
+            // An index must not lead out of its folder.
+            if Path::new(&name).file_name() != Some(name.as_ref()) {
+                return Err(refuse(index, format!("the shard `{name}` is not a plain file name")));
+            }
+            Ok(index.with_file_name(name))
+        })
+        .collect()
+}
+
+/// What is wrong with a file that the format's own crate refused, in terms of what to do.
+fn explain(error: &SafeTensorError, bytes: &[u8]) -> String {
+    let header_len = bytes.first_chunk().map_or(0, |len| u64::from_le_bytes(*len));
+    let looks_right = bytes.get(8) == Some(&b'{');
+    if !looks_right {
+        if let Some(what) = recognise(bytes) {
+            return what.into();
+        }
+    }
+    match error {
+        SafeTensorError::HeaderTooSmall => "not a safetensors file, or cut short: fetch it again".into(),
+        SafeTensorError::HeaderTooLarge if looks_right => {
+            format!("the header claims {header_len} bytes, more than the format allows: the file is damaged")
+        }
+        SafeTensorError::InvalidHeaderLength if looks_right => {
+            format!("cut short inside the header ({} bytes in all): fetch it again", bytes.len())
+        }
+        SafeTensorError::HeaderTooLarge | SafeTensorError::InvalidHeaderLength => {
+            "this is not a safetensors file".into()
+        }
+        SafeTensorError::MetadataIncompleteBuffer => {
+            format!(
+                "its {} bytes are not what the header describes: cut short or overlong, fetch it again",
+                bytes.len()
+            )
+        }
+        error => format!("not a valid safetensors file ({error}): fetch it again"),
+    }
+}
+
+/// A tensor to be stored.
+#[derive(Debug, Clone)]
+pub struct NamedTensor<'a> {
+    /// Its name in the file.
+    pub name: String,
+    /// Its shape, slowest dimension first.
+    pub shape: Vec<usize>,
+    /// Its values, in row-major order.
+    pub values: Values<'a>,
+}
+
+/// The values of a tensor to be stored, in the type in which they are stored.
+#[derive(Debug, Clone, Copy)]
+#[allow(missing_docs)] // the names are the format's own
+pub enum Values<'a> {
+    F32(&'a [f32]),
+    /// f32 values that are rounded to f16 on the way to the disk.
+    F32AsF16(&'a [f32]),
+    F16(&'a [f16]),
+    Bf16(&'a [bf16]),
+    I8(&'a [i8]),
+    U8(&'a [u8]),
+    U32(&'a [u32]),
+    I64(&'a [i64]),
+    U64(&'a [u64]),
+}
+
+impl Values<'_> {
+    fn len(&self) -> usize {
+        match self {
+            Self::F32(v) | Self::F32AsF16(v) => v.len(),
+            Self::F16(v) => v.len(),
+            Self::Bf16(v) => v.len(),
+            Self::I8(v) => v.len(),
+            Self::U8(v) => v.len(),
+            Self::U32(v) => v.len(),
+            Self::I64(v) => v.len(),
+            Self::U64(v) => v.len(),
+        }
+    }
+
+    fn dtype(&self) -> Dtype {
+        match self {
+            Self::F32(_) => Dtype::F32,
+            Self::F32AsF16(_) | Self::F16(_) => Dtype::F16,
+            Self::Bf16(_) => Dtype::BF16,
+            Self::I8(_) => Dtype::I8,
+            Self::U8(_) => Dtype::U8,
+            Self::U32(_) => Dtype::U32,
+            Self::I64(_) => Dtype::I64,
+            Self::U64(_) => Dtype::U64,
+        }
+    }
+
+    fn n_bytes(&self) -> usize {
+        self.len() * self.dtype().bitsize() / 8
+    }
+
+    fn write(&self, file: &mut impl Write) -> io::Result<()> {
+        match *self {
+            Self::F32(v) => write_each(file, v, |x| x.to_le_bytes()),
+            Self::F32AsF16(v) => write_each(file, v, |x| f16::from_f32(x).to_le_bytes()),
+            Self::F16(v) => write_each(file, v, |x| x.to_le_bytes()),
+            Self::Bf16(v) => write_each(file, v, |x| x.to_le_bytes()),
+            Self::I8(v) => write_each(file, v, |x| x.to_le_bytes()),
+            Self::U8(v) => file.write_all(v),
+            Self::U32(v) => write_each(file, v, |x| x.to_le_bytes()),
+            Self::I64(v) => write_each(file, v, |x| x.to_le_bytes()),
+            Self::U64(v) => write_each(file, v, |x| x.to_le_bytes()),
+        }
+    }
+}
+
+/// Writes through a small buffer: a checkpoint is never held in memory a second time.
+fn write_each<T: Copy, const N: usize>(
+    file: &mut impl Write,
+    values: &[T],
+    bytes_of: impl Fn(T) -> [u8; N],
+) -> io::Result<()> {
+    let mut buffer = Vec::with_capacity(4096 * N);
+    for chunk in values.chunks(4096) {
+        buffer.clear();
+        buffer.extend(chunk.iter().flat_map(|&value| bytes_of(value)));
+        file.write_all(&buffer)?;
+    }
+    Ok(())
+}
+
+/// Writes tensors to a safetensors file, atomically (see [`write_atomically`]).
+///
+/// The bytes depend on nothing but the arguments: tensors are laid out by falling alignment and then by name, the
+/// metadata is sorted.
+///
+/// # Errors
+/// [`Error::Io`] that names the file.
+///
+/// # Panics
+/// When a shape does not fit its values or two tensors have one name.
+pub fn write_safetensors(
+    path: impl AsRef<Path>,
+    tensors: &[NamedTensor<'_>],
+    metadata: &BTreeMap<String, String>,
+) -> Result<()> {
+    let mut tensors: Vec<_> = tensors.iter().collect();
+    tensors.sort_by(|a, b| b.values.dtype().cmp(&a.values.dtype()).then_with(|| a.name.cmp(&b.name)));
+    let mut header = serde_json::Map::new();
+    if !metadata.is_empty() {
+        header.insert("__metadata__".into(), serde_json::json!(metadata));
+    }
+    let mut end = 0;
+    for tensor in &tensors {
+        let n_values: usize = tensor.shape.iter().product();
+        assert_eq!(n_values, tensor.values.len(), "shape {:?} of `{}`", tensor.shape, tensor.name);
+        let start = end;
+        end += tensor.values.n_bytes();
+        let info = serde_json::json!({
+            "dtype": tensor.values.dtype(), "shape": tensor.shape, "data_offsets": [start, end],
+        });
+        assert!(
+            header.insert(tensor.name.clone(), info).is_none(),
+            "two tensors are named `{}`",
+            tensor.name
+        );
+    }
+    let mut header = serde_json::Value::Object(header).to_string().into_bytes();
+    header.resize(header.len().next_multiple_of(8), b' '); // so that the data starts aligned
+    write_atomically(path, |file| {
+        file.write_all(&(header.len() as u64).to_le_bytes())?;
+        file.write_all(&header)?;
+        tensors.iter().try_for_each(|tensor| tensor.values.write(file))
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use std::fs;
+
+    use super::*;
+
+    fn sample(n_rows: usize) -> (Vec<f32>, Vec<f16>, Vec<i8>) {
+        let floats: Vec<f32> = (0..n_rows * 3).map(|i| i as f32 * 0.37 - 100.0).collect();
+        let halves = floats[..6].iter().map(|&x| f16::from_f32(x)).collect();
+        (floats, halves, vec![-128, -1, 0, 1, 127])
+    }
+
+    fn write_sample(path: &Path, n_rows: usize) {
+        let (floats, halves, bytes) = sample(n_rows);
+        let tensor = |name: &str, shape: &[usize], values| NamedTensor {
+            name: name.into(),
+            shape: shape.into(),
+            values,
+        };
+        let tensors = [
+            tensor("bytes", &[5], Values::I8(&bytes)),
+            tensor("floats", &[n_rows, 3], Values::F32(&floats)),
+            tensor("rounded", &[2, 3], Values::F32AsF16(&floats[..6])),
+            tensor("halves", &[2, 3], Values::F16(&halves)),
+            tensor("step", &[], Values::U64(&[123_456])),
+        ];
+        let metadata =
+            BTreeMap::from([("recipe".into(), "a = \"b\"\n".into()), ("format".into(), "pt".into())]);
+        write_safetensors(path, &tensors, &metadata).unwrap();
+    }
+
+    #[test]
+    fn what_is_written_is_read_back_here_and_by_the_formats_own_crate() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("a.safetensors");
+        write_sample(&path, 5000);
+        let (floats, halves, bytes) = sample(5000);
+        let file = Safetensors::open(&path).unwrap();
+        assert_eq!(file.read_f32("floats").unwrap(), floats);
+        let halves: Vec<f32> = halves.iter().map(|x| x.to_f32()).collect();
+        assert_eq!(file.read_f32("halves").unwrap(), halves);
+        assert_eq!(file.read_f32("rounded").unwrap(), halves);
+        assert_eq!(file.tensor("bytes").unwrap().bytes(), [128, 255, 0, 1, 127]);
+        assert_eq!(file.read_f32("bytes").unwrap(), bytes.iter().map(|&b| f32::from(b)).collect::<Vec<_>>());
+        assert_eq!(file.read_f32("step").unwrap(), [123_456.0]);
+        assert_eq!(file.metadata()["recipe"], "a = \"b\"\n");
+        let mut row = [0.0; 3];
+        file.read_row_f32("floats", 4999, &mut row).unwrap();
+        assert_eq!(row, floats[4999 * 3..]);
+        file.finish().unwrap();
+
+        let stored = fs::read(&path).unwrap();
+        let theirs = SafeTensors::deserialize(&stored).unwrap();
+        assert_eq!(theirs.tensor("floats").unwrap().shape(), [5000, 3]);
+        assert_eq!(theirs.tensor("floats").unwrap().data()[4..8], floats[1].to_le_bytes());
+        assert_eq!(
+            theirs.tensor("floats").unwrap().data().as_ptr().align_offset(4),
+            stored.as_ptr().align_offset(4)
+        );
+        write_sample(&path, 5000);
+        assert_eq!(fs::read(&path).unwrap(), stored, "the same arguments gave other bytes");
+    }
+
+    #[test]
+    fn unused_missing_and_misshapen_tensors_are_named() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("a.safetensors");
+        write_sample(&path, 5000);
+        let file = Safetensors::open(&path).unwrap();
+        let error = file.tensor("floats").unwrap().expect_shape("floats", &[3, 5000]).unwrap_err();
+        assert!(matches!(error, Error::TensorShape { ref name, .. } if name == "floats"), "{error}");
+        assert!(file.contains("step") && file.shape("step").unwrap().is_empty());
+        file.ignore(|name| name == "step");
+        let Err(Error::UnusedTensors { names }) = file.finish() else { panic!("nothing was missed") };
+        assert_eq!(names, ["bytes", "halves", "rounded"]);
+        assert!(matches!(file.read_f32("absent"), Err(Error::MissingTensor { name }) if name == "absent"));
+    }
+
+    #[test]
+    fn shards_are_one_checkpoint() {
+        let folder = tempfile::tempdir().unwrap();
+        let at = |name: &str| folder.path().join(name);
+        for (name, value) in [("one", 1.0), ("two", 2.0)] {
+            let tensor = NamedTensor { name: name.into(), shape: vec![1], values: Values::F32(&[value]) };
+            write_safetensors(at(&format!("{name}.safetensors")), &[tensor], &BTreeMap::new()).unwrap();
+        }
+        let index = r#"{"metadata": {}, "weight_map": {"one": "one.safetensors", "two": "two.safetensors"}}"#;
+        fs::write(at("model.safetensors.index.json"), index).unwrap();
+        for path in [folder.path().into(), at("model.safetensors.index.json")] {
+            let checkpoint = Safetensors::open(&path).unwrap();
+            assert_eq!(checkpoint.read_f32("one").unwrap(), [1.0]);
+            assert_eq!(checkpoint.read_f32("two").unwrap(), [2.0]);
+        }
+        let twice = Safetensors::open_files(&[at("one.safetensors"), at("one.safetensors")]).unwrap_err();
+        assert!(twice.to_string().contains("`one` is also in"), "{twice}");
+        let outside = r#"{"weight_map": {"one": "../one.safetensors"}}"#;
+        fs::write(at("model.safetensors.index.json"), outside).unwrap();
+        assert!(Safetensors::open(folder.path()).unwrap_err().to_string().contains("not a plain file name"));
+        fs::remove_file(at("model.safetensors.index.json")).unwrap();
+        assert!(
+            Safetensors::open(folder.path()).unwrap_err().to_string().contains("neither model.safetensors")
+        );
+    }
+
+    fn header(json: &str, n_data: usize) -> Vec<u8> {
+        let mut file = (json.len() as u64).to_le_bytes().to_vec();
+        file.extend(json.as_bytes());
+        file.resize(file.len() + n_data, 0);
+        file
+    }
+
+    #[test]
+    fn what_is_not_a_sound_file_is_refused_by_name_and_reason() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("model.bin");
+        let mut huge = u64::MAX.to_le_bytes().to_vec();
+        huge.extend(b"{\"a\":1}");
+        let overlap = r#"{"a":{"dtype":"F32","shape":[2],"data_offsets":[0,8]},"b":{"dtype":"F32","shape":[2],"data_offsets":[4,12]}}"#;
+        let overflow = r#"{"a":{"dtype":"F32","shape":[4294967296,4294967296,4],"data_offsets":[0,8]}}"#;
+        let misfit = r#"{"a":{"dtype":"F32","shape":[3],"data_offsets":[0,8]}}"#;
+        for (bytes, expected) in [
+            (b"<!DOCTYPE html>\n<html>".to_vec(), "web page"),
+            (b"version https://git-lfs.github.com/spec/v1\noid sha256:00".to_vec(), "git lfs pull"),
+            (b"PK\x03\x04\x00\x00\x00\x00\x00\x00\x00\x00".to_vec(), "zip archive"),
+            (b"\x80\x02\x8a\x0al\xfc\x9cF\xf9 j\xa8P\x19.".to_vec(), "pickle"),
+            (b"GGUF\x03\x00\x00\x00\x00\x00\x00\x00".to_vec(), "GGUF"),
+            (b"{\"architectures\": []}".to_vec(), "JSON text"),
+            (b"abc".to_vec(), "cut short"),
+            (b"some other text altogether".to_vec(), "not a safetensors file"),
+            (huge, "the header claims"),
+            (header(misfit, 8)[..20].to_vec(), "cut short inside the header"),
+            (header(misfit, 8), "invalid shape"),
+            (header(overlap, 12), "offset"),
+            (header(overflow, 8), "overflow"),
+            (header("{nonsense", 8), "JSON"),
+            (header(r#"{"a":{"dtype":"F32","shape":[2],"data_offsets":[0,8]}}"#, 7), "cut short or overlong"),
+            (header(r#"{"a":{"dtype":"F32","shape":[2],"data_offsets":[0,8]}}"#, 9), "cut short or overlong"),
+        ] {
+            fs::write(&path, bytes).unwrap();
+            let error = Safetensors::open(&path).unwrap_err().to_string();
+            assert!(
+                error.contains("model.bin: ") && error.contains(expected),
+                "expected {expected:?}: {error}"
+            );
+        }
+        fs::write(&path, header(r#"{"a":{"dtype":"F8_E4M3","shape":[2],"data_offsets":[0,2]}}"#, 2)).unwrap();
+        let error = Safetensors::open(&path).unwrap().read_f32("a").unwrap_err().to_string();
+        assert!(error.contains("tensor `a` holds F8_E4M3"), "{error}");
+    }
+
+    #[test]
+    fn a_cut_file_is_refused_and_a_flipped_bit_never_panics() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("a.safetensors");
+        write_sample(&path, 20);
+        let bytes = fs::read(&path).unwrap();
+        let header_len = 8 + u64::from_le_bytes(*bytes.first_chunk().unwrap()) as usize;
+        let cut = folder.path().join("cut.safetensors");
+        for len in 1..bytes.len() {
+            fs::write(&cut, &bytes[..len]).unwrap();
+            assert!(Safetensors::open(&cut).is_err(), "accepted {len} of {} bytes", bytes.len());
+        }
+        for bit in 0..header_len * 8 {
+            let mut damaged = bytes.clone();
+            damaged[bit / 8] ^= 1 << (bit % 8);
+            fs::write(&cut, &damaged).unwrap();
+            if let Ok(file) = Safetensors::open(&cut) {
+                let names: Vec<_> = file.names().map(String::from).collect();
+                for name in names {
+                    let _ = file.read_f32(&name); // a value or an error, not a panic
+                }
+            }
+        }
+    }
+}
