@@ -5,7 +5,9 @@
 //! Everything random is a function of the seed and the step ([`random`]), so resuming needs no random state.
 
 pub mod checkpoint;
+pub mod data;
 pub mod error;
+pub mod features;
 pub mod gradients;
 pub mod health;
 pub mod initialize;

@@ -1,0 +1,605 @@
+//! What a model is trained on: pictures with captions, questions or dialogues.
+//!
+//! A [`Dataset`] is read once from the `[[data]]` entries of a training configuration ([`DataConfig`]); pictures stay
+//! where they are (a file, a member of a tar shard) and only their texts are held. A [`Loader`] then deals batches of
+//! sample numbers in an order that is a function of seed and epoch, so that a run resumes from two integers.
+//! Pictures are decoded in [`crate::features`], not here.
+
+mod coco;
+mod folder;
+mod loader;
+mod manifest;
+mod webdataset;
+
+pub use loader::{Batch, Item, Loader, LoaderConfig, LoaderState};
+pub use manifest::Row;
+
+use crate::features::Augment;
+use crate::{Error, Result};
+use serde::{Deserialize, Serialize};
+use sha2::{Digest, Sha256};
+use std::collections::{HashMap, HashSet};
+use std::fmt;
+use std::fs::File;
+use std::io::{Read, Seek, SeekFrom};
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+/// One `[[data]]` entry of a training configuration.
+///
+/// ```toml
+/// [[data]]
+/// path = "train.jsonl"     # relative to the configuration file
+/// max_per_epoch = 8000     # every epoch deals the next 8,000 rows of a shuffled round
+/// views = 4                # augmented views of each picture beside the plain one
+/// ```
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct DataConfig {
+    /// The manifest, folder, tar shard, folder of tar shards, or COCO caption file.
+    pub path: PathBuf,
+    /// How to read `path`; without it the name decides (`.jsonl`, `.tar`, `.json`, a folder with or without tar files).
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub format: Option<Format>,
+    /// COCO only: the folder of the pictures; without it the folder of the caption file.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub images: Option<PathBuf>,
+    /// How many times an epoch deals each sample; fractions deal that part of the samples.
+    #[serde(default = "once")]
+    pub repeat: f64,
+    /// The most samples of this entry in one epoch.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub max_per_epoch: Option<usize>,
+    /// Augmented views of each picture beside the plain one.
+    #[serde(default)]
+    pub views: u32,
+    /// What an augmented view does to a picture.
+    #[serde(default)]
+    pub augment: Augment,
+}
+
+fn once() -> f64 {
+    1.0
+}
+
+impl DataConfig {
+    /// An entry with everything but the path at its default.
+    pub fn new(path: impl Into<PathBuf>) -> Self {
+        Self {
+            path: path.into(),
+            format: None,
+            images: None,
+            repeat: once(),
+            max_per_epoch: None,
+            views: 0,
+            augment: Augment::default(),
+        }
+    }
+
+    fn validate(&self, field: &str) -> Result<()> {
+        if !(self.repeat.is_finite() && self.repeat > 0.0 && self.repeat <= 1e6) {
+            return Err(Error::config(
+                format!("{field}.repeat"),
+                "must be a positive number, at most a million",
+            ));
+        }
+        if self.max_per_epoch == Some(0) {
+            return Err(Error::config(format!("{field}.max_per_epoch"), "must be at least 1"));
+        }
+        if self.images.is_some() && !matches!(self.format, None | Some(Format::Coco)) {
+            return Err(Error::config(format!("{field}.images"), "is only for format = \"coco\""));
+        }
+        self.augment.validate(&format!("{field}.augment"))
+    }
+}
+
+/// The layouts of training data that can be read.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Format {
+    /// One JSON object a line, see [`Row`].
+    Jsonl,
+    /// Pictures with a `.txt` of the same name beside each, one caption a line.
+    Folder,
+    /// WebDataset tar shards: members that share a name up to the first dot belong together.
+    Webdataset,
+    /// COCO caption annotations (`images` and `annotations`).
+    Coco,
+}
+
+/// Where the bytes of a picture are.
+#[derive(Debug, Clone, PartialEq, Eq, Hash)]
+pub enum ImageSource {
+    /// A file.
+    File(PathBuf),
+    /// A member of a tar archive, read in place.
+    TarMember {
+        /// The archive.
+        archive: Arc<Path>,
+        /// Where the member's bytes begin.
+        offset: u64,
+        /// How many there are.
+        len: u64,
+        /// The member's name, control characters escaped: for messages only, never used as a path.
+        name: String,
+    },
+}
+
+impl ImageSource {
+    /// Reads the whole encoded picture.
+    ///
+    /// # Errors
+    /// The operating system's, when the file is missing, unreadable, or shorter than when its archive was indexed.
+    pub fn read(&self) -> std::io::Result<Vec<u8>> {
+        match self {
+            Self::File(path) => std::fs::read(path),
+            Self::TarMember { archive, offset, len, .. } => {
+                let mut file = File::open(archive)?;
+                file.seek(SeekFrom::Start(*offset))?;
+                let mut bytes = Vec::new();
+                file.take(*len).read_to_end(&mut bytes)?;
+                if bytes.len() as u64 != *len {
+                    return Err(std::io::ErrorKind::UnexpectedEof.into());
+                }
+                Ok(bytes)
+            }
+        }
+    }
+}
+
+impl fmt::Display for ImageSource {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::File(path) => write!(f, "{}", path.display()),
+            Self::TarMember { archive, name, .. } => write!(f, "{}:{name}", archive.display()),
+        }
+    }
+}
+
+/// A picture of the dataset.
+#[derive(Debug, Clone)]
+pub struct Image {
+    /// Where its bytes are.
+    pub source: ImageSource,
+    /// Pictures of one group show the same thing (by default each picture is its own group): the texts of one are not
+    /// negatives of another.
+    pub group: u32,
+    /// How many augmented views it has beside the plain one.
+    pub views: u32,
+    /// What an augmented view does.
+    pub augment: Augment,
+}
+
+/// One question and its answer in a dialogue about a picture.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Turn {
+    /// What the user says.
+    pub question: String,
+    /// What the model should say.
+    pub answer: String,
+}
+
+/// What is said about a picture.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Text {
+    /// Captions, each of which describes the picture; never empty.
+    Captions(Vec<String>),
+    /// A question with its acceptable answers; never empty.
+    QuestionAnswer {
+        /// The question.
+        question: String,
+        /// The answers people gave.
+        answers: Vec<String>,
+    },
+    /// A dialogue; never empty.
+    Turns(Vec<Turn>),
+}
+
+impl Text {
+    /// How many alternatives [`Item::choice`] picks from: captions or answers; a dialogue is one.
+    pub fn n_choices(&self) -> usize {
+        match self {
+            Self::Captions(captions) => captions.len(),
+            Self::QuestionAnswer { answers, .. } => answers.len(),
+            Self::Turns(_) => 1,
+        }
+    }
+}
+
+/// A text about a picture: what the loader deals.
+#[derive(Debug, Clone)]
+pub struct Sample {
+    /// Index into [`Dataset::images`].
+    pub image: usize,
+    /// What is said.
+    pub text: Text,
+    /// Names that count as a recognition when an answer contains one (evaluation manifests).
+    pub names: Vec<String>,
+    /// Index of the `[[data]]` entry it comes from.
+    pub entry: usize,
+}
+
+/// Something that was left out, and why.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Skipped {
+    /// The picture (or tar member).
+    pub name: String,
+    /// Why.
+    pub reason: String,
+}
+
+impl fmt::Display for Skipped {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}: {}", self.name, self.reason)
+    }
+}
+
+/// Pictures and what is said about them.
+#[derive(Debug, Clone, Default)]
+pub struct Dataset {
+    images: Vec<Image>,
+    samples: Vec<Sample>,
+    entries: Vec<DataConfig>,
+    skipped: Vec<Skipped>,
+}
+
+impl Dataset {
+    /// Reads all entries; relative paths are relative to `base` (the folder of the configuration file).
+    ///
+    /// A picture that several rows or entries name is held once; it takes the augmentation of the first entry that
+    /// names it and the most views any entry asks for. Missing pictures are skipped and listed in [`Self::skipped`].
+    ///
+    /// # Errors
+    /// [`Error::Manifest`] with file and line for a row that cannot be understood, [`Error::Config`] for a wrong
+    /// entry, [`Error::File`] for an archive or annotation file that is damaged or an entry that yields no sample.
+    pub fn load(entries: &[DataConfig], base: &Path) -> Result<Self> {
+        let mut builder = Builder::default();
+        for (number, entry) in entries.iter().enumerate() {
+            entry.validate(&format!("data[{number}]"))?;
+            let path = base.join(&entry.path);
+            builder.begin(entry);
+            let n_before = builder.dataset.samples.len();
+            match entry.format.map_or_else(|| guess_format(&path), Ok)? {
+                Format::Jsonl => manifest::read(&path, &mut builder)?,
+                Format::Folder => folder::read(&path, &mut builder)?,
+                Format::Webdataset => webdataset::read(&path, &mut builder)?,
+                Format::Coco => {
+                    let parent = path.parent().unwrap_or(Path::new("")).to_path_buf();
+                    let images = entry.images.as_ref().map_or(parent, |images| base.join(images));
+                    coco::read(&path, &images, &mut builder)?;
+                }
+            }
+            if builder.dataset.samples.len() == n_before {
+                let reason = match builder.dataset.skipped.last() {
+                    Some(skipped) => {
+                        format!("no usable picture with text in it; the last one skipped was {skipped}")
+                    }
+                    None => "no picture with text in it".to_owned(),
+                };
+                return Err(Error::file(&path, reason));
+            }
+        }
+        Ok(builder.dataset)
+    }
+
+    /// The pictures; an index into this list is a picture's number everywhere.
+    pub fn images(&self) -> &[Image] {
+        &self.images
+    }
+
+    /// The samples; an index into this list is what the loader deals.
+    pub fn samples(&self) -> &[Sample] {
+        &self.samples
+    }
+
+    /// The entries the samples come from.
+    pub fn entries(&self) -> &[DataConfig] {
+        &self.entries
+    }
+
+    /// Everything that was left out so far, with reasons.
+    pub fn skipped(&self) -> &[Skipped] {
+        &self.skipped
+    }
+
+    /// Leaves out pictures that turned out to be unusable (they do not decode), and their samples.
+    ///
+    /// Pictures keep their numbers; samples are renumbered, so call it before a [`Loader`] is made.
+    pub fn skip_images(&mut self, unusable: &[(usize, String)]) {
+        let reasons: HashMap<usize, &str> =
+            unusable.iter().map(|(i, reason)| (*i, reason.as_str())).collect();
+        self.samples.retain(|sample| !reasons.contains_key(&sample.image));
+        for (image, reason) in unusable {
+            let name = self.images[*image].source.to_string();
+            self.skipped.push(Skipped { name, reason: reason.clone() });
+        }
+    }
+
+    /// SHA-256 (hex) over the samples' texts, pictures' names and entries' dealing rules: two datasets with the same
+    /// fingerprint are dealt in the same order.
+    pub fn fingerprint(&self) -> String {
+        let mut hasher = Sha256::new();
+        let mut put = |text: &str| {
+            hasher.update((text.len() as u64).to_le_bytes());
+            hasher.update(text.as_bytes());
+        };
+        for entry in &self.entries {
+            put(&format!("{} {:?} {}", entry.repeat, entry.max_per_epoch, entry.views));
+        }
+        for sample in &self.samples {
+            // The picture's own name: a dataset that moved to another folder is still the same.
+            match &self.images[sample.image].source {
+                ImageSource::File(path) => put(&path.file_name().unwrap_or_default().to_string_lossy()),
+                ImageSource::TarMember { name, .. } => put(name),
+            }
+            put(&format!("{} {:?}", sample.entry, sample.text));
+        }
+        hex(&hasher.finalize())
+    }
+}
+
+/// Lower-case hexadecimal.
+pub(crate) fn hex(bytes: &[u8]) -> String {
+    bytes.iter().map(|byte| format!("{byte:02x}")).collect()
+}
+
+fn guess_format(path: &Path) -> Result<Format> {
+    let metadata = std::fs::metadata(path).map_err(Error::io(path))?;
+    if metadata.is_dir() {
+        return Ok(if webdataset::shards(path)?.is_empty() { Format::Folder } else { Format::Webdataset });
+    }
+    let extension = path.extension().map(|e| e.to_string_lossy().to_ascii_lowercase());
+    match extension.as_deref() {
+        Some("jsonl" | "ndjson") => Ok(Format::Jsonl),
+        Some("tar") => Ok(Format::Webdataset),
+        Some("json") => Ok(Format::Coco),
+        _ => Err(Error::file(
+            path,
+            "cannot tell the format from the name: set `format` to jsonl, folder, webdataset or coco",
+        )),
+    }
+}
+
+/// Collects what the readers find.
+#[derive(Default)]
+struct Builder {
+    dataset: Dataset,
+    by_source: HashMap<ImageSource, usize>,
+    by_group: HashMap<String, u32>,
+    n_groups: u32,
+    /// Pictures known to be missing, so that each is listed once.
+    missing: HashSet<ImageSource>,
+}
+
+impl Builder {
+    fn begin(&mut self, entry: &DataConfig) {
+        self.dataset.entries.push(entry.clone());
+    }
+
+    fn skip(&mut self, name: impl Into<String>, reason: impl Into<String>) {
+        self.dataset.skipped.push(Skipped { name: name.into(), reason: reason.into() });
+    }
+
+    /// Adds a sample unless its picture is missing.
+    fn add(&mut self, source: ImageSource, group: Option<String>, text: Text, names: Vec<String>) {
+        if self.missing.contains(&source) {
+            return;
+        }
+        let entry = self.dataset.entries.len() - 1;
+        let (views, augment) = {
+            let config = &self.dataset.entries[entry];
+            (config.views, config.augment.clone())
+        };
+        let image = match self.by_source.get(&source) {
+            Some(&image) => {
+                let known = &mut self.dataset.images[image];
+                known.views = known.views.max(views);
+                image
+            }
+            None => {
+                if let ImageSource::File(path) = &source
+                    && let Err(reason) = readable_file(path)
+                {
+                    self.skip(path.display().to_string(), reason);
+                    self.missing.insert(source);
+                    return;
+                }
+                let group = self.group(group);
+                self.dataset.images.push(Image { source: source.clone(), group, views, augment });
+                self.by_source.insert(source, self.dataset.images.len() - 1);
+                self.dataset.images.len() - 1
+            }
+        };
+        self.dataset.samples.push(Sample { image, text, names, entry });
+    }
+
+    /// The number of a named group, or a new one.
+    fn group(&mut self, name: Option<String>) -> u32 {
+        let next = self.n_groups;
+        let group = match name {
+            Some(name) => *self.by_group.entry(name).or_insert(next),
+            None => next,
+        };
+        self.n_groups = next.max(group + 1);
+        group
+    }
+}
+
+fn readable_file(path: &Path) -> std::result::Result<(), String> {
+    match std::fs::metadata(path) {
+        Ok(metadata) if metadata.is_file() => Ok(()),
+        Ok(_) => Err("is not a file".to_owned()),
+        Err(error) => Err(error.to_string()),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::fs;
+
+    fn write(dir: &Path, name: &str, content: impl AsRef<[u8]>) -> PathBuf {
+        let path = dir.join(name);
+        fs::create_dir_all(path.parent().unwrap()).unwrap();
+        fs::write(&path, content).unwrap();
+        path
+    }
+
+    fn load(dir: &Path, path: &str) -> Result<Dataset> {
+        Dataset::load(&[DataConfig::new(path)], dir)
+    }
+
+    #[test]
+    fn jsonl_rows_of_every_kind_are_read() {
+        let dir = tempfile::tempdir().unwrap();
+        write(dir.path(), "images/a.jpg", "a");
+        write(dir.path(), "images/b.jpg", "b");
+        let rows = [
+            r#"{"image":"images/a.jpg","captions":["one","two"],"license":"CC0"}"#,
+            r#"{"image":"images/b.jpg","caption":"three"}"#,
+            "",
+            r#"{"image":"images/a.jpg","question":"What?","answer":"a"}"#,
+            r#"{"image":"images/a.jpg","question":"What?","answers":["a","an a"],"names":["a"]}"#,
+            r#"{"image":"images/b.jpg","turns":[{"question":"q","answer":"r"}]}"#,
+        ];
+        write(dir.path(), "rows.jsonl", rows.join("\n"));
+        let dataset = load(dir.path(), "rows.jsonl").unwrap();
+        assert_eq!(dataset.images().len(), 2, "a picture named by several rows is held once");
+        assert_eq!(dataset.samples().iter().map(|s| s.image).collect::<Vec<_>>(), [0, 1, 0, 0, 1]);
+        assert_eq!(dataset.samples()[0].text, Text::Captions(vec!["one".into(), "two".into()]));
+        assert_eq!(
+            dataset.samples()[3].text,
+            Text::QuestionAnswer { question: "What?".into(), answers: vec!["a".into(), "an a".into()] }
+        );
+        assert_eq!(dataset.samples()[3].names, ["a"]);
+        assert_ne!(dataset.images()[0].group, dataset.images()[1].group);
+        assert_eq!(dataset.images()[1].source.read().unwrap(), b"b");
+    }
+
+    #[test]
+    fn wrong_lines_are_errors_with_file_and_line() {
+        let good = r#"{"image":"a.jpg","caption":"x"}"#;
+        for (bad, says) in [
+            ("{\"image\":\"a.jpg\"", "EOF"),
+            (r#"{"caption":"x"}"#, "missing field `image`"),
+            (r#"{"image":"a.jpg"}"#, "neither"),
+            (r#"{"image":"a.jpg","captions":[]}"#, "empty"),
+            (r#"{"image":"a.jpg","caption":"  "}"#, "empty"),
+            (r#"{"image":"a.jpg","question":"x"}"#, "answer"),
+            (r#"{"image":"a.jpg","answer":"x"}"#, "question"),
+            (r#"{"image":"a.jpg","caption":"x","question":"y","answer":"z"}"#, "more than one"),
+            (r#"{"image":"a.jpg","turns":[{"question":"x"}]}"#, "answer"),
+            (r#"{"image":"","caption":"x"}"#, "image"),
+            (r#"["a.jpg"]"#, "not a JSON object"),
+        ] {
+            let dir = tempfile::tempdir().unwrap();
+            write(dir.path(), "a.jpg", "a");
+            write(dir.path(), "rows.jsonl", format!("{good}\n\n{bad}\n{good}\n"));
+            let message = load(dir.path(), "rows.jsonl").unwrap_err().to_string();
+            assert!(message.contains("rows.jsonl:3: "), "{message}");
+            assert!(message.contains(says), "{bad}: {message}");
+        }
+    }
+
+    #[test]
+    fn a_line_that_is_not_utf8_is_an_error_with_its_number() {
+        let dir = tempfile::tempdir().unwrap();
+        write(dir.path(), "a.jpg", "a");
+        write(
+            dir.path(),
+            "rows.jsonl",
+            b"{\"image\":\"a.jpg\",\"caption\":\"x\"}\n{\"image\":\"a.jpg\",\"caption\":\"\xff\"}\n",
+        );
+        let message = load(dir.path(), "rows.jsonl").unwrap_err().to_string();
+        assert!(message.contains("rows.jsonl:2: "), "{message}");
+    }
+
+    #[test]
+    fn missing_pictures_are_skipped_once_and_named() {
+        let dir = tempfile::tempdir().unwrap();
+        write(dir.path(), "a.jpg", "a");
+        fs::create_dir(dir.path().join("d.jpg")).unwrap();
+        let rows: Vec<String> = ["a.jpg", "gone.jpg", "gone.jpg", "d.jpg"]
+            .map(|name| format!(r#"{{"image":"{name}","caption":"x"}}"#))
+            .to_vec();
+        write(dir.path(), "rows.jsonl", rows.join("\n"));
+        let dataset = load(dir.path(), "rows.jsonl").unwrap();
+        assert_eq!(dataset.samples().len(), 1);
+        let skipped: Vec<String> = dataset.skipped().iter().map(ToString::to_string).collect();
+        assert_eq!(skipped.len(), 2, "{skipped:?}");
+        assert!(skipped[0].contains("gone.jpg"), "{skipped:?}");
+        assert!(skipped[1].contains("d.jpg: is not a file"), "{skipped:?}");
+
+        write(dir.path(), "none.jsonl", r#"{"image":"gone.jpg","caption":"x"}"#);
+        let message = load(dir.path(), "none.jsonl").unwrap_err().to_string();
+        assert!(message.contains("none.jsonl") && message.contains("gone.jpg"), "{message}");
+    }
+
+    #[test]
+    fn groups_are_shared_by_name_and_across_entries() {
+        let dir = tempfile::tempdir().unwrap();
+        for name in ["a.jpg", "b.jpg", "c.jpg"] {
+            write(dir.path(), name, name);
+        }
+        write(
+            dir.path(),
+            "1.jsonl",
+            "{\"image\":\"a.jpg\",\"caption\":\"x\",\"group\":\"g\"}\n{\"image\":\"c.jpg\",\"caption\":\"x\"}",
+        );
+        write(dir.path(), "2.jsonl", r#"{"image":"b.jpg","caption":"x","group":"g"}"#);
+        let dataset =
+            Dataset::load(&[DataConfig::new("1.jsonl"), DataConfig::new("2.jsonl")], dir.path()).unwrap();
+        let groups: Vec<u32> = dataset.images().iter().map(|image| image.group).collect();
+        assert_eq!(groups[0], groups[2]);
+        assert_ne!(groups[0], groups[1]);
+        assert_eq!(dataset.samples().iter().map(|s| s.entry).collect::<Vec<_>>(), [0, 0, 1]);
+    }
+
+    #[test]
+    fn skipping_pictures_removes_their_samples_and_changes_the_fingerprint() {
+        let dir = tempfile::tempdir().unwrap();
+        write(dir.path(), "a.jpg", "a");
+        write(dir.path(), "b.jpg", "b");
+        write(
+            dir.path(),
+            "rows.jsonl",
+            "{\"image\":\"a.jpg\",\"caption\":\"x\"}\n{\"image\":\"b.jpg\",\"caption\":\"y\"}",
+        );
+        let mut dataset = load(dir.path(), "rows.jsonl").unwrap();
+        let before = dataset.fingerprint();
+        assert_eq!(before, load(dir.path(), "rows.jsonl").unwrap().fingerprint());
+        dataset.skip_images(&[(0, "does not decode".into())]);
+        assert_eq!(dataset.samples().len(), 1);
+        assert_eq!(dataset.samples()[0].image, 1);
+        assert_eq!(dataset.skipped()[0].reason, "does not decode");
+        assert_ne!(before, dataset.fingerprint());
+    }
+
+    #[test]
+    fn configuration_refuses_unknown_fields_and_wrong_values() {
+        let parse = |text: &str| toml::from_str::<DataConfig>(text);
+        assert_eq!(parse("path = \"x\"").unwrap(), DataConfig::new("x"));
+        assert!(parse("path = \"x\"\nrepaet = 2").unwrap_err().to_string().contains("repaet"));
+        assert!(parse("path = \"x\"\naugment = { zoom = 2 }").unwrap_err().to_string().contains("zoom"));
+        for (text, field) in [
+            ("repeat = 0.0", "data[0].repeat"),
+            ("repeat = nan", "data[0].repeat"),
+            ("max_per_epoch = 0", "data[0].max_per_epoch"),
+            ("augment = { scale = [0.0, 1.0] }", "data[0].augment.scale"),
+            ("format = \"jsonl\"\nimages = \"y\"", "data[0].images"),
+        ] {
+            let config = parse(&format!("path = \"x\"\n{text}")).unwrap();
+            let message = Dataset::load(&[config], Path::new("")).unwrap_err().to_string();
+            assert!(message.contains(field), "{message}");
+        }
+    }
+
+    #[test]
+    fn a_name_that_tells_no_format_asks_for_one() {
+        let dir = tempfile::tempdir().unwrap();
+        write(dir.path(), "rows.txt", "x");
+        assert!(load(dir.path(), "rows.txt").unwrap_err().to_string().contains("set `format`"));
+        assert!(load(dir.path(), "absent.jsonl").unwrap_err().to_string().contains("absent.jsonl"));
+    }
+}

@@ -1,0 +1,104 @@
+//! COCO caption annotations: `images` with names, `annotations` with captions that refer to them.
+
+use super::{Builder, ImageSource, Text};
+use crate::{Error, Result};
+use serde::Deserialize;
+use std::collections::HashMap;
+use std::fs::File;
+use std::io::BufReader;
+use std::path::Path;
+
+#[derive(Deserialize)]
+struct CaptionFile {
+    images: Vec<Picture>,
+    annotations: Vec<Annotation>,
+}
+
+#[derive(Deserialize)]
+struct Picture {
+    id: u64,
+    file_name: String,
+}
+
+#[derive(Deserialize)]
+struct Annotation {
+    image_id: u64,
+    caption: String,
+}
+
+/// Reads a caption file; the pictures are in `folder`. Captions of a picture keep the file's order.
+pub(super) fn read(path: &Path, folder: &Path, builder: &mut Builder) -> Result<()> {
+    let file = File::open(path).map_err(Error::io(path))?;
+    let content: CaptionFile = serde_json::from_reader(BufReader::new(file))
+        .map_err(|error| Error::file(path, format!("is not a COCO caption file: {error}")))?;
+    let mut captions: HashMap<u64, Vec<String>> =
+        content.images.iter().map(|picture| (picture.id, Vec::new())).collect();
+    for annotation in content.annotations {
+        let Some(of_picture) = captions.get_mut(&annotation.image_id) else {
+            let reason =
+                format!("an annotation refers to image_id {}, which `images` lacks", annotation.image_id);
+            return Err(Error::file(path, reason));
+        };
+        let caption = annotation.caption.trim();
+        if !caption.is_empty() {
+            of_picture.push(caption.to_owned());
+        }
+    }
+    for picture in content.images {
+        let source = folder.join(&picture.file_name);
+        match captions.remove(&picture.id) {
+            Some(captions) if !captions.is_empty() => {
+                builder.add(ImageSource::File(source), None, Text::Captions(captions), Vec::new());
+            }
+            Some(_) => builder.skip(source.display().to_string(), "has no caption"),
+            None => {
+                let reason = format!("`images` has id {} twice", picture.id);
+                return Err(Error::file(path, reason));
+            }
+        }
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::{DataConfig, Dataset, Text};
+    use std::fs;
+
+    #[test]
+    fn captions_are_gathered_by_picture() {
+        let dir = tempfile::tempdir().unwrap();
+        fs::create_dir(dir.path().join("val")).unwrap();
+        fs::write(dir.path().join("val/1.jpg"), "1").unwrap();
+        fs::write(dir.path().join("val/2.jpg"), "2").unwrap();
+        let write = |content: &str| fs::write(dir.path().join("c.json"), content).unwrap();
+        let config = || DataConfig { images: Some("val".into()), ..DataConfig::new("c.json") };
+        let load = || Dataset::load(&[config()], dir.path());
+
+        write(
+            r#"{"info":{},"images":[{"id":7,"file_name":"1.jpg","width":3},{"id":9,"file_name":"2.jpg"},
+            {"id":4,"file_name":"gone.jpg"}],"annotations":[{"id":1,"image_id":9,"caption":"nine"},
+            {"id":2,"image_id":7,"caption":" seven\n"},{"id":3,"image_id":9,"caption":"again"},
+            {"id":5,"image_id":4,"caption":"gone"}]}"#,
+        );
+        let dataset = load().unwrap();
+        assert_eq!(dataset.samples().len(), 2);
+        assert_eq!(dataset.samples()[0].text, Text::Captions(vec!["seven".into()]));
+        assert_eq!(dataset.samples()[1].text, Text::Captions(vec!["nine".into(), "again".into()]));
+        assert_eq!(dataset.skipped().len(), 1);
+
+        for (content, says) in [
+            (r#"{"images":[],"annotations":[{"image_id":1,"caption":"x"}]}"#, "image_id 1"),
+            (r#"{"images":[]"#, "line 1"),
+            (
+                r#"{"images":[{"id":1,"file_name":"1.jpg"},{"id":1,"file_name":"2.jpg"}],
+                "annotations":[{"image_id":1,"caption":"x"}]}"#,
+                "id 1 twice",
+            ),
+        ] {
+            write(content);
+            let message = load().unwrap_err().to_string();
+            assert!(message.contains("c.json") && message.contains(says), "{message}");
+        }
+    }
+}

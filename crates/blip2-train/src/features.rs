@@ -1,0 +1,504 @@
+//! The frozen encoder's output, computed once and kept on disk.
+//!
+//! The image encoder does not change in training, so its features are computed for every picture (and for a fixed
+//! number of augmented views of it) before the first step; training then reads them through a memory map and never
+//! runs the encoder. A cache folder holds one folder for each encoder (weights and preprocessing), in which two files
+//! grow: `features.bin`, slots of `[P, D]` half-precision numbers, and `index.bin`, one checksummed record a slot. A slot
+//! is written before its record, so a process that is killed leaves at most a slot that nothing refers to; a slot is
+//! checked against its record's checksum before it is first used, and computed again when it does not match.
+
+mod augment;
+mod store;
+
+pub use augment::Augment;
+use store::{Key, Store};
+
+use crate::data::{Dataset, ImageSource};
+use crate::{Error, Result};
+use half::f16;
+use half::slice::HalfFloatSliceExt;
+use image::RgbImage;
+use rayon::prelude::*;
+use sha2::{Digest, Sha256};
+use std::collections::HashMap;
+use std::ops::ControlFlow;
+use std::path::Path;
+
+/// Turns pictures into features; what a [`FeatureCache`] asks of the frozen encoder.
+pub trait FeatureEncoder: Sync {
+    /// Names everything that the numbers depend on: the weights' fingerprint and the preprocessing settings.
+    fn key(&self) -> String;
+
+    /// Image tokens of a picture (P).
+    fn n_tokens(&self) -> usize;
+
+    /// Width of a token (D).
+    fn width(&self) -> usize;
+
+    /// Decodes an encoded picture.
+    ///
+    /// # Errors
+    /// Why the bytes are not a usable picture, in a few words.
+    fn decode(&self, bytes: &[u8]) -> std::result::Result<RgbImage, String>;
+
+    /// Preprocesses and encodes a batch: `[B, P, D]` in order.
+    ///
+    /// # Errors
+    /// Whatever the encoder reports; it ends the computation.
+    fn encode(&self, pictures: &[RgbImage]) -> Result<Vec<f32>>;
+}
+
+/// How far the computation is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Progress {
+    /// Views that were computed.
+    pub done: usize,
+    /// Views that have to be computed.
+    pub total: usize,
+}
+
+/// Pictures encoded at once: enough to keep all cores busy, few enough for a small memory.
+const ENCODE_BATCH: usize = 16;
+
+/// The features of a dataset's pictures, memory-mapped.
+#[derive(Debug)]
+pub struct FeatureCache {
+    store: Store,
+    n_tokens: usize,
+    width: usize,
+    /// For each picture the slot of each view; empty for pictures that could not be used.
+    slots: Vec<Vec<u32>>,
+}
+
+/// What [`FeatureCache::compute`] did.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Computed {
+    /// Views that were on disk already.
+    pub n_reused: usize,
+    /// Views that were computed now.
+    pub n_computed: usize,
+    /// Views whose bytes on disk were damaged; they were computed again.
+    pub n_damaged: usize,
+    /// Pictures that cannot be used, with reasons, for [`Dataset::skip_images`].
+    pub unusable: Vec<(usize, String)>,
+}
+
+impl FeatureCache {
+    /// Makes sure that the features of every picture and view of `dataset` are in the cache folder `dir`, and opens them.
+    ///
+    /// `progress` is called after every batch; when it says [`ControlFlow::Break`] the computation stops and what was
+    /// done stays on disk. Several processes may use one folder; they compute one after the other.
+    ///
+    /// # Errors
+    /// [`Error::Io`] for a folder that cannot be written, [`Error::Training`] when `progress` stopped it or the encoder
+    /// gives numbers that half precision cannot hold, and the encoder's own.
+    pub fn compute(
+        dir: &Path,
+        dataset: &Dataset,
+        encoder: &dyn FeatureEncoder,
+        mut progress: impl FnMut(Progress) -> ControlFlow<()>,
+    ) -> Result<(Self, Computed)> {
+        let (n_tokens, width) = (encoder.n_tokens(), encoder.width());
+        let mut store = Store::open(dir, &encoder.key(), n_tokens * width)?;
+        let mut report = Computed::default();
+
+        let images = dataset.images();
+        let hashes: Vec<std::result::Result<[u8; 32], String>> =
+            images.par_iter().map(|image| content_hash(&image.source)).collect();
+        let mut keys: Vec<Vec<Key>> = Vec::with_capacity(images.len());
+        for (index, (image, hash)) in images.iter().zip(hashes).enumerate() {
+            keys.push(match hash {
+                Ok(hash) => (0..=image.views).map(|view| Key::new(&hash, view, &image.augment)).collect(),
+                Err(reason) => {
+                    report.unusable.push((index, reason));
+                    Vec::new()
+                }
+            });
+        }
+
+        let needed: Vec<Key> = keys.iter().flatten().copied().collect();
+        report.n_damaged = store.drop_damaged(&needed)?;
+        // One picture may be in the data under two names: its features are computed once.
+        let mut planned: HashMap<Key, ()> = HashMap::new();
+        let mut work: Vec<(usize, Vec<u32>)> = Vec::new();
+        for (index, keys) in keys.iter().enumerate() {
+            let missing: Vec<u32> = (0u32..)
+                .zip(keys)
+                .filter(|(_, key)| store.slot(key).is_none() && planned.insert(**key, ()).is_none())
+                .map(|(view, _)| view)
+                .collect();
+            if !missing.is_empty() {
+                work.push((index, missing));
+            }
+        }
+        let mut state = Progress { done: 0, total: work.iter().map(|(_, views)| views.len()).sum() };
+        report.n_reused = needed.len() - state.total;
+        if state.total > 0 && progress(state).is_break() {
+            return Err(stopped(state));
+        }
+        for pictures in batches(work) {
+            let mut views: Vec<(Key, RgbImage)> = Vec::new();
+            let decoded: Vec<_> = pictures
+                .par_iter()
+                .map(|(index, missing)| {
+                    let bytes = images[*index].source.read().map_err(|error| error.to_string())?;
+                    let picture = encoder.decode(&bytes)?;
+                    let augment = &images[*index].augment;
+                    Ok(missing
+                        .iter()
+                        .map(|&view| {
+                            let key = keys[*index][view as usize];
+                            let seen =
+                                if view == 0 { picture.clone() } else { augment.apply(&picture, key.seed()) };
+                            (key, seen)
+                        })
+                        .collect::<Vec<_>>())
+                })
+                .collect::<Vec<std::result::Result<_, String>>>();
+            for ((index, missing), result) in pictures.iter().zip(decoded) {
+                state.done += missing.len();
+                match result {
+                    Ok(of_picture) => views.extend(of_picture),
+                    Err(reason) => report.unusable.push((*index, reason)),
+                }
+            }
+            let (batch_keys, batch): (Vec<Key>, Vec<RgbImage>) = views.into_iter().unzip();
+            if !batch.is_empty() {
+                let features = to_half(&encoder.encode(&batch)?, batch.len() * n_tokens * width)?;
+                report.n_computed += batch.len();
+                store.append(&batch_keys, &features)?;
+            }
+            if progress(state).is_break() {
+                return Err(stopped(state));
+            }
+        }
+        let store = store.finish()?;
+        let mut slots = Vec::with_capacity(images.len());
+        for (index, keys) in keys.iter().enumerate() {
+            let found: Option<Vec<u32>> = keys.iter().map(|key| store.slot(key)).collect();
+            if found.is_none() && !report.unusable.iter().any(|(unusable, _)| *unusable == index) {
+                // A copy of a picture that does not decode.
+                report
+                    .unusable
+                    .push((index, "has the same bytes as another picture that cannot be used".to_owned()));
+            }
+            slots.push(found.unwrap_or_default());
+        }
+        report.unusable.sort();
+        Ok((Self { store, n_tokens, width, slots }, report))
+    }
+
+    /// Image tokens of a picture (P).
+    pub fn n_tokens(&self) -> usize {
+        self.n_tokens
+    }
+
+    /// Width of a token (D).
+    pub fn width(&self) -> usize {
+        self.width
+    }
+
+    /// The features of some (picture, view) pairs.
+    ///
+    /// # Shapes
+    /// Returns `[B, P, D]`, in order. A view that a picture does not have is taken modulo the views it has.
+    ///
+    /// # Errors
+    /// [`Error::Training`] for a picture that is not in the cache (it could not be used, see [`Computed::unusable`]).
+    pub fn gather(&self, views: &[(usize, u32)]) -> Result<Vec<f32>> {
+        let slots: Vec<u32> =
+            views.iter().map(|&(image, view)| self.slot(image, view)).collect::<Result<_>>()?;
+        let mut features = vec![0.0; slots.len() * self.n_tokens * self.width];
+        features
+            .par_chunks_mut(self.n_tokens * self.width)
+            .zip(slots)
+            .for_each(|(out, slot)| self.store.read(slot).convert_to_f32_slice(out));
+        Ok(features)
+    }
+
+    fn slot(&self, image: usize, view: u32) -> Result<u32> {
+        let of_image = self.slots.get(image).map_or(&[][..], Vec::as_slice);
+        if of_image.is_empty() {
+            return Err(Error::Training(format!(
+                "picture {image} has no features: it was skipped as unusable"
+            )));
+        }
+        Ok(of_image[view as usize % of_image.len()])
+    }
+}
+
+/// Groups pictures so that each group has about [`ENCODE_BATCH`] views.
+fn batches(work: Vec<(usize, Vec<u32>)>) -> Vec<Vec<(usize, Vec<u32>)>> {
+    let mut batches = Vec::new();
+    let mut batch = Vec::new();
+    let mut n_views = 0;
+    for (index, views) in work {
+        // A picture of many views is decoded once for each part.
+        for part in views.chunks(ENCODE_BATCH) {
+            if n_views + part.len() > ENCODE_BATCH {
+                batches.push(std::mem::take(&mut batch));
+                n_views = 0;
+            }
+            n_views += part.len();
+            batch.push((index, part.to_vec()));
+        }
+    }
+    if !batch.is_empty() {
+        batches.push(batch);
+    }
+    batches
+}
+
+fn content_hash(source: &ImageSource) -> std::result::Result<[u8; 32], String> {
+    let bytes = source.read().map_err(|error| error.to_string())?;
+    Ok(Sha256::digest(&bytes).into())
+}
+
+fn to_half(features: &[f32], expected: usize) -> Result<Vec<f16>> {
+    if features.len() != expected {
+        let n = features.len();
+        return Err(Error::Training(format!(
+            "the image encoder gave {n} numbers where {expected} were expected"
+        )));
+    }
+    let half: Vec<f16> = features.iter().map(|&x| f16::from_f32(x)).collect();
+    if half.iter().all(|x| x.is_finite()) {
+        return Ok(half);
+    }
+    Err(Error::Training("the image encoder gave numbers that are not finite in half precision".to_owned()))
+}
+
+fn stopped(at: Progress) -> Error {
+    Error::Training(format!(
+        "stopped after the features of {} of {} views; they are kept, the next start goes on from there",
+        at.done, at.total
+    ))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::data::DataConfig;
+    use std::fs;
+    use std::path::PathBuf;
+    use std::sync::atomic::{AtomicUsize, Ordering};
+
+    /// Features of a picture: its mean red, its size, and its top left red, on 3 tokens of width 2.
+    struct Fake {
+        key: &'static str,
+        n_encoded: AtomicUsize,
+    }
+
+    impl Fake {
+        fn new(key: &'static str) -> Self {
+            Self { key, n_encoded: AtomicUsize::new(0) }
+        }
+
+        fn n_encoded(&self) -> usize {
+            self.n_encoded.load(Ordering::Relaxed)
+        }
+    }
+
+    impl FeatureEncoder for Fake {
+        fn key(&self) -> String {
+            self.key.to_owned()
+        }
+
+        fn n_tokens(&self) -> usize {
+            3
+        }
+
+        fn width(&self) -> usize {
+            2
+        }
+
+        fn decode(&self, bytes: &[u8]) -> std::result::Result<RgbImage, String> {
+            Ok(image::load_from_memory(bytes).map_err(|error| error.to_string())?.to_rgb8())
+        }
+
+        fn encode(&self, pictures: &[RgbImage]) -> Result<Vec<f32>> {
+            assert!(pictures.len() <= ENCODE_BATCH);
+            self.n_encoded.fetch_add(pictures.len(), Ordering::Relaxed);
+            Ok(pictures
+                .iter()
+                .flat_map(|picture| {
+                    let sum: u64 = picture.pixels().map(|p| u64::from(p[0])).sum();
+                    let mean = sum as f32 / (picture.width() * picture.height()) as f32;
+                    let corner = f32::from(picture.get_pixel(0, 0)[0]);
+                    [mean, picture.width() as f32, picture.height() as f32, corner, 0.5, -1.0]
+                })
+                .collect())
+        }
+    }
+
+    struct Setup {
+        dir: tempfile::TempDir,
+        names: Vec<&'static str>,
+    }
+
+    impl Setup {
+        /// Pictures of 40×30 whose red is 10·number on the left half and 0 on the right.
+        fn new(names: &[&'static str]) -> Self {
+            let dir = tempfile::tempdir().unwrap();
+            for (number, name) in names.iter().enumerate() {
+                let red = 10 * (number as u8 + 1);
+                let picture = RgbImage::from_fn(40, 30, |x, _| {
+                    image::Rgb([if x < 20 { red } else { 0 }, number as u8, 0])
+                });
+                picture.save(dir.path().join(name)).unwrap();
+            }
+            Self { dir, names: names.to_vec() }
+        }
+
+        fn dataset(&self, views: u32) -> Dataset {
+            let rows: String = self
+                .names
+                .iter()
+                .map(|name| format!("{{\"image\":\"{name}\",\"caption\":\"x\"}}\n"))
+                .collect();
+            fs::write(self.dir.path().join("rows.jsonl"), rows).unwrap();
+            let config = DataConfig { views, ..DataConfig::new("rows.jsonl") };
+            Dataset::load(&[config], self.dir.path()).unwrap()
+        }
+
+        fn compute(&self, views: u32, encoder: &Fake) -> (FeatureCache, Computed) {
+            FeatureCache::compute(&self.cache(), &self.dataset(views), encoder, |_| ControlFlow::Continue(()))
+                .unwrap()
+        }
+
+        fn cache(&self) -> PathBuf {
+            self.dir.path().join("cache")
+        }
+
+        /// The only file of this name below the cache folder.
+        fn file(&self, name: &str) -> PathBuf {
+            let mut folders = fs::read_dir(self.cache()).unwrap();
+            let path = folders.next().unwrap().unwrap().path().join(name);
+            assert!(folders.next().is_none());
+            path
+        }
+    }
+
+    #[test]
+    fn features_are_computed_once_and_gathered_in_order() {
+        let setup = Setup::new(&["a.png", "b.png", "c.png"]);
+        let encoder = Fake::new("k");
+        let (cache, report) = setup.compute(0, &encoder);
+        assert_eq!((report.n_computed, report.n_reused, encoder.n_encoded()), (3, 0, 3));
+        let features = cache.gather(&[(2, 0), (0, 0), (2, 7)]).unwrap();
+        let of = |red: f32| [red / 2.0, 40.0, 30.0, red, 0.5, -1.0];
+        assert_eq!(features, [of(30.0), of(10.0), of(30.0)].concat());
+
+        let (_, report) = setup.compute(0, &encoder);
+        assert_eq!((report.n_computed, report.n_reused, encoder.n_encoded()), (0, 3, 3));
+        let other = Fake::new("other weights");
+        assert_eq!(setup.compute(0, &other).1.n_computed, 3);
+    }
+
+    #[test]
+    fn views_are_added_to_what_is_there_and_are_reproducible() {
+        let setup = Setup::new(&["a.png", "b.png"]);
+        let encoder = Fake::new("k");
+        setup.compute(0, &encoder);
+        let (cache, report) = setup.compute(20, &encoder);
+        assert_eq!((report.n_computed, report.n_reused), (40, 2));
+        let all: Vec<(usize, u32)> = (0..=20).map(|view| (0, view)).collect();
+        let features = cache.gather(&all).unwrap();
+        let areas: Vec<f32> = features.chunks(6).map(|f| f[1] * f[2] / 1200.0).collect();
+        assert_eq!(areas[0], 1.0);
+        assert!(areas[1..].iter().all(|&area| (0.45..=1.0).contains(&area)), "{areas:?}");
+        assert!(areas[1..].iter().any(|&area| area < 0.9), "{areas:?}");
+        // About half of the views are mirrored: their top left is dark.
+        let n_mirrored = features.chunks(6).filter(|f| f[3] == 0.0).count();
+        assert!((4..=16).contains(&n_mirrored), "{n_mirrored}");
+
+        fs::remove_dir_all(setup.cache()).unwrap();
+        assert_eq!(setup.compute(20, &encoder).0.gather(&all).unwrap(), features);
+    }
+
+    #[test]
+    fn equal_pictures_share_and_unusable_ones_are_reported() {
+        let mut setup = Setup::new(&["a.png", "b.png"]);
+        fs::copy(setup.dir.path().join("a.png"), setup.dir.path().join("copy.png")).unwrap();
+        fs::write(setup.dir.path().join("bad.png"), "not a picture").unwrap();
+        fs::write(setup.dir.path().join("bad2.png"), "not a picture").unwrap();
+        setup.names = vec!["a.png", "bad.png", "copy.png", "b.png", "bad2.png"];
+        let encoder = Fake::new("k");
+        let (cache, report) = setup.compute(0, &encoder);
+        assert_eq!((report.n_computed, encoder.n_encoded()), (2, 2));
+        assert_eq!(report.unusable.iter().map(|(index, _)| *index).collect::<Vec<_>>(), [1, 4]);
+        assert_eq!(cache.gather(&[(0, 0)]).unwrap(), cache.gather(&[(2, 0)]).unwrap());
+        assert!(cache.gather(&[(1, 0)]).unwrap_err().to_string().contains("skipped"));
+        let mut dataset = setup.dataset(0);
+        dataset.skip_images(&report.unusable);
+        assert_eq!(dataset.samples().len(), 3);
+        assert_eq!(dataset.skipped().len(), 2);
+    }
+
+    #[test]
+    fn a_stopped_computation_goes_on_from_where_it_was() {
+        let names: Vec<&'static str> =
+            (0..20).map(|i| &*Box::leak(format!("{i}.png").into_boxed_str())).collect();
+        let setup = Setup::new(&names);
+        let encoder = Fake::new("k");
+        let result = FeatureCache::compute(&setup.cache(), &setup.dataset(0), &encoder, |state| {
+            if state.done > 0 { ControlFlow::Break(()) } else { ControlFlow::Continue(()) }
+        });
+        assert!(result.unwrap_err().to_string().contains("16 of 20"));
+        let (_, report) = setup.compute(0, &encoder);
+        assert_eq!((report.n_reused, report.n_computed), (16, 4));
+    }
+
+    /// Cuts the files at every byte that a kill can leave behind: everything still readable is right, the rest is
+    /// computed again.
+    #[test]
+    fn a_torn_tail_is_computed_again() {
+        let setup = Setup::new(&["a.png", "b.png", "c.png"]);
+        let expected = setup.compute(0, &Fake::new("k")).0.gather(&[(0, 0), (1, 0), (2, 0)]).unwrap();
+        let (index, data) =
+            (fs::read(setup.file("index.bin")).unwrap(), fs::read(setup.file("features.bin")).unwrap());
+        let (record, slot) = (index.len() / 3, data.len() / 3);
+        for (index_len, data_len, n_lost) in [
+            (3 * record - 1, 3 * slot, 1),
+            (2 * record, 3 * slot, 1),
+            (2 * record, 2 * slot + 5, 1),
+            (record + 1, 3 * slot, 2),
+            (3 * record, 2 * slot + 1, 1), // the record reached the disk, its slot did not (power loss)
+            (0, 0, 3),
+            (0, 3 * slot, 3),
+        ] {
+            fs::write(setup.file("index.bin"), &index[..index_len]).unwrap();
+            fs::write(setup.file("features.bin"), &data[..data_len]).unwrap();
+            let (cache, report) = setup.compute(0, &Fake::new("k"));
+            assert_eq!(report.n_computed, n_lost, "index {index_len} data {data_len}");
+            assert_eq!(cache.gather(&[(0, 0), (1, 0), (2, 0)]).unwrap(), expected);
+            assert_eq!(setup.compute(0, &Fake::new("k")).1.n_computed, 0);
+        }
+    }
+
+    #[test]
+    fn damaged_bytes_are_found_and_computed_again() {
+        let setup = Setup::new(&["a.png", "b.png", "c.png"]);
+        let expected = setup.compute(0, &Fake::new("k")).0.gather(&[(0, 0), (1, 0), (2, 0)]).unwrap();
+        let whole = ["features.bin", "index.bin"].map(|name| (name, fs::read(setup.file(name)).unwrap()));
+        for (name, bytes) in &whole {
+            for at in 0..bytes.len() {
+                whole.iter().for_each(|(name, bytes)| fs::write(setup.file(name), bytes).unwrap());
+                let mut damaged = bytes.clone();
+                damaged[at] ^= 0x40;
+                fs::write(setup.file(name), &damaged).unwrap();
+                let (cache, report) = setup.compute(0, &Fake::new("k"));
+                assert_eq!(report.n_computed, 1, "{name} byte {at}");
+                assert_eq!(report.n_damaged, usize::from(*name == "features.bin"));
+                assert_eq!(cache.gather(&[(0, 0), (1, 0), (2, 0)]).unwrap(), expected);
+            }
+        }
+    }
+
+    #[test]
+    fn numbers_that_half_precision_cannot_hold_are_refused() {
+        assert!(to_half(&[1.0, 70_000.0], 2).unwrap_err().to_string().contains("half precision"));
+        assert!(to_half(&[f32::NAN], 1).is_err());
+        assert!(to_half(&[1.0], 2).unwrap_err().to_string().contains("1 numbers where 2"));
+    }
+}
