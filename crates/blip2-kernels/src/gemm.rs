@@ -73,6 +73,7 @@ const ROWS_A_TASK: usize = 8 * MR;
 ///
 /// # Panics
 /// When a view does not hold its elements or `c` is not of length `m * n`.
+#[allow(clippy::too_many_arguments, reason = "the operands of a matrix product")]
 pub fn gemm(
     m: usize,
     n: usize,

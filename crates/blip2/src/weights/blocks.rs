@@ -84,7 +84,7 @@ impl Encoding {
     pub(super) fn decode(self, bytes: &[u8], out: &mut [f32]) {
         let (values, size) = self.block();
         assert!(
-            out.len() % values == 0 && bytes.len() == out.len() / values * size,
+            out.len().is_multiple_of(values) && bytes.len() == out.len() / values * size,
             "{} bytes of {self:?} are not {} values",
             bytes.len(),
             out.len()

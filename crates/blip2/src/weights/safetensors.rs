@@ -230,10 +230,8 @@ fn shards(index: &Path) -> Result<Vec<PathBuf>> {
 fn explain(error: &SafeTensorError, bytes: &[u8]) -> String {
     let header_len = bytes.first_chunk().map_or(0, |len| u64::from_le_bytes(*len));
     let looks_right = bytes.get(8) == Some(&b'{');
-    if !looks_right {
-        if let Some(what) = recognise(bytes) {
-            return what.into();
-        }
+    if !looks_right && let Some(what) = recognise(bytes) {
+        return what.into();
     }
     match error {
         SafeTensorError::HeaderTooSmall => "not a safetensors file, or cut short: fetch it again".into(),
