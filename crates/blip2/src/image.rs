@@ -1,6 +1,19 @@
-//! image
+//! Pictures: from the bytes of a file to the numbers an encoder reads.
+//!
+//! Flow: file → [`open`] or [`decode`] → [`RgbImage`] (8-bit RGB, upright, no transparency) →
+//! [`ImageProcessor::pixels`] (resized by [`resize_bicubic`], normalised) → [`vision`](crate::vision).
+//!
+//! Files are hostile until decoded: the format is recognised by content, sizes are checked before memory is spent, and
+//! a decoder that panics is an error like any other.
 
-/// What is wrong with a picture.
-#[derive(Debug, thiserror::Error)]
-#[non_exhaustive]
-pub enum ImageError {}
+mod decode;
+mod error;
+mod processor;
+mod recognise;
+mod resize;
+
+pub use ::image::RgbImage;
+pub use decode::{Limits, Orientation, decode, open};
+pub use error::ImageError;
+pub use processor::{Geometry, ImageProcessor};
+pub use resize::resize_bicubic;

@@ -1,1 +1,122 @@
-//! vision
+//! Frozen image encoders: pixels in, one row a patch out.
+//!
+//! Flow: [`image`](crate::image) → pixels `[B, S, S, 3]` → [`VisionEncoder::forward`] → image tokens `[B·P, D]` as packed
+//! rows → [`qformer`](crate::qformer). Encoders are never trained here, so they have no gradients and work on plain
+//! slices; their output may be kept on disk under [`VisionEncoder::fingerprint`].
+
+pub mod efficientnet;
+
+use std::fmt::Write as _;
+use std::path::Path;
+
+use candle_core::{Device, Tensor};
+use sha2::{Digest, Sha256};
+
+use self::efficientnet::{EfficientNet, EfficientNetConfig};
+use crate::image::ImageProcessor;
+use crate::weights::torch_pickle::TorchCheckpoint;
+use crate::{Error, Result};
+
+/// An image encoder with its weights, whatever its kind.
+#[derive(Debug, Clone)]
+pub struct VisionEncoder {
+    tower: Tower,
+    fingerprint: String,
+}
+
+#[derive(Debug, Clone)]
+enum Tower {
+    EfficientNet(EfficientNet),
+}
+
+impl VisionEncoder {
+    /// Loads EfficientNet-Lite0, the encoder of the default model, from its PyTorch file
+    /// (`efficientnet-lite0-57934424.pth`).
+    ///
+    /// # Errors
+    /// When the file cannot be read, is damaged, or holds another network.
+    pub fn efficientnet_lite0(path: impl AsRef<Path>) -> Result<Self> {
+        let checkpoint = TorchCheckpoint::open(path)?;
+        let fingerprint = hex(&Sha256::digest(checkpoint.bytes()));
+        let network = EfficientNet::load(EfficientNetConfig::lite0(), &checkpoint)?;
+        Ok(Self { tower: Tower::EfficientNet(network), fingerprint })
+    }
+
+    /// SHA-256 of the weights' file, in hexadecimal: together with the [`processor`](Self::processor)'s settings it
+    /// says which features this encoder gives.
+    pub fn fingerprint(&self) -> &str {
+        &self.fingerprint
+    }
+
+    /// Side of the pictures it was trained on, in pixels (S).
+    pub fn image_side(&self) -> usize {
+        match &self.tower {
+            Tower::EfficientNet(network) => network.config().image_side,
+        }
+    }
+
+    /// Image tokens of a picture (P): 49 for EfficientNet-Lite0.
+    pub fn n_tokens(&self) -> usize {
+        match &self.tower {
+            Tower::EfficientNet(network) => network.n_tokens(),
+        }
+    }
+
+    /// Width of an image token (D): 1280 for EfficientNet-Lite0.
+    pub fn width(&self) -> usize {
+        match &self.tower {
+            Tower::EfficientNet(network) => network.config().head_width,
+        }
+    }
+
+    /// Weights of the encoder, without a classifier's.
+    pub fn n_parameters(&self) -> usize {
+        match &self.tower {
+            Tower::EfficientNet(network) => network.n_parameters(),
+        }
+    }
+
+    /// How a picture becomes the pixels that this encoder was trained on.
+    pub fn processor(&self) -> ImageProcessor {
+        match &self.tower {
+            Tower::EfficientNet(_) => ImageProcessor::efficientnet_lite0(),
+        }
+    }
+
+    /// Encodes a batch of pictures.
+    ///
+    /// # Shapes
+    /// - `pixels`: `[B, S, S, 3]`, as [`ImageProcessor::pixels`] makes them
+    /// - returns `[B·P, D]`: the rows of the first picture, left to right and top to bottom, then the second's
+    ///
+    /// # Errors
+    /// [`Error::Request`] when `pixels` has another shape.
+    pub fn forward(&self, pixels: &Tensor) -> Result<Tensor> {
+        let side = self.image_side();
+        if !matches!(pixels.dims(), [_, height, width, 3] if *height == side && *width == side) {
+            let reason =
+                format!("pixels of shape {:?}, the encoder needs [B, {side}, {side}, 3]", pixels.dims());
+            return Err(Error::Request(reason));
+        }
+        let values = pixels.flatten_all()?.to_vec1::<f32>()?;
+        let rows = self.encode(&values);
+        Ok(Tensor::from_vec(rows, (pixels.dim(0)? * self.n_tokens(), self.width()), &Device::Cpu)?)
+    }
+
+    /// [`forward`](Self::forward) on slices: `[B, S, S, 3]` to `[B·P, D]`.
+    ///
+    /// # Panics
+    /// When `pixels` is not a whole number of pictures.
+    pub fn encode(&self, pixels: &[f32]) -> Vec<f32> {
+        match &self.tower {
+            Tower::EfficientNet(network) => network.forward(pixels),
+        }
+    }
+}
+
+fn hex(bytes: &[u8]) -> String {
+    bytes.iter().fold(String::new(), |mut text, byte| {
+        let _ = write!(text, "{byte:02x}"); // writing to a String cannot fail
+        text
+    })
+}

@@ -10,12 +10,14 @@
 use std::{
     collections::{BTreeMap, HashMap},
     ops::Range,
-    path::{Path, PathBuf},
+    path::Path,
 };
 
 use half::{bf16, f16};
 
 use self::machine::{Cursor, Object, Pickle, StorageKind, StorageRef, TensorView, Value};
+use super::MappedFile;
+use crate::layers::TensorSource;
 use crate::{Error, Result};
 
 mod machine;
@@ -31,8 +33,7 @@ const MAX_TENSORS: usize = 100_000;
 
 /// An opened PyTorch checkpoint: names, shapes, and values on request.
 pub struct TorchCheckpoint {
-    path: PathBuf,
-    bytes: Vec<u8>,
+    file: MappedFile,
     tensors: BTreeMap<String, StoredTensor>,
 }
 
@@ -57,19 +58,19 @@ impl TorchCheckpoint {
     /// or asks for code to be run.
     pub fn open(path: impl AsRef<Path>) -> Result<Self> {
         let path = path.as_ref();
-        let bytes = std::fs::read(path).map_err(|source| Error::Io { path: path.into(), source })?;
-        let tensors = index(&bytes).map_err(|reason| Error::File { path: path.into(), reason })?;
-        Ok(Self { path: path.into(), bytes, tensors })
+        let file = MappedFile::open(path)?;
+        let tensors = index(file.bytes()).map_err(|reason| super::refuse(path, reason))?;
+        Ok(Self { file, tensors })
     }
 
     /// Where the file is.
     pub fn path(&self) -> &Path {
-        &self.path
+        self.file.path()
     }
 
     /// All of the file's bytes.
     pub fn bytes(&self) -> &[u8] {
-        &self.bytes
+        self.file.bytes()
     }
 
     /// The names of all tensors, in alphabetical order.
@@ -93,10 +94,10 @@ impl TorchCheckpoint {
     pub fn f32(&self, name: &str, expected: &[usize]) -> Result<Vec<f32>> {
         let tensor = self.tensor_of_shape(name, expected)?;
         match tensor.kind {
-            StorageKind::F32 => Ok(tensor.gather(&self.bytes, f32::from_le_bytes)),
-            StorageKind::F16 => Ok(tensor.gather(&self.bytes, |bytes| f16::from_le_bytes(bytes).to_f32())),
-            StorageKind::Bf16 => Ok(tensor.gather(&self.bytes, |bytes| bf16::from_le_bytes(bytes).to_f32())),
-            StorageKind::F64 => Ok(tensor.gather(&self.bytes, |bytes| f64::from_le_bytes(bytes) as f32)),
+            StorageKind::F32 => Ok(tensor.gather(self.bytes(), f32::from_le_bytes)),
+            StorageKind::F16 => Ok(tensor.gather(self.bytes(), |bytes| f16::from_le_bytes(bytes).to_f32())),
+            StorageKind::Bf16 => Ok(tensor.gather(self.bytes(), |bytes| bf16::from_le_bytes(bytes).to_f32())),
+            StorageKind::F64 => Ok(tensor.gather(self.bytes(), |bytes| f64::from_le_bytes(bytes) as f32)),
             _ => Err(self.wrong_kind(name, "floating-point numbers", "integers")),
         }
     }
@@ -108,11 +109,11 @@ impl TorchCheckpoint {
     pub fn i64(&self, name: &str, expected: &[usize]) -> Result<Vec<i64>> {
         let tensor = self.tensor_of_shape(name, expected)?;
         match tensor.kind {
-            StorageKind::I64 => Ok(tensor.gather(&self.bytes, i64::from_le_bytes)),
-            StorageKind::I32 => Ok(tensor.gather(&self.bytes, |bytes| i32::from_le_bytes(bytes).into())),
-            StorageKind::I16 => Ok(tensor.gather(&self.bytes, |bytes| i16::from_le_bytes(bytes).into())),
-            StorageKind::I8 => Ok(tensor.gather(&self.bytes, |bytes| i8::from_le_bytes(bytes).into())),
-            StorageKind::U8 | StorageKind::Bool => Ok(tensor.gather(&self.bytes, |[byte]| byte.into())),
+            StorageKind::I64 => Ok(tensor.gather(self.bytes(), i64::from_le_bytes)),
+            StorageKind::I32 => Ok(tensor.gather(self.bytes(), |bytes| i32::from_le_bytes(bytes).into())),
+            StorageKind::I16 => Ok(tensor.gather(self.bytes(), |bytes| i16::from_le_bytes(bytes).into())),
+            StorageKind::I8 => Ok(tensor.gather(self.bytes(), |bytes| i8::from_le_bytes(bytes).into())),
+            StorageKind::U8 | StorageKind::Bool => Ok(tensor.gather(self.bytes(), |[byte]| byte.into())),
             _ => Err(self.wrong_kind(name, "integers", "floating-point numbers")),
         }
     }
@@ -137,7 +138,17 @@ impl TorchCheckpoint {
         let reason = format!(
             "tensor `{name}` holds {found} where {expected} are expected: this is another model's file"
         );
-        Error::File { path: self.path.clone(), reason }
+        super::refuse(self.path(), reason)
+    }
+}
+
+impl TensorSource for TorchCheckpoint {
+    fn shape(&self, name: &str) -> Option<Vec<usize>> {
+        self.tensors.get(name).map(|tensor| tensor.shape.clone())
+    }
+
+    fn read_f32(&self, name: &str) -> Result<Vec<f32>> {
+        self.f32(name, &self.tensor(name)?.shape)
     }
 }
 
@@ -145,8 +156,8 @@ impl std::fmt::Debug for TorchCheckpoint {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         let mut about = f.debug_struct("TorchCheckpoint");
         about
-            .field("path", &self.path)
-            .field("n_bytes", &self.bytes.len())
+            .field("path", &self.path())
+            .field("n_bytes", &self.bytes().len())
             .field("n_tensors", &self.tensors.len());
         about.finish()
     }
@@ -179,11 +190,9 @@ impl StoredTensor {
 
 /// Finds the tensors of a checkpoint. The error is the reason alone; the caller knows the file.
 fn index(bytes: &[u8]) -> std::result::Result<BTreeMap<String, StoredTensor>, String> {
-    if bytes.is_empty() {
-        return Err("the file is empty: fetch it again".into());
-    }
     if !bytes.starts_with(b"\x80") {
-        return Err("this is not a PyTorch checkpoint: give the .pth file itself".into());
+        let found = super::recognise(bytes).unwrap_or("give the .pth file itself");
+        return Err(format!("this is not a PyTorch checkpoint of the legacy kind: {found}"));
     }
     index_legacy(bytes)
 }

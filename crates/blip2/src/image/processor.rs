@@ -1,0 +1,140 @@
+//! An upright RGB picture to the numbers that an encoder was trained on.
+
+use ::image::RgbImage;
+use ::image::imageops::crop_imm;
+use candle_core::{Device, Tensor};
+use rayon::prelude::*;
+use serde::{Deserialize, Serialize};
+
+use super::resize_bicubic;
+use crate::{Error, Result};
+
+/// How pictures are resized and normalised: `(value · rescale_factor − image_mean) / image_std`.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct ImageProcessor {
+    /// Side of the square that the encoder sees, in pixels (S).
+    pub image_side: usize,
+    /// How a picture of any shape becomes that square.
+    pub geometry: Geometry,
+    /// What 8-bit values are multiplied by first; 1/255 where mean and deviation are those of values from 0 to 1.
+    pub rescale_factor: f64,
+    /// Subtracted from red, green and blue.
+    pub image_mean: [f64; 3],
+    /// What the rest is divided by.
+    pub image_std: [f64; 3],
+}
+
+/// How a picture of any shape becomes a square.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Geometry {
+    /// All of the picture, its sides scaled independently (BLIP-2).
+    Squash,
+    /// Its shape kept, the shorter side scaled to this many pixels, and the centre cut out (ImageNet classifiers).
+    CentreCrop {
+        /// Pixels of the shorter side; at least the side of the square.
+        shorter_side: usize,
+    },
+}
+
+impl ImageProcessor {
+    /// For EfficientNet-Lite: the whole picture at 224 pixels, values from 0 to 255 to about −1 to 1.
+    pub fn efficientnet_lite0() -> Self {
+        Self {
+            image_side: 224,
+            geometry: Geometry::Squash,
+            rescale_factor: 1.0,
+            image_mean: [127.0; 3],
+            image_std: [128.0; 3],
+        }
+    }
+
+    /// For BLIP-2's encoders: the whole picture, CLIP's mean and deviation.
+    pub fn blip2(image_side: usize) -> Self {
+        Self {
+            image_side,
+            geometry: Geometry::Squash,
+            rescale_factor: 1.0 / 255.0,
+            image_mean: [0.481_454_66, 0.457_827_5, 0.408_210_73],
+            image_std: [0.268_629_54, 0.261_302_58, 0.275_777_11],
+        }
+    }
+
+    /// Checks the values.
+    ///
+    /// # Errors
+    /// [`Error::Config`] with the field to change.
+    pub fn validate(&self) -> Result<()> {
+        let wrong =
+            |field: &str, reason: String| Err(Error::Config { field: format!("image.{field}"), reason });
+        if !(1..=4096).contains(&self.image_side) {
+            return wrong("image_side", format!("is {}, expected 1 to 4096", self.image_side));
+        }
+        if let Geometry::CentreCrop { shorter_side } = self.geometry
+            && !(self.image_side..=8192).contains(&shorter_side)
+        {
+            return wrong(
+                "geometry",
+                format!("scales the shorter side to {shorter_side}, expected at least image_side"),
+            );
+        }
+        if !(self.rescale_factor.is_finite() && self.rescale_factor > 0.0) {
+            return wrong(
+                "rescale_factor",
+                format!("is {}, expected a positive number", self.rescale_factor),
+            );
+        }
+        if !self.image_mean.iter().all(|mean| mean.is_finite()) {
+            return wrong("image_mean", "has a number that is not finite".into());
+        }
+        if !self.image_std.iter().all(|std| std.is_finite() && *std > 0.0) {
+            return wrong("image_std", "has a number that is not positive".into());
+        }
+        Ok(())
+    }
+
+    /// Resizes and normalises one picture: `[S, S, 3]` values, rows from the top, channels last.
+    pub fn pixels(&self, picture: &RgbImage) -> Vec<f32> {
+        let square = self.square(picture);
+        let tables = self.tables();
+        let values = square.as_raw().iter().zip((0..3).cycle());
+        values.map(|(&value, channel)| tables[channel][usize::from(value)]).collect()
+    }
+
+    /// Resizes and normalises a batch: `[B, S, S, 3]`. A batch equals its pictures one by one.
+    ///
+    /// # Errors
+    /// When the tensor cannot be made.
+    pub fn batch(&self, pictures: &[RgbImage]) -> Result<Tensor> {
+        let pixels: Vec<Vec<f32>> = pictures.par_iter().map(|picture| self.pixels(picture)).collect();
+        let shape = (pictures.len(), self.image_side, self.image_side, 3);
+        Ok(Tensor::from_vec(pixels.concat(), shape, &Device::Cpu)?)
+    }
+
+    /// The square that the encoder sees, still in 8 bits: for looking at, and for comparisons with Pillow.
+    pub fn square(&self, picture: &RgbImage) -> RgbImage {
+        let side = self.image_side as u32;
+        let Geometry::CentreCrop { shorter_side } = self.geometry else {
+            return resize_bicubic(picture, side, side);
+        };
+        let (width, height) = picture.dimensions();
+        // The longer side is rounded down, the corner to the nearest pixel, as torchvision does.
+        let scaled =
+            |length: u32| (shorter_side as u64 * u64::from(length) / u64::from(width.min(height))) as u32;
+        let (width, height) = (scaled(width), scaled(height));
+        let corner = |length: u32| (f64::from(length - side) / 2.0).round_ties_even() as u32;
+        let resized = resize_bicubic(picture, width, height);
+        crop_imm(&resized, corner(width), corner(height), side, side).to_image()
+    }
+
+    /// The normalised value of each 8-bit value, for each channel.
+    fn tables(&self) -> [[f32; 256]; 3] {
+        std::array::from_fn(|channel| {
+            std::array::from_fn(|value| {
+                let value = value as f64 * self.rescale_factor;
+                ((value - self.image_mean[channel]) / self.image_std[channel]) as f32
+            })
+        })
+    }
+}
