@@ -1,1 +1,74 @@
-//! text
+//! Text to token ids and back.
+//!
+//! Two tokenizers meet in a BLIP-2: [`BertTokenizer`] for what the Q-Former reads and writes, [`LanguageTokenizer`] for
+//! the language model behind it. [`prompt`] puts instruction, image and answer in the order that the language model was
+//! trained with. What a user typed never becomes a control token: only this crate's own prompt parts do.
+
+mod bert;
+mod language;
+pub mod prompt;
+
+pub use bert::BertTokenizer;
+pub use language::{LanguageTokenizer, StreamDecoder};
+pub use prompt::{Prompt, PromptFormat, Turn};
+
+/// An error of the `tokenizers` crate in this crate's terms.
+fn tokenizer_error(error: impl std::fmt::Display) -> crate::Error {
+    crate::Error::Tokenizer(error.to_string())
+}
+
+#[cfg(test)]
+pub(crate) mod tests {
+    use super::LanguageTokenizer;
+    use crate::weights::gguf::Gguf;
+
+    type IdsOfText = Vec<(String, Vec<u32>)>;
+
+    fn parse(json: &str, column: &str) -> IdsOfText {
+        let rows: Vec<serde_json::Value> = serde_json::from_str(json).unwrap();
+        rows.iter()
+            .map(|row| {
+                let ids = row[column].as_array().unwrap().iter().map(|id| id.as_u64().unwrap() as u32);
+                (row["text"].as_str().unwrap().into(), ids.collect())
+            })
+            .collect()
+    }
+
+    /// Texts with the ids that another implementation gives them.
+    pub(crate) fn golden_texts(column: &str) -> IdsOfText {
+        parse(include_str!("../tests/golden/tokens.json"), column)
+    }
+
+    /// More of them, where the shared data is at hand.
+    pub(crate) fn shared_golden_texts(column: &str) -> IdsOfText {
+        let path = concat!(env!("CARGO_MANIFEST_DIR"), "/../../../shared/tokenizers/golden.json");
+        match std::fs::read_to_string(path) {
+            Ok(json) => parse(&json, column),
+            Err(_) => {
+                skipped("the shared tokenizer goldens are not here");
+                Vec::new()
+            }
+        }
+    }
+
+    /// A tokenizer of a few hundred tokens in the default model's format.
+    pub(crate) fn tiny_tokenizer() -> LanguageTokenizer {
+        let path = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/golden/tiny_tokenizer.gguf");
+        LanguageTokenizer::from_gguf(&Gguf::open(path).unwrap()).unwrap()
+    }
+
+    /// The default language model's own, where its file is at hand.
+    pub(crate) fn frozen_tokenizer() -> Option<LanguageTokenizer> {
+        let Some(folder) = std::env::var_os("BLIP2_FROZEN") else {
+            skipped("BLIP2_FROZEN does not name the folder of the frozen models");
+            return None;
+        };
+        let path = std::path::Path::new(&folder).join("SmolLM2-135M-Instruct.Q4_1.gguf");
+        Some(LanguageTokenizer::from_gguf(&Gguf::open(path).unwrap()).unwrap())
+    }
+
+    #[allow(clippy::print_stderr)] // the one way a test can say that it did not run
+    fn skipped(why: &str) {
+        eprintln!("SKIPPED: {why}");
+    }
+}

@@ -1,0 +1,203 @@
+//! WordPiece of `bert-base-uncased`, with the `[DEC]` token that BLIP-2 adds to it.
+
+use std::{collections::HashMap, path::Path};
+
+use tokenizers::{
+    Tokenizer,
+    decoders::wordpiece::cleanup,
+    models::{bpe::Vocab, wordpiece::WordPiece},
+    normalizers::BertNormalizer,
+    pre_tokenizers::bert::BertPreTokenizer,
+};
+
+use super::tokenizer_error;
+use crate::{Error, Result};
+
+/// The tokenizer of the Q-Former's text side.
+///
+/// Words are lower-cased, freed of accents, split at punctuation and Chinese characters, then cut into the longest
+/// pieces that the vocabulary has. Text such as `[SEP]` in the input is text: it is split like any other word.
+#[derive(Debug)]
+pub struct BertTokenizer {
+    tokenizer: Tokenizer,
+    pieces: Vec<String>,
+    cls: u32,
+    sep: u32,
+    pad: u32,
+    unk: u32,
+}
+
+impl BertTokenizer {
+    /// Reads a `vocab.txt`: one piece a line, its id the line's number from 0.
+    ///
+    /// # Errors
+    /// [`Error::Io`], or [`Error::File`] when this is not a BERT vocabulary.
+    pub fn from_vocab(path: impl AsRef<Path>) -> Result<Self> {
+        let path = path.as_ref();
+        let bytes = std::fs::read(path).map_err(|source| Error::Io { path: path.into(), source })?;
+        Self::from_bytes(&bytes).map_err(|error| match error {
+            Error::Tokenizer(reason) => Error::File { path: path.into(), reason },
+            other => other,
+        })
+    }
+
+    /// Reads the contents of a `vocab.txt`.
+    ///
+    /// # Errors
+    /// [`Error::Tokenizer`] when this is not a BERT vocabulary.
+    pub fn from_bytes(vocab: &[u8]) -> Result<Self> {
+        let refuse = |reason: String| Error::Tokenizer(format!("not a BERT vocabulary: {reason}"));
+        let text = std::str::from_utf8(vocab).map_err(|error| refuse(error.to_string()))?;
+        let pieces: Vec<String> = text.lines().map(String::from).collect();
+        let mut ids = HashMap::with_capacity(pieces.len());
+        for (id, piece) in (0..).zip(&pieces) {
+            if let Some(other) = ids.insert(piece.clone(), id) {
+                return Err(refuse(format!("lines {} and {} are the same", other + 1, id + 1)));
+            }
+        }
+        let [cls, sep, pad, unk] = ["[CLS]", "[SEP]", "[PAD]", "[UNK]"]
+            .map(|name| ids.get(name).copied().ok_or_else(|| refuse(format!("it has no line {name}"))));
+        let (cls, sep, pad, unk): (u32, u32, u32, u32) = (cls?, sep?, pad?, unk?);
+        let model = WordPiece::builder()
+            .vocab::<Vocab>(ids.into_iter().collect())
+            .unk_token("[UNK]".into())
+            .continuing_subword_prefix("##".into())
+            .max_input_chars_per_word(100)
+            .build()
+            .map_err(tokenizer_error)?;
+        let mut tokenizer = Tokenizer::new(model);
+        let normalizer = BertNormalizer::new(true, true, None, true); // clean, split Chinese, lower case, no accents
+        tokenizer.with_normalizer(Some(normalizer)).map_err(tokenizer_error)?;
+        tokenizer.with_pre_tokenizer(Some(BertPreTokenizer));
+        Ok(Self { tokenizer, pieces, cls, sep, pad, unk })
+    }
+
+    /// `[CLS]`, the text's pieces, `[SEP]`; at most `max_len` ids, for which pieces are left out at the end.
+    ///
+    /// # Errors
+    /// [`Error::Request`] when `max_len` has no room for the two marks.
+    pub fn encode(&self, text: &str, max_len: usize) -> Result<Vec<u32>> {
+        let Some(max_pieces) = max_len.checked_sub(2) else {
+            return Err(Error::Request(format!(
+                "a text of at most {max_len} tokens has no room for [CLS] and [SEP]"
+            )));
+        };
+        let encoding = self.tokenizer.encode_fast(text, false).map_err(tokenizer_error)?;
+        let pieces = encoding.get_ids();
+        let kept = &pieces[..pieces.len().min(max_pieces)];
+        Ok([&[self.cls], kept, &[self.sep]].concat())
+    }
+
+    /// The text of `ids`: pieces joined to words, marks left out, no blanks before punctuation.
+    pub fn decode(&self, ids: &[u32]) -> String {
+        let mut text = String::new();
+        for &id in ids.iter().filter(|&&id| ![self.cls, self.sep, self.pad, self.unk].contains(&id)) {
+            // `[DEC]` and ids beyond it have no text.
+            let Some(piece) = self.pieces.get(id as usize) else { continue };
+            match piece.strip_prefix("##") {
+                Some(rest) if !text.is_empty() => text.push_str(rest),
+                _ => {
+                    if !text.is_empty() {
+                        text.push(' ');
+                    }
+                    text.push_str(piece);
+                }
+            }
+        }
+        cleanup(&text)
+    }
+
+    /// Rows that a word embedding needs: the vocabulary and `[DEC]`.
+    pub fn n_tokens(&self) -> usize {
+        self.pieces.len() + 1
+    }
+
+    /// The mark before a text.
+    pub fn cls_id(&self) -> u32 {
+        self.cls
+    }
+
+    /// The mark after a text.
+    pub fn sep_id(&self) -> u32 {
+        self.sep
+    }
+
+    /// The filler of files that have one; nothing here is padded.
+    pub fn pad_id(&self) -> u32 {
+        self.pad
+    }
+
+    /// `[DEC]`, which stands in `[CLS]`'s place when the Q-Former is to write text: the id after the vocabulary.
+    pub fn dec_id(&self) -> u32 {
+        self.pieces.len() as u32
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::text::tests::{golden_texts, shared_golden_texts};
+
+    fn bert() -> BertTokenizer {
+        let root = concat!(env!("CARGO_MANIFEST_DIR"), "/../..");
+        BertTokenizer::from_vocab(format!("{root}/assets/bert-base-uncased/vocab.txt")).unwrap()
+    }
+
+    #[test]
+    fn ids_are_those_of_hugging_face() {
+        let bert = bert();
+        let mut texts = golden_texts("bert");
+        assert_eq!(texts.len(), 17);
+        texts.extend(shared_golden_texts("bert_cls_sep"));
+        for (text, ids) in texts {
+            assert_eq!(bert.encode(&text, usize::MAX).unwrap(), ids, "{text:?}");
+        }
+    }
+
+    #[test]
+    fn marks_have_the_ids_of_the_checkpoints() {
+        let bert = bert();
+        assert_eq!((bert.cls_id(), bert.sep_id(), bert.pad_id(), bert.dec_id()), (101, 102, 0, 30522));
+        assert_eq!(bert.n_tokens(), 30523);
+    }
+
+    #[test]
+    fn a_long_text_loses_its_end_but_not_its_mark() {
+        let bert = bert();
+        let full = bert.encode("a dog runs on the beach", 100).unwrap();
+        assert_eq!(bert.encode("a dog runs on the beach", full.len()).unwrap(), full);
+        let short = bert.encode("a dog runs on the beach", 5).unwrap();
+        assert_eq!(short, [&full[..4], &[102]].concat());
+        assert_eq!(bert.encode("a dog", 2).unwrap(), [101, 102]);
+        assert!(bert.encode("a dog", 1).is_err());
+    }
+
+    #[test]
+    fn decoding_joins_pieces_and_leaves_marks_out() {
+        let bert = bert();
+        let ids = bert.encode("Antidisestablishmentarianism isn't \"easy\", is it?", 100).unwrap();
+        assert_eq!(bert.decode(&ids), "antidisestablishmentarianism isn't \" easy \", is it?");
+        assert_eq!(bert.decode(&[30522, 1037, 3899, 102, 0, 0, 99_999]), "a dog");
+        assert_eq!(bert.decode(&[]), "");
+        // A piece that continues nothing is a word of its own.
+        assert_eq!(
+            bert.decode(&[101, bert.pieces.iter().position(|p| p == "##ing").unwrap() as u32]),
+            "##ing"
+        );
+    }
+
+    #[test]
+    fn what_is_no_vocabulary_is_refused() {
+        for (vocab, reason) in [
+            (&b"[PAD]\n[UNK]\n[CLS]\n"[..], "no line [SEP]"),
+            (b"[PAD]\n[UNK]\n[CLS]\n[SEP]\na\nb\na\n", "lines 5 and 7 are the same"),
+            (b"\xff\xfe", "utf-8"),
+            (b"", "no line [CLS]"),
+        ] {
+            let error = BertTokenizer::from_bytes(vocab).unwrap_err().to_string();
+            assert!(error.contains(reason), "expected {reason:?}: {error}");
+        }
+        let error = BertTokenizer::from_vocab("no-such-vocab.txt").unwrap_err().to_string();
+        assert!(error.contains("no-such-vocab.txt"), "{error}");
+    }
+}
