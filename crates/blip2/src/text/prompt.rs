@@ -472,7 +472,10 @@ mod tests {
                 between_turns: String::new(),
             };
             assert!(
-                matches!(format.render(&tokenizer, &[open.clone()], true), Err(Error::Config { .. })),
+                matches!(
+                    format.render(&tokenizer, std::slice::from_ref(&open), true),
+                    Err(Error::Config { .. })
+                ),
                 "{template}"
             );
         }
