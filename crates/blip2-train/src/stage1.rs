@@ -87,6 +87,30 @@ pub fn gradients(
     batch: &Batch,
     options: StepOptions,
 ) -> Result<(Gradients, Values)> {
+    run(qformer, variables, batch, None, options)
+}
+
+/// [`gradients`] with the hard negatives given instead of drawn, for a comparison with another implementation.
+///
+/// # Errors
+/// As [`gradients`].
+pub fn gradients_with_negatives(
+    qformer: &QFormer,
+    variables: &BTreeMap<String, Var>,
+    batch: &Batch,
+    negatives: &HardNegatives,
+    options: StepOptions,
+) -> Result<(Gradients, Values)> {
+    run(qformer, variables, batch, Some(negatives), options)
+}
+
+fn run(
+    qformer: &QFormer,
+    variables: &BTreeMap<String, Var>,
+    batch: &Batch,
+    negatives: Option<&HardNegatives>,
+    options: StepOptions,
+) -> Result<(Gradients, Values)> {
     let n = batch.texts.len();
     let parts: Vec<Part> = (0..n)
         .step_by(options.micro_batch.max(1))
@@ -95,7 +119,8 @@ pub fn gradients(
             Part { texts: TextBatch::new(&batch.texts[rows.clone()]), rows }
         })
         .collect();
-    let step = Step { qformer, batch, options, n_image_tokens: batch.image_embeds.dim(0)? / n.max(1) };
+    let n_image_tokens = batch.image_embeds.dim(0)? / n.max(1);
+    let step = Step { qformer, batch, negatives, options, n_image_tokens };
     if let [part] = &parts[..] { step.one_pass(variables, part) } else { step.two_pass(variables, &parts) }
 }
 
@@ -112,6 +137,7 @@ enum Purpose {
 struct Step<'a> {
     qformer: &'a QFormer,
     batch: &'a Batch,
+    negatives: Option<&'a HardNegatives>,
     options: StepOptions,
     n_image_tokens: usize,
 }
@@ -273,7 +299,10 @@ impl Step<'_> {
         let temperature = self.qformer.temperature()?.to_scalar::<f32>()?;
         let sims = sims.flatten_all()?.to_vec1::<f32>()?;
         let mut random = Random::new(&[self.options.seed, self.options.step, Purpose::Negatives as u64]);
-        let negatives = sample_negatives(&sims, temperature, ids, &mut random)?;
+        let negatives = match self.negatives {
+            Some(given) => given.clone(),
+            None => sample_negatives(&sims, temperature, ids, &mut random)?,
+        };
         let values = Values {
             itc: itc.to_scalar()?,
             temperature,

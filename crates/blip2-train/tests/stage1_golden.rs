@@ -1,0 +1,117 @@
+//! Stage 1 against an independent PyTorch implementation: the three losses, the gradient of every parameter, and
+//! ten optimiser steps (`tools/golden_qformer.py`).
+
+#[path = "../../blip2/tests/support/golden.rs"]
+mod golden;
+
+use std::collections::BTreeMap;
+
+use blip2::config::QFormerConfig;
+use blip2::layers::{Loader, Precision, Trainable};
+use blip2::qformer::QFormer;
+use blip2_train::gradients::Gradients;
+use blip2_train::losses::HardNegatives;
+use blip2_train::optimizer::{Optimizer, OptimizerConfig};
+use blip2_train::stage1::{Batch, StepOptions, Values, gradients_with_negatives};
+use candle_core::Var;
+use golden::Golden;
+use serde::Deserialize;
+
+struct Stage1 {
+    qformer: QFormer,
+    variables: BTreeMap<String, Var>,
+    batch: Batch,
+    negatives: HardNegatives,
+    dec: u32,
+}
+
+fn open() -> (Golden, Stage1) {
+    let golden = Golden::parse("stage1", include_bytes!("golden/stage1.safetensors"));
+    let config: QFormerConfig = golden.metadata("config");
+    let trainable = Trainable::default();
+    let loader = Loader::trainable(&golden, &trainable, Precision::F32);
+    let qformer = QFormer::load(&config, &loader, true).expect("a model");
+    let stage1 = Stage1 {
+        qformer,
+        variables: trainable.into_variables(),
+        batch: Batch {
+            image_embeds: golden.rows("in.image_embeds"),
+            image_ids: golden.integers("in.image_ids"),
+            texts: golden.lists("in.text_ids", "in.text_lengths"),
+        },
+        negatives: HardNegatives {
+            image_for_text: golden.integers("in.negative_images"),
+            text_for_image: golden.integers("in.negative_texts"),
+        },
+        dec: golden.metadata("dec_token_id"),
+    };
+    (golden, stage1)
+}
+
+impl Stage1 {
+    fn gradients(&self, micro_batch: usize) -> (Gradients, Values) {
+        let options = StepOptions { micro_batch, dropout: 0.0, seed: 0, step: 0, decoder_start: self.dec };
+        gradients_with_negatives(&self.qformer, &self.variables, &self.batch, &self.negatives, options)
+            .expect("gradients")
+    }
+}
+
+/// Every gradient in the file is compared, and the model has no parameter that the file lacks.
+fn losses_and_gradients_agree(micro_batch: usize) {
+    let (golden, stage1) = open();
+    let (gradients, values) = stage1.gradients(micro_batch);
+    assert!(gradients.missing(&stage1.variables).is_empty(), "{:?}", gradients.missing(&stage1.variables));
+    let mut comparison = golden.comparison();
+    comparison.slice("loss.itc", &[values.itc]);
+    comparison.slice("loss.itm", &[values.itm]);
+    comparison.slice("loss.itg", &[values.itg]);
+    comparison.slice("loss.total", &[values.loss()]);
+    let names: Vec<&str> = golden.expected().filter_map(|name| name.strip_prefix("grad.")).collect();
+    assert_eq!(names, stage1.variables.keys().collect::<Vec<_>>());
+    for name in &names {
+        comparison.slice(&format!("grad.{name}"), gradients.get(name).expect("a gradient"));
+    }
+    comparison.finish(4 + names.len());
+}
+
+#[test]
+fn losses_and_every_gradient_agree() {
+    losses_and_gradients_agree(usize::MAX);
+}
+
+#[test]
+fn losses_and_every_gradient_agree_in_parts() {
+    losses_and_gradients_agree(2);
+}
+
+#[derive(Deserialize)]
+struct Recipe {
+    lr: f64,
+    beta1: f32,
+    beta2: f32,
+    eps: f32,
+    weight_decay: f32,
+    clip_norm: f64,
+}
+
+#[test]
+fn ten_steps_agree() {
+    let steps = Golden::parse("stage1_steps", include_bytes!("golden/stage1_steps.safetensors"));
+    let (_, stage1) = open();
+    let Recipe { lr, beta1, beta2, eps, weight_decay, clip_norm } = steps.metadata("optimizer");
+    let config = OptimizerConfig { beta1, beta2, eps, weight_decay, clip_norm };
+    let mut optimizer = Optimizer::new(config, &stage1.variables);
+    let (mut losses, mut norms) = (Vec::new(), Vec::new());
+    for _ in 0..10 {
+        let (gradients, values) = stage1.gradients(usize::MAX);
+        losses.push(values.loss());
+        norms.push(optimizer.step(&stage1.variables, &gradients, lr).expect("a step") as f32);
+    }
+    let mut comparison = steps.comparison();
+    comparison.slice("steps.loss", &losses);
+    comparison.slice("steps.gradient_norm", &norms);
+    for (name, variable) in &stage1.variables {
+        comparison.tensor(&format!("final.{name}"), variable);
+    }
+    comparison.finish(2 + stage1.variables.len());
+}
