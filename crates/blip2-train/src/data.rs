@@ -12,7 +12,7 @@ mod manifest;
 mod webdataset;
 
 pub use loader::{Batch, Item, Loader, LoaderConfig, LoaderState};
-pub use manifest::Row;
+pub use manifest::{Row, read_rows};
 
 use crate::features::Augment;
 use crate::{Error, Result};

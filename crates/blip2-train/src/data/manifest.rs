@@ -37,6 +37,9 @@ pub struct Row {
     /// Evaluation: an answer that contains one of these names is a recognition.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub names: Vec<String>,
+    /// What the question is about; evaluation breaks its scores down by it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub kind: Option<String>,
 }
 
 impl Row {
@@ -103,8 +106,22 @@ pub(super) fn read(path: &Path, builder: &mut Builder) -> Result<()> {
     })
 }
 
+/// All rows of a manifest, for evaluation and preparation; pictures stay relative to it.
+///
+/// # Errors
+/// [`Error::Manifest`] with file and line for a row that cannot be understood.
+pub fn read_rows(path: &Path) -> Result<Vec<Row>> {
+    let mut rows = Vec::new();
+    for_each_row(path, |row, _| {
+        row.text()?;
+        rows.push(row);
+        Ok(())
+    })?;
+    Ok(rows)
+}
+
 /// Calls `visit` with each row and its line number (from one); what it complains about gets file and line.
-pub(crate) fn for_each_row(
+fn for_each_row(
     path: &Path,
     mut visit: impl FnMut(Row, usize) -> std::result::Result<(), String>,
 ) -> Result<()> {
