@@ -120,3 +120,31 @@ fn hex(bytes: &[u8]) -> String {
         text
     })
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    #[allow(clippy::print_stdout)]
+    fn the_default_encoder_encodes_a_picture() {
+        let Some(folder) = std::env::var_os("BLIP2_FROZEN") else {
+            println!("SKIPPED: BLIP2_FROZEN does not name the folder of the frozen models");
+            return;
+        };
+        let path = Path::new(&folder).join("efficientnet-lite0-57934424.pth");
+        let encoder = VisionEncoder::efficientnet_lite0(path).unwrap();
+        assert_eq!(encoder.fingerprint(), "579344248a93e23026e6b78f1f6faf0bc1d282386f6c881cdbaacd49cabf77db");
+        assert_eq!((encoder.n_tokens(), encoder.width(), encoder.image_side()), (49, 1280, 224));
+        let picture =
+            crate::image::RgbImage::from_fn(40, 30, |x, y| ::image::Rgb([x as u8 * 6, y as u8 * 8, 99]));
+        let pixels = encoder.processor().batch(&[picture.clone(), picture]).unwrap();
+        let tokens = encoder.forward(&pixels).unwrap();
+        assert_eq!(tokens.dims(), [2 * 49, 1280]);
+        let rows = tokens.to_vec2::<f32>().unwrap();
+        assert_eq!(rows[..49], rows[49..]);
+        assert!(rows.iter().flatten().all(|value| (0.0..=6.0).contains(value)));
+        let error = encoder.forward(&pixels.permute((0, 3, 1, 2)).unwrap()).unwrap_err();
+        assert!(error.to_string().contains("[B, 224, 224, 3]"), "{error}");
+    }
+}

@@ -6,10 +6,10 @@ use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::Path;
 
 use ::image::error::UnsupportedErrorKind;
-use ::image::{DynamicImage, ImageDecoder, ImageFormat, ImageReader, RgbImage};
+use ::image::{DynamicImage, ImageDecoder, ImageReader, RgbImage};
 
 use super::ImageError;
-use super::recognise::{Format, jpeg_is_complete, recognise};
+use super::recognise::{Format, is_complete, recognise};
 
 /// What a picture may cost; checked before its pixels are decoded.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -68,7 +68,7 @@ pub fn decode(bytes: &[u8], limits: &Limits, orientation: Orientation) -> Result
         Err(ImageError::Damaged { format: format.name, reason: "the decoder gave up".into() })
     })?;
     // Said last, because a damaged header is better named than a missing end.
-    if format.decoder == ImageFormat::Jpeg && !jpeg_is_complete(bytes) {
+    if !is_complete(format, bytes) {
         return Err(ImageError::Truncated { format: format.name });
     }
     Ok(picture)
@@ -181,4 +181,141 @@ fn is_about_the_end(error: &(dyn std::error::Error + 'static)) -> bool {
 fn one_line(message: &str) -> String {
     let words: Vec<&str> = message.split_whitespace().collect();
     words.join(" ").trim_end_matches('.').chars().take(200).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use serde::Deserialize;
+    use std::collections::BTreeMap;
+
+    #[derive(Deserialize)]
+    struct Golden {
+        file: String,
+        width: u32,
+        height: u32,
+        rgb: String,
+        tolerance: u8,
+    }
+
+    fn unhex(text: &str) -> Vec<u8> {
+        let digits = text.as_bytes().chunks_exact(2);
+        digits.map(|pair| u8::from_str_radix(std::str::from_utf8(pair).unwrap(), 16).unwrap()).collect()
+    }
+
+    fn goldens() -> BTreeMap<String, Golden> {
+        serde_json::from_str(include_str!("../../tests/golden/pictures.json")).unwrap()
+    }
+
+    fn file(name: &str) -> Vec<u8> {
+        unhex(&goldens()[name].file)
+    }
+
+    fn decoded(bytes: &[u8]) -> Result<RgbImage, ImageError> {
+        decode(bytes, &Limits::default(), Orientation::default())
+    }
+
+    #[test]
+    fn every_kind_of_picture_has_pillows_pixels() {
+        for (name, golden) in goldens() {
+            let picture = decoded(&unhex(&golden.file)).unwrap_or_else(|error| panic!("{name}: {error}"));
+            assert_eq!(picture.dimensions(), (golden.width, golden.height), "{name}");
+            let expected = unhex(&golden.rgb);
+            let differences = picture.as_raw().iter().zip(&expected).map(|(a, b)| a.abs_diff(*b));
+            let worst = differences.max().unwrap();
+            assert!(worst <= golden.tolerance, "{name} differs by {worst}");
+        }
+    }
+
+    #[test]
+    fn orientation_can_be_left_as_stored() {
+        let picture = decode(&file("png_orientation_6"), &Limits::default(), Orientation::AsStored).unwrap();
+        assert_eq!(picture, decoded(&file("png")).unwrap());
+    }
+
+    #[test]
+    fn a_file_cut_anywhere_is_refused() {
+        for (name, golden) in goldens() {
+            let bytes = unhex(&golden.file);
+            // What ends a file may be needless (a PNG's last chunk, a GIF's trailer, padding, later frames): a picture
+            // that decodes from less must be the whole picture.
+            let whole = decoded(&bytes).unwrap();
+            for length in 0..bytes.len() {
+                match decoded(&bytes[..length]) {
+                    Ok(picture) => assert!(picture == whole, "{name} cut at {length} of {}", bytes.len()),
+                    Err(error) => assert!(!error.to_string().contains('\n'), "one line: {error}"),
+                }
+            }
+            let later_frames = name.contains("animated") || name.contains("pages");
+            assert!(decoded(&bytes[..bytes.len() / 2]).is_err() || later_frames, "{name}");
+        }
+    }
+
+    #[test]
+    fn damaged_files_never_panic() {
+        for (_, golden) in goldens() {
+            let bytes = unhex(&golden.file);
+            for at in 0..bytes.len().min(400) {
+                let mut damaged = bytes.clone();
+                damaged[at] ^= 0xff;
+                let _ = decoded(&damaged); // any answer will do
+            }
+        }
+    }
+
+    /// A PNG header that claims `width` × `height`, with hardly any data: a decompression bomb.
+    fn png_claiming(width: u32, height: u32) -> Vec<u8> {
+        let mut bytes = file("png");
+        bytes[16..20].copy_from_slice(&width.to_be_bytes());
+        bytes[20..24].copy_from_slice(&height.to_be_bytes());
+        let crc = bytes[12..29].iter().fold(!0_u32, |crc, &byte| {
+            (0..8).fold(
+                crc ^ u32::from(byte),
+                |crc, _| if crc & 1 == 1 { crc >> 1 ^ 0xedb8_8320 } else { crc >> 1 },
+            )
+        });
+        bytes[29..33].copy_from_slice(&(!crc).to_be_bytes());
+        bytes
+    }
+
+    #[test]
+    fn sizes_are_refused_from_the_header() {
+        assert!(decoded(&png_claiming(24, 16)).is_ok(), "the checksum is right");
+        let bomb = decoded(&png_claiming(60_000, 60_000)).unwrap_err();
+        assert!(matches!(bomb, ImageError::TooManyPixels { width: 60_000, height: 60_000, .. }), "{bomb}");
+        assert!(bomb.to_string().contains("3600000000"), "{bomb}");
+        assert!(matches!(
+            decoded(&png_claiming(65_536, 1)).unwrap_err(),
+            ImageError::TooLong { limit: 65_535, .. }
+        ));
+        assert!(!matches!(decoded(&png_claiming(65_535, 1)).unwrap_err(), ImageError::TooLong { .. }));
+        assert!(decoded(&png_claiming(0, 1)).is_err());
+        let small = Limits { max_bytes: 100, ..Limits::default() };
+        let error = decode(&file("png"), &small, Orientation::Upright).unwrap_err();
+        assert!(matches!(error, ImageError::TooManyBytes { limit: 100, .. }), "{error}");
+        let few = Limits { max_pixels: 24 * 16 - 1, ..Limits::default() };
+        assert!(matches!(
+            decode(&file("jpeg"), &few, Orientation::Upright),
+            Err(ImageError::TooManyPixels { .. })
+        ));
+    }
+
+    #[test]
+    fn files_are_opened_by_content_and_errors_name_them() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("picture.txt");
+        std::fs::write(&path, file("webp_lossless")).unwrap();
+        assert!(open(&path, &Limits::default(), Orientation::Upright).is_ok());
+
+        let message =
+            |path: &Path| open(path, &Limits::default(), Orientation::Upright).unwrap_err().to_string();
+        std::fs::write(&path, b"").unwrap();
+        assert!(message(&path).contains("picture.txt: the file is empty"));
+        std::fs::write(&path, b"hello").unwrap();
+        assert!(message(&path).contains("picture.txt: is not a picture"));
+        std::fs::write(&path, &file("jpeg")[..300]).unwrap();
+        assert!(message(&path).contains("picture.txt: the JPEG file is"));
+        assert!(message(folder.path()).contains("is not a file"));
+        assert!(message(&folder.path().join("absent.jpg")).contains("absent.jpg: cannot be read"));
+    }
 }

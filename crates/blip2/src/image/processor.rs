@@ -138,3 +138,77 @@ impl ImageProcessor {
         })
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn picture(width: u32, height: u32) -> RgbImage {
+        RgbImage::from_fn(width, height, |x, y| ::image::Rgb([x as u8, y as u8, (x * y) as u8]))
+    }
+
+    #[test]
+    fn values_are_normalised_by_channel() {
+        let processor = ImageProcessor { image_side: 2, ..ImageProcessor::efficientnet_lite0() };
+        let square = RgbImage::from_raw(2, 2, vec![0, 127, 255, 1, 2, 3, 4, 5, 6, 7, 8, 9]).unwrap();
+        let pixels = processor.pixels(&square);
+        assert_eq!(pixels[..3], [-127.0 / 128.0, 0.0, 1.0], "red, green and blue of the first pixel");
+        assert_eq!(pixels[9], -120.0 / 128.0, "red of the last pixel");
+
+        let blip2 = ImageProcessor { image_side: 2, ..ImageProcessor::blip2(224) };
+        let expected = [(0.0 - 0.481_454_66) / 0.268_629_54, (127.0 / 255.0 - 0.457_827_5) / 0.261_302_58];
+        let pixels = blip2.pixels(&square);
+        assert!(
+            (f64::from(pixels[0]) - expected[0]).abs() < 1e-6
+                && (f64::from(pixels[1]) - expected[1]).abs() < 1e-6
+        );
+    }
+
+    #[test]
+    fn squash_keeps_all_and_centre_crop_keeps_the_shape() {
+        let squash = ImageProcessor::blip2(20);
+        assert_eq!(squash.square(&picture(60, 31)), resize_bicubic(&picture(60, 31), 20, 20));
+
+        let crop = ImageProcessor { geometry: Geometry::CentreCrop { shorter_side: 31 }, ..squash };
+        // The shorter side stays, so the crop is of the picture itself: columns from (60 - 20) / 2, rows from round(5.5).
+        let square = crop.square(&picture(60, 31));
+        assert_eq!(square.dimensions(), (20, 20));
+        assert_eq!(square.get_pixel(0, 0).0[..2], [20, 6]);
+        // Taller than wide, and a longer side that is rounded down: 50 · 24 / 33 = 36.36.
+        let crop = ImageProcessor { geometry: Geometry::CentreCrop { shorter_side: 24 }, ..crop };
+        let resized = resize_bicubic(&picture(33, 50), 24, 36);
+        assert_eq!(crop.square(&picture(33, 50)), crop_imm(&resized, 2, 8, 20, 20).to_image());
+    }
+
+    #[test]
+    fn a_batch_is_its_pictures() {
+        let processor = ImageProcessor::blip2(5);
+        let pictures = [picture(7, 9), picture(5, 5), picture(1, 1)];
+        let batch = processor.batch(&pictures).unwrap();
+        assert_eq!(batch.dims(), [3, 5, 5, 3]);
+        let singles: Vec<f32> = pictures.iter().flat_map(|picture| processor.pixels(picture)).collect();
+        assert_eq!(batch.flatten_all().unwrap().to_vec1::<f32>().unwrap(), singles);
+        assert_eq!(processor.batch(&[]).unwrap().dims(), [0, 5, 5, 3]);
+    }
+
+    #[test]
+    fn settings_survive_json_and_wrong_ones_are_named() {
+        let processor = ImageProcessor {
+            geometry: Geometry::CentreCrop { shorter_side: 256 },
+            ..ImageProcessor::efficientnet_lite0()
+        };
+        let text = serde_json::to_string(&processor).unwrap();
+        assert_eq!(serde_json::from_str::<ImageProcessor>(&text).unwrap(), processor);
+        assert!(processor.validate().is_ok());
+        let named = |processor: ImageProcessor| processor.validate().unwrap_err().to_string();
+        assert!(named(ImageProcessor { image_side: 0, ..processor.clone() }).contains("image.image_side"));
+        assert!(named(ImageProcessor { image_side: 300, ..processor.clone() }).contains("image.geometry"));
+        assert!(
+            named(ImageProcessor { image_std: [1.0, 0.0, 1.0], ..processor.clone() })
+                .contains("image.image_std")
+        );
+        assert!(
+            named(ImageProcessor { rescale_factor: f64::NAN, ..processor }).contains("image.rescale_factor")
+        );
+    }
+}

@@ -58,9 +58,24 @@ fn recognise_document(bytes: &[u8]) -> Result<Format, ImageError> {
     Err(ImageError::NotAPicture { found })
 }
 
-/// Whether a JPEG file goes on to its end marker. The decoder fills what is missing with grey and says nothing, so a
-/// download that broke off would be captioned as it is.
-pub(super) fn jpeg_is_complete(bytes: &[u8]) -> bool {
+/// Whether the end is there, for the formats whose decoders do not ask for it: a JPEG decoder fills what is missing with
+/// grey, so a download that broke off would be captioned as it is; in a WebP file, the note on orientation comes last.
+pub(super) fn is_complete(format: Format, bytes: &[u8]) -> bool {
+    match format.decoder {
+        ImageFormat::Jpeg => jpeg_is_complete(bytes),
+        ImageFormat::WebP => webp_is_complete(bytes),
+        _ => true,
+    }
+}
+
+/// Whether there are as many bytes as the RIFF header says.
+fn webp_is_complete(bytes: &[u8]) -> bool {
+    let size = bytes.get(4..8).and_then(<[u8]>::first_chunk).map(|&size| u64::from(u32::from_le_bytes(size)));
+    size.is_some_and(|size| size + 8 <= bytes.len() as u64)
+}
+
+/// Whether a JPEG file goes on to its end marker.
+fn jpeg_is_complete(bytes: &[u8]) -> bool {
     const RESTART_FIRST: u8 = 0xd0;
     const RESTART_LAST: u8 = 0xd7;
     const END: u8 = 0xd9;
