@@ -110,14 +110,12 @@ impl Comparison<'_> {
             self.wrong.push(format!("{name}: {} elements, expected {}", found.len(), expected.len()));
             return;
         }
-        // A NaN is not within any tolerance.
-        let differs = |(f, e): &(&f32, &f32)| !((**f - **e).abs() <= tolerance);
-        let n_wrong = found.iter().zip(expected).filter(differs).count();
+        // Not a number is infinitely far.
+        let distance = |(f, e): (&f32, &f32)| if (f - e).is_nan() { f32::INFINITY } else { (f - e).abs() };
+        let distances: Vec<f32> = found.iter().zip(expected).map(distance).collect();
+        let n_wrong = distances.iter().filter(|&&d| d > tolerance).count();
         if n_wrong > 0 {
-            let distance =
-                |i: &usize| if found[*i].is_nan() { f32::INFINITY } else { (found[*i] - expected[*i]).abs() };
-            let worst =
-                (0..found.len()).max_by(|a, b| distance(a).total_cmp(&distance(b))).expect("an element");
+            let worst = (0..found.len()).max_by(|&a, &b| distances[a].total_cmp(&distances[b])).unwrap_or(0);
             self.wrong.push(format!(
                 "{name}: {n_wrong} of {} beyond {tolerance:e}; worst [{worst}]: {:e}, expected {:e}",
                 found.len(),
