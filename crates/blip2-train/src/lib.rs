@@ -19,6 +19,7 @@ pub mod plot;
 pub mod questions;
 pub mod random;
 pub mod recipe;
+pub mod run;
 pub mod schedule;
 pub mod stage1;
 pub mod trainer;

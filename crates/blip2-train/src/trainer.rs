@@ -87,6 +87,11 @@ impl Start {
         Self { optimizer: Optimizer::new(config.optimizer, objective.variables()), step: 0 }
     }
 
+    /// Steps that were made before.
+    pub fn step(&self) -> u64 {
+        self.step
+    }
+
     /// From a checkpoint: restores the variables' values, the optimiser and the loader's place.
     ///
     /// # Errors

@@ -11,6 +11,7 @@ use half::{bf16, f16};
 use safetensors::{Dtype, SafeTensorError, SafeTensors};
 
 use super::{Encoding, MappedFile, TensorRows, recognise, refuse, write_atomically};
+use crate::layers::TensorSource;
 use crate::{Error, Result};
 
 /// Tensors kept in one or several safetensors files, memory-mapped.
@@ -251,6 +252,16 @@ fn explain(error: &SafeTensorError, bytes: &[u8]) -> String {
             )
         }
         error => format!("not a valid safetensors file ({error}): fetch it again"),
+    }
+}
+
+impl TensorSource for Safetensors {
+    fn shape(&self, name: &str) -> Option<Vec<usize>> {
+        Safetensors::shape(self, name).ok().map(<[usize]>::to_vec)
+    }
+
+    fn read_f32(&self, name: &str) -> Result<Vec<f32>> {
+        Safetensors::read_f32(self, name)
     }
 }
 
