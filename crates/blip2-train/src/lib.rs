@@ -6,6 +6,7 @@
 
 pub mod checkpoint;
 pub mod data;
+pub mod encoder;
 pub mod error;
 pub mod features;
 pub mod gradients;
