@@ -21,6 +21,9 @@ use crate::args::TrainArgs;
 /// Pictures that are named one by one when they cannot be used; the rest is counted.
 const N_NAMED: usize = 20;
 
+/// Steps that the strong line of the loss plot averages over.
+const SMOOTHED_STEPS: f64 = 20.0;
+
 pub(crate) fn run(args: &TrainArgs) -> anyhow::Result<()> {
     let config = RunConfig::read(&args.config)?;
     let encoder = VisionEncoder::efficientnet_lite0(&config.encoder).context("the image encoder")?;
@@ -36,8 +39,14 @@ pub(crate) fn run(args: &TrainArgs) -> anyhow::Result<()> {
     terminal.bar.finish_and_clear();
 
     let plot = config.output.join("loss.svg");
-    let log = config.output.join("log.jsonl");
-    plot_log(&log, &["loss", "itc", "itm", "itg"], &Style::default(), &plot)?;
+    let log = config.output.join(blip2_train::log::FILE_NAME);
+    let style = Style {
+        title: "Stage 1".into(),
+        y_label: "loss".into(),
+        log_scale: false,
+        smoothing: SMOOTHED_STEPS,
+    };
+    plot_log(&log, &["loss", "itc", "itm", "itg"], &style, &plot)?;
     match outcome {
         Outcome::Finished(path) => {
             eprintln!("finished; the loss is plotted in {}", plot.display());

@@ -13,6 +13,9 @@ use phrases::{Sentence, head_noun, tokenize};
 use serde::{Deserialize, Serialize};
 use std::collections::{BTreeMap, BTreeSet};
 
+/// Turns the captions of a picture into questions of one kind.
+type Rule = fn(&[Sentence]) -> Vec<Asked>;
+
 /// A picture with its captions: what the rules read.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Captioned {
@@ -50,7 +53,7 @@ pub fn questions_from_captions(rows: &[Captioned], seed: u64) -> Vec<QaRow> {
     let mut random = Random::new(&[seed, 0x71]);
     let mut questions: Vec<Vec<QaRow>> = vec![Vec::new(); rows.len()];
     for (picture, (row, captions)) in rows.iter().zip(&pictures).enumerate() {
-        let rules: [(&str, fn(&[Sentence]) -> Vec<Asked>); 6] = [
+        let rules: [(&str, Rule); 6] = [
             ("color", colors),
             ("number", numbers),
             ("object", objects),

@@ -1,7 +1,7 @@
 //! Reader of PyTorch checkpoints (`.pth`, `.pt`) that executes nothing.
 //!
 //! Such a file is a Python pickle with tensors beside it, and unpickling it with Python runs whatever code it names.
-//! Here the pickle is interpreted by a machine that knows only what describes tensors ([`machine`]) and refuses the
+//! Here the pickle is interpreted by a machine that knows only what describes tensors (`machine`) and refuses the
 //! rest by name. Opening reads the description and checks every size; values are copied out one tensor at a time, with
 //! their strides: some files (EfficientNet's among them) store convolution weights in permuted order.
 //!
