@@ -1,1 +1,281 @@
-//! cache
+//! The key-value cache of a language model, owned by the caller.
+//!
+//! The cache holds rows; a [`CachedSequence`] says which rows, in order, are a text. Rows are only ever appended, so
+//! sequences can share them: the beams of a search share their prompt, and reordering beams copies a few spans, never
+//! keys or values. A conversation keeps its [`CachedSequence`] from turn to turn and may cut its end off.
+
+use std::sync::Arc;
+
+use crate::layers::{Plan, Sequence, Span};
+use crate::{Error, Result};
+
+/// Keys and values of every token the model has read, one row a token and layer.
+#[derive(Debug, Default, Clone)]
+pub struct KvCache {
+    layers: Vec<LayerRows>,
+    width: usize,
+    n_rows: usize,
+}
+
+/// One layer's rows, `[n_rows, n_kv_heads * head_dim]` each.
+#[derive(Debug, Default, Clone)]
+pub(crate) struct LayerRows {
+    pub(crate) keys: Vec<f32>,
+    pub(crate) values: Vec<f32>,
+}
+
+/// The rows of a [`KvCache`] that make up one text. Belongs to the cache it was made with.
+#[derive(Debug, Default, Clone, PartialEq, Eq)]
+pub struct CachedSequence {
+    spans: Vec<Span>,
+    len: usize,
+}
+
+impl CachedSequence {
+    /// A text of no tokens yet.
+    pub fn new() -> Self {
+        Self::default()
+    }
+
+    /// How many tokens it has.
+    pub fn len(&self) -> usize {
+        self.len
+    }
+
+    /// Whether it has no tokens.
+    pub fn is_empty(&self) -> bool {
+        self.len == 0
+    }
+
+    /// Forgets all tokens but the first `len`; nothing when there are not more.
+    pub fn truncate(&mut self, len: usize) {
+        let mut left = len;
+        self.spans.retain_mut(|span| {
+            span.len = span.len.min(left);
+            left -= span.len;
+            span.len > 0
+        });
+        self.len = self.len.min(len);
+    }
+
+    fn push(&mut self, span: Span) {
+        if span.len == 0 {
+            return;
+        }
+        self.len += span.len;
+        match self.spans.last_mut() {
+            Some(last) if last.start + last.len == span.start => last.len += span.len,
+            _ => self.spans.push(span),
+        }
+    }
+
+    fn end(&self) -> usize {
+        self.spans.iter().map(|span| span.start + span.len).max().unwrap_or(0)
+    }
+}
+
+/// New rows on their way into the cache: what one forward pass needs to know.
+#[derive(Debug)]
+pub(crate) struct Appended {
+    /// Position in its text of each new row.
+    pub(crate) positions: Arc<[u32]>,
+    /// Each sequence's new rows attend to all rows before them.
+    pub(crate) plan: Plan,
+}
+
+impl KvCache {
+    /// An empty cache for a model of `n_layers` layers with keys of `width` values.
+    pub fn new(n_layers: usize, width: usize) -> Self {
+        Self { layers: vec![LayerRows::default(); n_layers], width, n_rows: 0 }
+    }
+
+    /// Rows held, shared ones counted once.
+    pub fn n_rows(&self) -> usize {
+        self.n_rows
+    }
+
+    /// Memory held, in bytes.
+    pub fn n_bytes(&self) -> usize {
+        let n_values: usize = self.layers.iter().map(|l| l.keys.capacity() + l.values.capacity()).sum();
+        n_values * size_of::<f32>()
+    }
+
+    /// Forgets the rows that none of `sequences` needs any more, where they are the last ones. Every other
+    /// [`CachedSequence`] of this cache is invalid afterwards.
+    pub fn trim<'a>(&mut self, sequences: impl IntoIterator<Item = &'a CachedSequence>) {
+        let end = sequences.into_iter().map(CachedSequence::end).max().unwrap_or(0);
+        self.rewind(end);
+    }
+
+    /// Forgets all rows but the first `n_rows`.
+    pub(crate) fn rewind(&mut self, n_rows: usize) {
+        self.n_rows = self.n_rows.min(n_rows);
+        self.discard_unfinished();
+    }
+
+    /// Lengthens `sequences[i]` by `lengths[i]` tokens whose rows, packed in this order, come next. `compute` must
+    /// append exactly these rows to every layer; when it fails the cache and the sequences are as before.
+    pub(crate) fn append<T>(
+        &mut self,
+        sequences: &mut [CachedSequence],
+        lengths: &[usize],
+        compute: impl FnOnce(&mut [LayerRows], &Appended) -> Result<T>,
+    ) -> Result<T> {
+        assert_eq!(sequences.len(), lengths.len(), "one length a sequence");
+        if sequences.iter().any(|sequence| sequence.end() > self.n_rows) {
+            let reason = "the text is not in this key-value cache: it belongs to another one, or was trimmed";
+            return Err(Error::Request(reason.into()));
+        }
+        let mut positions = Vec::new();
+        let mut plan = Vec::with_capacity(sequences.len());
+        let mut longer = Vec::with_capacity(sequences.len());
+        let mut row = 0;
+        for (sequence, &len) in sequences.iter().zip(lengths) {
+            let mut sequence = sequence.clone();
+            positions.extend((sequence.len..sequence.len + len).map(|position| position as u32));
+            sequence.push(Span { start: self.n_rows + row, len });
+            if len > 0 {
+                let queries = vec![Span { start: row, len }];
+                plan.push(Sequence { queries, keys: sequence.spans.clone(), causal: true });
+            }
+            longer.push(sequence);
+            row += len;
+        }
+        let appended = Appended { positions: positions.into(), plan: plan.into() };
+        self.reserve(row);
+        let result = compute(&mut self.layers, &appended);
+        if result.is_ok() {
+            let n_values = (self.n_rows + row) * self.width;
+            let is_complete =
+                |layer: &LayerRows| layer.keys.len() == n_values && layer.values.len() == n_values;
+            assert!(self.layers.iter().all(is_complete), "a layer did not append its rows");
+            self.n_rows += row;
+            sequences.clone_from_slice(&longer);
+        } else {
+            self.discard_unfinished();
+        }
+        result
+    }
+
+    /// Grows by whole chunks, so that a decode step as good as never copies what is already there.
+    fn reserve(&mut self, n_rows: usize) {
+        const CHUNK: usize = 64;
+        let needed = (self.n_rows + n_rows) * self.width;
+        for buffer in self.layers.iter_mut().flat_map(|layer| [&mut layer.keys, &mut layer.values]) {
+            if buffer.capacity() < needed {
+                let wanted =
+                    needed.max(buffer.capacity() * 3 / 2).next_multiple_of(CHUNK * self.width.max(1));
+                buffer.reserve_exact(wanted - buffer.len());
+            }
+        }
+    }
+
+    fn discard_unfinished(&mut self) {
+        for layer in &mut self.layers {
+            layer.keys.truncate(self.n_rows * self.width);
+            layer.values.truncate(self.n_rows * self.width);
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Appends rows whose value is their row number.
+    fn append(cache: &mut KvCache, sequences: &mut [CachedSequence], lengths: &[usize]) -> Appended {
+        let first = cache.n_rows();
+        let n: usize = lengths.iter().sum();
+        cache
+            .append(sequences, lengths, |layers, appended| {
+                for layer in layers {
+                    let rows = (first..first + n).map(|row| row as f32);
+                    layer.keys.extend(rows.clone());
+                    layer.values.extend(rows);
+                }
+                Ok(Appended { positions: appended.positions.clone(), plan: appended.plan.clone() })
+            })
+            .unwrap()
+    }
+
+    fn rows(sequence: &CachedSequence) -> Vec<usize> {
+        sequence.spans.iter().flat_map(|span| span.start..span.start + span.len).collect()
+    }
+
+    #[test]
+    fn beams_share_their_prompt_and_part_ways() {
+        let mut cache = KvCache::new(2, 1);
+        let mut prompts = [CachedSequence::new(), CachedSequence::new()];
+        let first = append(&mut cache, &mut prompts, &[3, 2]);
+        assert_eq!(*first.positions, [0, 1, 2, 0, 1]);
+        assert_eq!(first.plan[1].queries, [Span { start: 3, len: 2 }]);
+        assert_eq!(first.plan[1].keys, [Span { start: 3, len: 2 }]);
+
+        let mut beams = [prompts[0].clone(), prompts[0].clone(), prompts[1].clone()];
+        append(&mut cache, &mut beams, &[1, 1, 1]);
+        assert_eq!(beams.each_ref().map(rows), [vec![0, 1, 2, 5], vec![0, 1, 2, 6], vec![3, 4, 7]]);
+        // The second beam's text goes on twice, the first beam's is dropped.
+        let mut beams = [beams[1].clone(), beams[1].clone()];
+        let step = append(&mut cache, &mut beams, &[1, 1]);
+        assert_eq!(*step.positions, [4, 4]);
+        assert_eq!(beams.each_ref().map(rows), [vec![0, 1, 2, 6, 8], vec![0, 1, 2, 6, 9]]);
+        assert_eq!(step.plan[0].keys.len(), 3);
+        assert_eq!(cache.n_rows(), 10);
+
+        cache.trim(&prompts);
+        assert_eq!(cache.n_rows(), 5);
+        let error = cache.append(&mut beams, &[1, 1], |_, _| Ok(())).unwrap_err();
+        assert!(error.to_string().contains("trimmed"), "{error}");
+    }
+
+    #[test]
+    fn truncation_cuts_across_spans() {
+        let mut sequence = CachedSequence::new();
+        for (start, len) in [(0, 3), (3, 1), (7, 2), (9, 0), (12, 1)] {
+            sequence.push(Span { start, len });
+        }
+        assert_eq!((sequence.spans.len(), sequence.len()), (3, 7));
+        sequence.truncate(99);
+        assert_eq!(sequence.len(), 7);
+        sequence.truncate(5);
+        assert_eq!(rows(&sequence), [0, 1, 2, 3, 7]);
+        sequence.truncate(0);
+        assert!(sequence.is_empty() && sequence.spans.is_empty());
+    }
+
+    #[test]
+    fn a_failed_pass_leaves_no_trace() {
+        let mut cache = KvCache::new(2, 1);
+        let mut sequences = [CachedSequence::new()];
+        append(&mut cache, &mut sequences, &[2]);
+        let before = sequences.clone();
+        let failed: Result<()> = cache.append(&mut sequences, &[1], |layers, _| {
+            layers[0].keys.push(9.0);
+            Err(Error::Request("cancelled".into()))
+        });
+        assert!(failed.is_err());
+        assert_eq!(sequences, before);
+        append(&mut cache, &mut sequences, &[1]);
+        assert_eq!(cache.layers[0].keys, [0.0, 1.0, 2.0]);
+        assert_eq!(rows(&sequences[0]), [0, 1, 2]);
+    }
+
+    #[test]
+    fn growing_rarely_moves_the_rows() {
+        let mut cache = KvCache::new(1, 4);
+        let mut sequences = [CachedSequence::new()];
+        let mut n_moves = 0;
+        for _ in 0..1000 {
+            let before = cache.layers[0].keys.capacity();
+            let grow = |layers: &mut [LayerRows], _: &Appended| {
+                layers[0].keys.extend([0.0; 4]);
+                layers[0].values.extend([0.0; 4]);
+                Ok(())
+            };
+            cache.append(&mut sequences, &[1], grow).unwrap();
+            n_moves += usize::from(cache.layers[0].keys.capacity() != before);
+        }
+        assert!(n_moves <= 8, "{n_moves}");
+        assert_eq!((sequences[0].len(), sequences[0].spans.len()), (1000, 1));
+    }
+}

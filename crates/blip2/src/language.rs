@@ -1,1 +1,167 @@
-//! language
+//! The frozen language model, behind one small interface for all families.
+//!
+//! It reads packed rows of embeddings, never token ids: the projected queries of the Q-Former stand among the
+//! embeddings of words. Without a cache the pass is differentiable to its input, which is all that training needs of a
+//! frozen model; with a [`KvCache`] it is how [`generate`](crate::generate) reads.
+
+mod config;
+mod llama;
+
+use std::sync::Arc;
+
+use candle_core::Tensor;
+
+pub use config::LlamaConfig;
+pub use llama::Llama;
+
+use crate::Result;
+use crate::cache::{CachedSequence, KvCache};
+use crate::layers::{Linear, Plan, Precision, Sequence, Span};
+use crate::weights::gguf::Gguf;
+use crate::weights::safetensors::Safetensors;
+
+/// A language model of any family.
+#[derive(Debug, Clone)]
+#[non_exhaustive]
+pub enum LanguageModel {
+    /// LLaMA and its relatives of the same structure, SmolLM2 among them.
+    Llama(Llama),
+}
+
+impl LanguageModel {
+    /// Loads a model from a GGUF file; its matrices are packed for products in `precision`.
+    ///
+    /// # Errors
+    /// When the architecture is not known, or a tensor is missing, misshapen or unknown.
+    pub fn from_gguf(file: &Gguf, precision: Precision) -> Result<Self> {
+        Llama::from_gguf(file, precision).map(Self::Llama)
+    }
+
+    /// Loads a model from a Hugging Face checkpoint: its `config.json` and the tensors whose names start with `prefix`
+    /// (empty, or `language_model.` inside a BLIP-2 checkpoint). Tensors that it does not use are the caller's to check
+    /// with [`Safetensors::finish`].
+    ///
+    /// # Errors
+    /// When the model type is not known, or a tensor is missing or misshapen.
+    pub fn from_safetensors(
+        config: &serde_json::Value,
+        file: &Safetensors,
+        prefix: &str,
+        precision: Precision,
+    ) -> Result<Self> {
+        let config = LlamaConfig::from_hugging_face(config)?;
+        Llama::from_safetensors(config, file, prefix, precision).map(Self::Llama)
+    }
+
+    /// Width of an embedding.
+    pub fn hidden_size(&self) -> usize {
+        match self {
+            Self::Llama(model) => model.config().hidden_size,
+        }
+    }
+
+    /// Tokens of the vocabulary.
+    pub fn vocab_size(&self) -> usize {
+        match self {
+            Self::Llama(model) => model.config().vocab_size,
+        }
+    }
+
+    /// The longest text, in tokens.
+    pub fn context_len(&self) -> usize {
+        match self {
+            Self::Llama(model) => model.config().max_position_embeddings,
+        }
+    }
+
+    /// How many parameters it has; a tied output head counts once.
+    pub fn n_parameters(&self) -> usize {
+        match self {
+            Self::Llama(model) => model.n_parameters(),
+        }
+    }
+
+    /// Memory of its weights, in bytes.
+    pub fn n_bytes(&self) -> usize {
+        match self {
+            Self::Llama(model) => model.n_bytes(),
+        }
+    }
+
+    /// The embeddings of tokens, `[ids.len(), hidden_size]`.
+    ///
+    /// # Errors
+    /// When a token is not in the vocabulary.
+    pub fn embed(&self, ids: &[u32]) -> Result<Tensor> {
+        match self {
+            Self::Llama(model) => model.embed(ids),
+        }
+    }
+
+    /// Reads texts of `lengths` tokens whose embeddings are packed in `embeds`, `[sum of lengths, hidden_size]`; gives
+    /// the final hidden states (normed, ready for the head) in the same shape. Differentiable to `embeds`.
+    ///
+    /// # Errors
+    /// When the lengths do not sum to the rows, or a text is longer than the context.
+    pub fn forward(&self, embeds: &Tensor, lengths: &[usize]) -> Result<Tensor> {
+        let (positions, plan) = causal_texts(lengths);
+        match self {
+            Self::Llama(model) => model.forward(embeds, &positions, &plan),
+        }
+    }
+
+    /// As [`forward`](Self::forward), for rows that continue texts of a cache: `sequences[i]` is lengthened by
+    /// `lengths[i]` rows. No gradient.
+    ///
+    /// # Errors
+    /// As [`forward`](Self::forward), and when a sequence is not of this cache; then nothing has changed.
+    pub fn forward_cached(
+        &self,
+        embeds: &Tensor,
+        cache: &mut KvCache,
+        sequences: &mut [CachedSequence],
+        lengths: &[usize],
+    ) -> Result<Tensor> {
+        match self {
+            Self::Llama(model) => model.forward_cached(embeds, cache, sequences, lengths),
+        }
+    }
+
+    /// Scores of every next token, `[N, vocab_size]`, after the given rows of hidden states.
+    ///
+    /// # Errors
+    /// When the width is not that of the model.
+    pub fn logits(&self, hidden: &Tensor) -> Result<Tensor> {
+        Ok(self.head().forward(hidden)?)
+    }
+
+    /// The output head, for a loss that never holds all logits
+    /// ([`linear_cross_entropy`](crate::layers::linear_cross_entropy)).
+    pub fn head(&self) -> &Linear {
+        match self {
+            Self::Llama(model) => model.head(),
+        }
+    }
+
+    /// An empty cache for this model.
+    pub fn new_cache(&self) -> KvCache {
+        match self {
+            Self::Llama(model) => model.new_cache(),
+        }
+    }
+}
+
+/// Packed texts, one after the other: positions that count from 0 in each, and attention to what came before.
+fn causal_texts(lengths: &[usize]) -> (Arc<[u32]>, Plan) {
+    let mut start = 0;
+    let plan: Vec<_> = lengths
+        .iter()
+        .map(|&len| {
+            let span = Span { start, len };
+            start += len;
+            Sequence { queries: vec![span], keys: vec![span], causal: true }
+        })
+        .collect();
+    let positions: Vec<u32> = lengths.iter().flat_map(|&len| 0..len as u32).collect();
+    (positions.into(), plan.into())
+}

@@ -21,7 +21,7 @@ mod rope;
 mod view;
 
 pub use activation::{activate, gated};
-pub use attention::{AttentionShape, Plan, Sequence, Span, attention};
+pub use attention::{AttentionShape, Plan, Sequence, Span, attention, attention_cached};
 pub use blip2_kernels::activation::Activation;
 pub use blip2_kernels::gemm::Precision;
 pub use dropout::DropoutRng;

@@ -34,6 +34,30 @@ pub fn attention(
     q.contiguous()?.apply_op3(&k.contiguous()?, &v.contiguous()?, op)
 }
 
+/// [`attention`] of rows that continue cached ones: appends `k` and `v` to the cached rows, then attends to all of them
+/// as `plan` says. No gradient.
+///
+/// # Errors
+/// Those of the tensor engine.
+pub fn attention_cached(
+    q: &Tensor,
+    k: &Tensor,
+    v: &Tensor,
+    cached_keys: &mut Vec<f32>,
+    cached_values: &mut Vec<f32>,
+    plan: &Plan,
+    shape: AttentionShape,
+) -> Result<Tensor> {
+    let out = with_slices([&q.contiguous()?, &k.contiguous()?, &v.contiguous()?], |[q, k, v]| {
+        cached_keys.extend_from_slice(k);
+        cached_values.extend_from_slice(v);
+        let mut out = vec![0.0; q.len()];
+        kernels::attention(q, cached_keys, cached_values, plan, shape, None, &mut out);
+        out
+    })?;
+    tensor(out, q)
+}
+
 struct Attention {
     plan: Plan,
     shape: AttentionShape,

@@ -1,0 +1,115 @@
+//! A language model in the middle of a text.
+
+use candle_core::Tensor;
+
+use super::{Continuation, Decoder};
+use crate::cache::{CachedSequence, KvCache};
+use crate::language::LanguageModel;
+use crate::{Error, Result};
+
+/// A language model that has read prompts into a cache, as the [`Decoder`] of [`generate`](super::generate).
+///
+/// What is generated is forgotten when the session ends: the cache then holds what it held before and the prompts, which
+/// [`finish`](Self::finish) hands back for the next turn of a conversation.
+#[derive(Debug)]
+pub struct Session<'a> {
+    model: &'a LanguageModel,
+    cache: &'a mut KvCache,
+    prompts: Vec<CachedSequence>,
+    live: Vec<CachedSequence>,
+    prompt_logits: Vec<f32>,
+    /// Rows of the cache that stay.
+    n_kept_rows: usize,
+}
+
+impl<'a> Session<'a> {
+    /// Reads prompts: to each text of `cache` (new, or the earlier turns of a conversation) the rows of embeddings that
+    /// follow it, `[n, hidden_size]`, at least one.
+    ///
+    /// # Errors
+    /// [`Error::TextTooLong`] when a text does not fit the model's context, [`Error::Request`] when there is nothing to
+    /// read or the text is not of this cache.
+    pub fn new(
+        model: &'a LanguageModel,
+        cache: &'a mut KvCache,
+        prompts: Vec<(CachedSequence, Tensor)>,
+    ) -> Result<Self> {
+        let (mut sequences, embeds): (Vec<_>, Vec<_>) = prompts.into_iter().unzip();
+        let lengths = embeds.iter().map(|rows| Ok(rows.dims2()?.0)).collect::<Result<Vec<_>>>()?;
+        if lengths.is_empty() || lengths.contains(&0) {
+            return Err(Error::Request("there is no prompt to continue".into()));
+        }
+        for (sequence, len) in sequences.iter().zip(&lengths) {
+            let (n_tokens, limit) = (sequence.len() + len, model.context_len());
+            if n_tokens > limit {
+                return Err(Error::TextTooLong { n_tokens, limit });
+            }
+        }
+        let hidden =
+            model.forward_cached(&Tensor::cat(&embeds, 0)?.detach(), cache, &mut sequences, &lengths)?;
+        let mut end = 0;
+        let last_rows: Vec<u32> = lengths
+            .iter()
+            .map(|len| {
+                end += len;
+                end as u32 - 1
+            })
+            .collect();
+        let last_rows = Tensor::from_vec(last_rows, lengths.len(), hidden.device())?;
+        let logits = model.logits(&hidden.index_select(&last_rows, 0)?)?;
+        Ok(Self {
+            model,
+            n_kept_rows: cache.n_rows(),
+            cache,
+            live: sequences.clone(),
+            prompts: sequences,
+            prompt_logits: logits.flatten_all()?.to_vec1()?,
+        })
+    }
+
+    /// Ends the session; gives the prompts as the cache holds them.
+    pub fn finish(mut self) -> Vec<CachedSequence> {
+        std::mem::take(&mut self.prompts)
+    }
+}
+
+impl Drop for Session<'_> {
+    fn drop(&mut self) {
+        self.cache.rewind(self.n_kept_rows);
+    }
+}
+
+impl Decoder for Session<'_> {
+    fn vocab_size(&self) -> usize {
+        self.model.vocab_size()
+    }
+
+    fn n_prompts(&self) -> usize {
+        self.prompts.len()
+    }
+
+    fn room(&self, prompt: usize) -> usize {
+        self.model.context_len() - self.prompts[prompt].len()
+    }
+
+    /// Also returns to the prompts, when something was generated before.
+    fn prompt_logits(&mut self) -> Result<Vec<f32>> {
+        self.cache.rewind(self.n_kept_rows);
+        self.live.clone_from(&self.prompts);
+        Ok(self.prompt_logits.clone())
+    }
+
+    fn extend(&mut self, continuations: &[Continuation<'_>]) -> Result<Vec<f32>> {
+        let mut next: Vec<_> = continuations.iter().map(|c| self.live[c.parent].clone()).collect();
+        let lengths: Vec<_> = continuations.iter().map(|c| c.tokens.len()).collect();
+        let tokens: Vec<u32> = continuations.iter().flat_map(|c| c.tokens).copied().collect();
+        let mut logits = Vec::new();
+        if !tokens.is_empty() {
+            let embeds = self.model.embed(&tokens)?;
+            let hidden = self.model.forward_cached(&embeds, self.cache, &mut next, &lengths)?;
+            logits = self.model.logits(&hidden)?.flatten_all()?.to_vec1()?;
+        }
+        self.live = next;
+        Ok(logits)
+    }
+}

@@ -1,0 +1,414 @@
+//! The LLaMA family (arXiv 2302.13971, grouped-query attention as in 2307.09288; HF `LlamaForCausalLM`): RMS norm, rotary
+//! positions, SwiGLU, output head tied to the embeddings or its own.
+
+use std::sync::Arc;
+
+use blip2_kernels::linear::PackedWeight;
+use candle_core::{Device, Tensor};
+
+use super::LlamaConfig;
+use crate::cache::{CachedSequence, KvCache};
+use crate::layers::{
+    Activation, AttentionShape, Linear, Plan, Precision, RmsNorm, Weight, attention, attention_cached, gated,
+    rope,
+};
+use crate::weights::TensorRows;
+use crate::weights::gguf::Gguf;
+use crate::weights::safetensors::Safetensors;
+use crate::{Error, Result};
+
+/// A frozen LLaMA-like model.
+#[derive(Debug, Clone)]
+pub struct Llama {
+    config: LlamaConfig,
+    /// `[vocab_size, hidden_size]`; the same object as the head's weight where they are tied.
+    embed_tokens: Table,
+    layers: Arc<[Layer]>,
+    norm: RmsNorm,
+    lm_head: Linear,
+    n_parameters: usize,
+    n_bytes: usize,
+}
+
+/// Embeddings in the packed format of a linear layer, read row by row.
+#[derive(Clone)]
+struct Table(Arc<PackedWeight>);
+
+impl std::fmt::Debug for Table {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "Table([{}, {}])", self.0.out_features(), self.0.in_features())
+    }
+}
+
+#[derive(Debug)]
+struct Layer {
+    input_layernorm: RmsNorm,
+    q_proj: Linear,
+    k_proj: Linear,
+    v_proj: Linear,
+    o_proj: Linear,
+    post_attention_layernorm: RmsNorm,
+    gate_proj: Linear,
+    up_proj: Linear,
+    down_proj: Linear,
+}
+
+impl Llama {
+    /// Loads a model from a GGUF file, whole.
+    ///
+    /// # Errors
+    /// When it is of another architecture, or a tensor is missing, misshapen or unknown.
+    pub fn from_gguf(file: &Gguf, precision: Precision) -> Result<Self> {
+        let config = LlamaConfig::from_gguf(file)?;
+        let model = Self::load(config, &File::Gguf(file), precision)?;
+        file.finish()?;
+        Ok(model)
+    }
+
+    /// Loads a model from the tensors of a Hugging Face checkpoint whose names start with `prefix`.
+    ///
+    /// # Errors
+    /// When a tensor is missing or misshapen.
+    pub fn from_safetensors(
+        config: LlamaConfig,
+        file: &Safetensors,
+        prefix: &str,
+        precision: Precision,
+    ) -> Result<Self> {
+        config.validate()?;
+        let model = Self::load(config, &File::HuggingFace { file, prefix }, precision)?;
+        // A tied head may be stored all the same, old files also hold the rotary frequencies: both follow from the rest.
+        let is_known = |name: &str| {
+            name.strip_prefix(prefix).is_some_and(|name| {
+                (name == "lm_head.weight" && model.config.tie_word_embeddings)
+                    || name.ends_with("rotary_emb.inv_freq")
+            })
+        };
+        file.ignore(is_known);
+        Ok(model)
+    }
+
+    fn load(config: LlamaConfig, file: &File<'_>, precision: Precision) -> Result<Self> {
+        let mut loader = Loader { file, precision, n_parameters: 0, n_bytes: 0 };
+        let (d, ffn) = (config.hidden_size, config.intermediate_size);
+        let (n_heads, n_kv_heads) = (config.num_attention_heads, config.num_key_value_heads);
+        let (q, kv) = (n_heads * config.head_dim, n_kv_heads * config.head_dim);
+        let embed_tokens = loader.packed("model.embed_tokens.weight", config.vocab_size, d, None)?;
+        let lm_head = if config.tie_word_embeddings {
+            embed_tokens.clone()
+        } else {
+            loader.packed("lm_head.weight", config.vocab_size, d, None)?
+        };
+        let layer = |loader: &mut Loader<'_>, i: usize| -> Result<Layer> {
+            let at = |name: &str| format!("model.layers.{i}.{name}");
+            let has_bias = config.attention_bias;
+            let mlp_bias = config.mlp_bias;
+            Ok(Layer {
+                input_layernorm: loader.norm(&at("input_layernorm"), d, config.rms_norm_eps)?,
+                q_proj: loader.linear(&at("self_attn.q_proj"), q, d, has_bias, Some(config.head_dim))?,
+                k_proj: loader.linear(&at("self_attn.k_proj"), kv, d, has_bias, Some(config.head_dim))?,
+                v_proj: loader.linear(&at("self_attn.v_proj"), kv, d, has_bias, None)?,
+                o_proj: loader.linear(&at("self_attn.o_proj"), d, q, has_bias, None)?,
+                post_attention_layernorm: loader.norm(
+                    &at("post_attention_layernorm"),
+                    d,
+                    config.rms_norm_eps,
+                )?,
+                gate_proj: loader.linear(&at("mlp.gate_proj"), ffn, d, mlp_bias, None)?,
+                up_proj: loader.linear(&at("mlp.up_proj"), ffn, d, mlp_bias, None)?,
+                down_proj: loader.linear(&at("mlp.down_proj"), d, ffn, mlp_bias, None)?,
+            })
+        };
+        let layers: Vec<_> =
+            (0..config.num_hidden_layers).map(|i| layer(&mut loader, i)).collect::<Result<_>>()?;
+        let norm = loader.norm("model.norm", d, config.rms_norm_eps)?;
+        Ok(Self {
+            embed_tokens: Table(embed_tokens),
+            lm_head: Linear::new(Weight::Packed(lm_head), None),
+            layers: layers.into(),
+            norm,
+            n_parameters: loader.n_parameters,
+            n_bytes: loader.n_bytes,
+            config,
+        })
+    }
+
+    /// Its structure.
+    pub fn config(&self) -> &LlamaConfig {
+        &self.config
+    }
+
+    /// How many parameters it has; a tied head counts once.
+    pub fn n_parameters(&self) -> usize {
+        self.n_parameters
+    }
+
+    /// Memory of its weights, in bytes.
+    pub fn n_bytes(&self) -> usize {
+        self.n_bytes
+    }
+
+    /// The output head, `hidden_size` to `vocab_size`.
+    pub fn head(&self) -> &Linear {
+        &self.lm_head
+    }
+
+    /// An empty cache for this model.
+    pub fn new_cache(&self) -> KvCache {
+        KvCache::new(self.layers.len(), self.config.num_key_value_heads * self.config.head_dim)
+    }
+
+    /// The embeddings of tokens, `[ids.len(), hidden_size]`.
+    ///
+    /// # Errors
+    /// [`Error::Request`] when a token is not in the vocabulary.
+    pub fn embed(&self, ids: &[u32]) -> Result<Tensor> {
+        let (table, width) = (&self.embed_tokens.0, self.config.hidden_size);
+        let mut rows = vec![0.0; ids.len() * width];
+        for (&id, row) in ids.iter().zip(rows.chunks_exact_mut(width)) {
+            if id as usize >= self.config.vocab_size {
+                let reason =
+                    format!("token {id} is not in the vocabulary of {} tokens", self.config.vocab_size);
+                return Err(Error::Request(reason));
+            }
+            table.row(id as usize, row);
+        }
+        Ok(Tensor::from_vec(rows, (ids.len(), width), &Device::Cpu)?)
+    }
+
+    /// Reads packed rows; `plan` names each text's rows, `positions` each row's place in its text.
+    ///
+    /// # Shapes
+    /// - `embeds`: `[N, hidden_size]`, `positions`: `N`
+    /// - returns the final hidden states, normed, `[N, hidden_size]`
+    ///
+    /// Differentiable to `embeds`.
+    ///
+    /// # Errors
+    /// When the shapes do not agree or a position is beyond the context.
+    pub fn forward(&self, embeds: &Tensor, positions: &Arc<[u32]>, plan: &Plan) -> Result<Tensor> {
+        let shape = self.attention_shape();
+        self.run(embeds, positions, |_, q, k, v| attention(q, k, v, plan, shape, None))
+    }
+
+    /// Reads packed rows that continue texts of a cache: `lengths[i]` rows for `sequences[i]`, in this order.
+    ///
+    /// # Errors
+    /// As [`forward`](Self::forward), and when a sequence is not of this cache; then nothing has changed.
+    pub fn forward_cached(
+        &self,
+        embeds: &Tensor,
+        cache: &mut KvCache,
+        sequences: &mut [CachedSequence],
+        lengths: &[usize],
+    ) -> Result<Tensor> {
+        let shape = self.attention_shape();
+        cache.append(sequences, lengths, |rows, new| {
+            self.run(embeds, &new.positions, |layer_idx, q, k, v| {
+                let rows = &mut rows[layer_idx];
+                attention_cached(q, k, v, &mut rows.keys, &mut rows.values, &new.plan, shape)
+            })
+        })
+    }
+
+    fn attention_shape(&self) -> AttentionShape {
+        AttentionShape {
+            n_heads: self.config.num_attention_heads,
+            n_kv_heads: self.config.num_key_value_heads,
+            head_dim: self.config.head_dim,
+            scale: 1.0 / (self.config.head_dim as f32).sqrt(),
+        }
+    }
+
+    /// The pass itself; `attend` gets the layer's number, the rotated queries and keys, and the values of the new rows.
+    fn run(
+        &self,
+        embeds: &Tensor,
+        positions: &Arc<[u32]>,
+        mut attend: impl FnMut(usize, &Tensor, &Tensor, &Tensor) -> candle_core::Result<Tensor>,
+    ) -> Result<Tensor> {
+        let config = &self.config;
+        let (n_rows, width) = embeds.dims2()?;
+        if width != config.hidden_size || n_rows != positions.len() {
+            let (expected, n) = (config.hidden_size, positions.len());
+            return Err(Error::Request(format!(
+                "the language model was given {n_rows} rows of {width} values for {n} positions of {expected}"
+            )));
+        }
+        let n_tokens = positions.iter().max().map_or(0, |&last| last as usize + 1);
+        if n_tokens > config.max_position_embeddings {
+            return Err(Error::TextTooLong { n_tokens, limit: config.max_position_embeddings });
+        }
+        let rotate = |x: &Tensor, n_heads: usize| {
+            rope(x, positions, n_heads, config.head_dim, config.rope_theta as f32)
+        };
+        let mut x = embeds.clone(); // [N, D]
+        for (layer_idx, layer) in self.layers.iter().enumerate() {
+            let normed = layer.input_layernorm.forward(&x)?;
+            let q = rotate(&layer.q_proj.forward(&normed)?, config.num_attention_heads)?;
+            let k = rotate(&layer.k_proj.forward(&normed)?, config.num_key_value_heads)?;
+            let v = layer.v_proj.forward(&normed)?;
+            let attended = attend(layer_idx, &q, &k, &v)?;
+            x = (x + layer.o_proj.forward(&attended)?)?;
+
+            let normed = layer.post_attention_layernorm.forward(&x)?;
+            let (gate, up) = (layer.gate_proj.forward(&normed)?, layer.up_proj.forward(&normed)?);
+            x = (x + layer.down_proj.forward(&gated(&gate, &up, Activation::Silu)?)?)?;
+        }
+        Ok(self.norm.forward(&x)?)
+    }
+}
+
+/// Where tensors come from; names are those of Hugging Face.
+enum File<'a> {
+    Gguf(&'a Gguf),
+    HuggingFace { file: &'a Safetensors, prefix: &'a str },
+}
+
+impl File<'_> {
+    /// The rows of a tensor, with the name that the file has for it.
+    fn tensor(&self, name: &str) -> Result<(TensorRows<'_>, String)> {
+        match self {
+            Self::Gguf(file) => {
+                let name = gguf_name(name);
+                Ok((file.tensor(&name)?, name))
+            }
+            Self::HuggingFace { file, prefix } => {
+                let name = format!("{prefix}{name}");
+                Ok((file.tensor(&name)?, name))
+            }
+        }
+    }
+}
+
+/// The name in a GGUF file of the tensor that Hugging Face calls `name`.
+fn gguf_name(name: &str) -> String {
+    let name = name.strip_prefix("model.").unwrap_or(name);
+    let Some((i, name)) = name.strip_prefix("layers.").and_then(|rest| rest.split_once('.')) else {
+        return match name {
+            "embed_tokens.weight" => "token_embd.weight",
+            "norm.weight" => "output_norm.weight",
+            "lm_head.weight" => "output.weight",
+            other => other,
+        }
+        .into();
+    };
+    let (module, kind) = name.rsplit_once('.').unwrap_or((name, "weight"));
+    let module = match module {
+        "input_layernorm" => "attn_norm",
+        "self_attn.q_proj" => "attn_q",
+        "self_attn.k_proj" => "attn_k",
+        "self_attn.v_proj" => "attn_v",
+        "self_attn.o_proj" => "attn_output",
+        "post_attention_layernorm" => "ffn_norm",
+        "mlp.gate_proj" => "ffn_gate",
+        "mlp.up_proj" => "ffn_up",
+        "mlp.down_proj" => "ffn_down",
+        other => other,
+    };
+    format!("blk.{i}.{module}.{kind}")
+}
+
+/// Where a GGUF file keeps row `row` of a query or key projection. Files of the architecture `llama` store the rows of each
+/// head in the order that rotates neighbours (0, d/2, 1, d/2 + 1, …), this project as Hugging Face rotates halves.
+fn interleaved_row(row: usize, head_dim: usize) -> usize {
+    let (head, within) = (row / head_dim, row % head_dim);
+    let (half, pair) = (within / (head_dim / 2), within % (head_dim / 2));
+    head * head_dim + 2 * pair + half
+}
+
+struct Loader<'a> {
+    file: &'a File<'a>,
+    precision: Precision,
+    n_parameters: usize,
+    n_bytes: usize,
+}
+
+impl Loader<'_> {
+    /// Packs a matrix straight from the file's rows, never holding it in f32. `rotary_head_dim` is given for projections
+    /// whose outputs are rotated.
+    fn packed(
+        &mut self,
+        name: &str,
+        n_out: usize,
+        n_in: usize,
+        rotary_head_dim: Option<usize>,
+    ) -> Result<Arc<PackedWeight>> {
+        let (rows, name) = self.file.tensor(name)?;
+        let rows = rows.expect_shape(&name, &[n_out, n_in])?;
+        let stored_row = self.stored_row(rotary_head_dim);
+        let read = |row: usize, into: &mut [f32]| rows.read_row(stored_row(row), into);
+        let packed = PackedWeight::pack(n_out, n_in, self.precision, &read);
+        self.n_parameters += n_out * n_in;
+        self.n_bytes += packed.n_bytes();
+        Ok(Arc::new(packed))
+    }
+
+    fn linear(
+        &mut self,
+        name: &str,
+        n_out: usize,
+        n_in: usize,
+        has_bias: bool,
+        rotary_head_dim: Option<usize>,
+    ) -> Result<Linear> {
+        let weight = self.packed(&format!("{name}.weight"), n_out, n_in, rotary_head_dim)?;
+        let bias = if has_bias {
+            let stored = self.vector(&format!("{name}.bias"), n_out)?;
+            let stored_row = self.stored_row(rotary_head_dim);
+            let values: Vec<f32> = (0..n_out).map(|row| stored[stored_row(row)]).collect();
+            Some(Tensor::from_vec(values, n_out, &Device::Cpu)?)
+        } else {
+            None
+        };
+        Ok(Linear::new(Weight::Packed(weight), bias))
+    }
+
+    fn norm(&mut self, name: &str, size: usize, eps: f64) -> Result<RmsNorm> {
+        let weight = self.vector(&format!("{name}.weight"), size)?;
+        Ok(RmsNorm::new(Tensor::from_vec(weight, size, &Device::Cpu)?, eps))
+    }
+
+    fn vector(&mut self, name: &str, len: usize) -> Result<Vec<f32>> {
+        let (rows, name) = self.file.tensor(name)?;
+        let values = rows.expect_shape(&name, &[len])?.to_vec();
+        self.n_parameters += len;
+        self.n_bytes += size_of_val(values.as_slice());
+        Ok(values)
+    }
+
+    fn stored_row(&self, rotary_head_dim: Option<usize>) -> impl Fn(usize) -> usize + Sync + use<> {
+        let head_dim = rotary_head_dim.filter(|_| matches!(self.file, File::Gguf(_)));
+        move |row| head_dim.map_or(row, |head_dim| interleaved_row(row, head_dim))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn interleaved_rows_are_those_of_llama_cpp() {
+        // llama.cpp stores reshape(heads, 2, d / 2).swapaxes(1, 2) of Hugging Face's rows.
+        let stored_as: Vec<usize> = (0..2)
+            .flat_map(|head| (0..4).flat_map(move |pair| [head * 8 + pair, head * 8 + 4 + pair]))
+            .collect();
+        for row in 0..16 {
+            assert_eq!(stored_as[interleaved_row(row, 8)], row);
+        }
+    }
+
+    #[test]
+    fn names_are_translated() {
+        for (name, expected) in [
+            ("model.embed_tokens.weight", "token_embd.weight"),
+            ("model.norm.weight", "output_norm.weight"),
+            ("lm_head.weight", "output.weight"),
+            ("model.layers.12.self_attn.q_proj.bias", "blk.12.attn_q.bias"),
+            ("model.layers.0.mlp.down_proj.weight", "blk.0.ffn_down.weight"),
+            ("model.layers.0.post_attention_layernorm.weight", "blk.0.ffn_norm.weight"),
+        ] {
+            assert_eq!(gguf_name(name), expected);
+        }
+    }
+}
