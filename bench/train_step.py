@@ -1,8 +1,9 @@
 #!/usr/bin/env python3
-"""Times one training step of the default model's two stages in PyTorch, and prints JSON.
+"""Times one training step of the default model's two stages, in PyTorch and in this project, and prints JSON.
 
     python bench/train_step.py                                       # both stages, f32 and bf16, 2 threads
     python bench/train_step.py --stage 1 --precision f32 --steps 2   # a quick look
+    python bench/train_step.py --engine torch                        # PyTorch alone
 
 A step is: forward, backward, clipping by the global norm, AdamW. The picture encoder is not part of it (its
 output is cached in training), the weights are random (the time does not depend on them), there is no dropout.
@@ -12,27 +13,34 @@ output is cached in training), the weights are random (the time does not depend 
   answers; logits are computed for the rows that predict an answer token only.
 
 PyTorch runs its usual way, on padded batches. bf16 is autocast; the frozen language model is then held in bf16.
-Reported per configuration: median, fastest and slowest of N steps after a warm-up, in seconds.
+Both engines start from the same weights and see the same batch: the first losses must agree, or the comparison
+means nothing and the script says so. `speedup` is PyTorch's median over this project's. Every measurement has a
+process of its own; nothing else should run on the machine meanwhile.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import multiprocessing
 import os
 import platform
 import resource
 import statistics
+import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 from typing import Callable
 
 import torch
 import transformers
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tools"))
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT / "tools"))
 
 from reference import optimizer  # noqa: E402
 from reference.qformer import QFormerConfig  # noqa: E402
@@ -50,6 +58,8 @@ CONFIG = QFormerConfig(
     num_query_tokens=32,
     image_text_hidden_size=256,
 )
+LOSS_AGREES = {"f32": 1e-4, "bf16": 1e-2}
+"""How far the first losses of the two engines may differ, relatively."""
 N_IMAGE_TOKENS = 49
 CLS, SEP, DEC = 101, 102, 30522
 STAGE1_BATCH, STAGE2_BATCH = 64, 32
@@ -92,24 +102,49 @@ def padded(rows: list[list]) -> tuple[Tensor, Tensor]:
 
 def initialise(model: nn.Module) -> None:
     for name, p in model.named_parameters():
-        if name != "temp" and (p.dim() > 1):
+        if p.dim() > 1:
             nn.init.normal_(p, std=0.02)
 
 
-def stage1(generator: torch.Generator) -> tuple[nn.Module, Callable[[], Tensor]]:
+class Workload:
+    """A model, the loss of its batch, and both as tensors for the other engine."""
+
+    def __init__(self, model: nn.Module, loss: Callable[[], Tensor], inputs: dict[str, Tensor], metadata: dict):
+        self.model, self.loss, self.inputs, self.metadata = model, loss, inputs, metadata
+
+    def write(self, path: Path) -> None:
+        tensors = {name: p.detach().float() for name, p in self.model.named_parameters()}
+        # The reader on the other side wants one element type; all integers here are exact in float32.
+        tensors |= {name: x.float().contiguous() for name, x in self.inputs.items()}
+        save_file(tensors, path, {k: json.dumps(v) for k, v in self.metadata.items()})
+
+
+def stage1() -> Workload:
+    generator = torch.Generator().manual_seed(1)
     model = Stage1(CONFIG, DEC)
     initialise(model)
     lengths = text_lengths(STAGE1_BATCH, generator)
     ids, mask = padded([[CLS] + words(n - 2, DEC, generator) + [SEP] for n in lengths])
     image_embeds = torch.randn(STAGE1_BATCH, N_IMAGE_TOKENS, CONFIG.encoder_hidden_size, generator=generator)
     image_ids = torch.arange(STAGE1_BATCH)
-    # Which negatives are drawn does not change the time; drawing them is a B x B softmax.
+    # Given, not drawn at each step: drawing them is a softmax of 64 x 64 numbers, and the engines must agree.
     negatives = sample_negatives(torch.zeros(STAGE1_BATCH, STAGE1_BATCH), image_ids, generator)
     batch = Stage1Batch(image_embeds, ids, mask, image_ids, negatives, negatives)
-    return model, lambda: model(batch).total
+    inputs = {
+        "in.image_embeds": image_embeds,
+        "in.text_ids": ids[mask],
+        "in.text_lengths": mask.sum(dim=1),
+        "in.image_ids": image_ids,
+        "in.negative_images": negatives,
+        "in.negative_texts": negatives,
+    }
+    return Workload(
+        model, lambda: model(batch).total, inputs, {"config": CONFIG.to_dict(), "dec_token_id": DEC}
+    )
 
 
-def stage2(generator: torch.Generator, precision: str) -> tuple[nn.Module, Callable[[], Tensor]]:
+def stage2(precision: str) -> Workload:
+    generator = torch.Generator().manual_seed(1)
     language = transformers.LlamaForCausalLM(transformers.LlamaConfig(**LANGUAGE)).eval()
     model = Stage2(CONFIG, language)
     initialise(model)
@@ -127,21 +162,34 @@ def stage2(generator: torch.Generator, precision: str) -> tuple[nn.Module, Calla
     ids, mask = padded(rows)
     image_embeds = torch.randn(STAGE2_BATCH, N_IMAGE_TOKENS, CONFIG.encoder_hidden_size, generator=generator)
     batch = Stage2Batch(image_embeds, ids, mask, padded(targets)[0].bool())
-    return model, lambda: model(batch, all_logits=False).loss
+    inputs = {
+        "in.image_embeds": image_embeds,
+        "in.ids": ids[mask],
+        "in.lengths": mask.sum(dim=1),
+        "in.is_target": batch.is_target[mask],
+    }
+    return Workload(
+        model,
+        lambda: model(batch, all_logits=False).loss,
+        inputs,
+        {"config": CONFIG.to_dict(), "language_config": {"model_type": "llama", **LANGUAGE}},
+    )
 
 
-def measure(stage: int, precision: str, n_steps: int, n_warmup: int) -> dict:
-    generator = torch.Generator().manual_seed(1)
+def measure_torch(stage: int, precision: str, n_threads: int, n_warmup: int, n_steps: int, export: Path | None) -> dict:
+    torch.set_num_threads(n_threads)
     torch.manual_seed(1)
-    model, loss_of = stage1(generator) if stage == 1 else stage2(generator, precision)
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    adamw = optimizer.adamw(model)
+    workload = stage1() if stage == 1 else stage2(precision)
+    if export is not None:
+        workload.write(export)
+    parameters = [p for p in workload.model.parameters() if p.requires_grad]
+    adamw = optimizer.adamw(workload.model)
     seconds, losses = [], []
     for _ in range(n_warmup + n_steps):
         start = time.perf_counter()
         adamw.zero_grad()
         with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):
-            loss = loss_of()
+            loss = workload.loss()
         loss.backward()
         nn.utils.clip_grad_norm_(parameters, optimizer.MAX_GRADIENT_NORM)
         adamw.step()
@@ -149,47 +197,83 @@ def measure(stage: int, precision: str, n_steps: int, n_warmup: int) -> dict:
         losses.append(loss.item())
     timed = seconds[n_warmup:]
     return {
-        "stage": stage,
-        "precision": precision,
-        "batch": STAGE1_BATCH if stage == 1 else STAGE2_BATCH,
-        "trainable_parameters": sum(p.numel() for p in parameters),
         "steps": n_steps,
-        "median_s": round(statistics.median(timed), 4),
-        "min_s": round(min(timed), 4),
-        "max_s": round(max(timed), 4),
-        "first_loss": round(losses[0], 4),
-        "last_loss": round(losses[-1], 4),
+        "median_s": statistics.median(timed),
+        "min_s": min(timed),
+        "max_s": max(timed),
+        "first_loss": losses[0],
+        "last_loss": losses[-1],
         "peak_memory_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024,
     }
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description="Time PyTorch training steps of both stages.")
+def measure_rust(stage: int, precision: str, n_threads: int, n_warmup: int, n_steps: int, batch: Path) -> dict:
+    command = ["cargo", "run", "--release", "--quiet", "-p", "blip2-train", "--example", "timed_batch", "--"]
+    command += [str(stage), precision, str(batch), str(n_warmup), str(n_steps)]
+    environment = os.environ | {"RAYON_NUM_THREADS": str(n_threads)}
+    done = subprocess.run(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, check=True, text=True)
+    return json.loads(done.stdout)
+
+
+def compare(stage: int, precision: str, arguments: argparse.Namespace) -> dict:
+    result = {"stage": stage, "precision": precision, "batch": STAGE1_BATCH if stage == 1 else STAGE2_BATCH}
+    settings = (stage, precision, arguments.threads, arguments.warmup, arguments.steps)
+    with tempfile.TemporaryDirectory() as folder:
+        export = Path(folder, "batch.safetensors") if arguments.engine == "both" else None
+        # A fresh process, so that its peak memory is its own and its memory is free again afterwards.
+        with multiprocessing.get_context("spawn").Pool(1) as pool:
+            result["torch"] = pool.apply(measure_torch, (*settings, export))
+        if export is not None:
+            result["rust"] = measure_rust(*settings, export)
+            result["speedup"] = result["torch"]["median_s"] / result["rust"]["median_s"]
+            difference = abs(result["rust"]["first_loss"] / result["torch"]["first_loss"] - 1)
+            result["same_loss"] = difference < LOSS_AGREES[precision]
+    return result
+
+
+def rounded(value):
+    if isinstance(value, dict):
+        return {k: rounded(v) for k, v in value.items()}
+    return float(f"{value:.5g}") if isinstance(value, float) else value
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description="Time training steps of both stages, in PyTorch and here.")
     parser.add_argument("--stage", type=int, choices=(1, 2), help="default: both")
     parser.add_argument("--precision", choices=("f32", "bf16"), help="default: both")
+    parser.add_argument("--engine", choices=("both", "torch"), default="both")
     parser.add_argument("--steps", type=int, default=7, help="timed steps (default 7)")
     parser.add_argument("--warmup", type=int, default=1, help="steps before them (default 1)")
     parser.add_argument("--threads", type=int, default=2, help="default 2")
     arguments = parser.parse_args()
-    torch.set_num_threads(arguments.threads)
+    if arguments.engine == "both":
+        build = ["cargo", "build", "--release", "--quiet", "-p", "blip2-train", "--example", "timed_batch"]
+        subprocess.run(build, cwd=ROOT, check=True)
+    load = os.getloadavg()[0]
     results = []
     for stage in [arguments.stage] if arguments.stage else [1, 2]:
         for precision in [arguments.precision] if arguments.precision else ["f32", "bf16"]:
-            result = measure(stage, precision, arguments.steps, arguments.warmup)
-            print(f"stage {stage} {precision}: {result['median_s']} s a step", file=sys.stderr)
-            results.append(result)
+            result = compare(stage, precision, arguments)
+            results.append(rounded(result))
+            medians = ", ".join(f"{e} {result[e]['median_s']:.2f} s" for e in ("torch", "rust") if e in result)
+            ratio = f", {result['speedup']:.2f} times PyTorch's speed" if "speedup" in result else ""
+            print(f"stage {stage} {precision}: {medians}{ratio}", file=sys.stderr)
+            if not result.get("same_loss", True):
+                print("  but the two compute different losses", file=sys.stderr)
     report = {
-        "engine": f"torch {torch.__version__}, transformers {transformers.__version__}",
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
         "threads": arguments.threads,
         "cpus": os.cpu_count(),
         "machine": platform.machine(),
-        "isa": torch.backends.cpu.get_cpu_capability(),
-        "load_after": round(os.getloadavg()[0], 2),
+        "torch_isa": torch.backends.cpu.get_cpu_capability(),
+        "load_before": round(load, 2),
         "results": results,
     }
     json.dump(report, sys.stdout, indent=2)
     print()
+    return 0 if all(result.get("same_loss", True) for result in results) else 1
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())
