@@ -393,7 +393,7 @@ mod tests {
     }
 
     #[test]
-    fn objects_actions_and_sports_need_agreement() {
+    fn objects_actions_sports_and_places_need_agreement() {
         let all = asked(&[
             "A man in a red jacket is riding a mountain bike through the forest .",
             "The man rides his bike in the woods",
@@ -401,6 +401,7 @@ mod tests {
         ]);
         assert_eq!(answer(&all, "What is the man riding?"), Some("bike"));
         assert_eq!(answer(&all, "What is the man doing?"), Some("riding"));
+        assert_eq!(answer(&all, "Where was this picture taken?"), Some("in the forest"));
         let dog = asked(&["A dog carries a large stick in its mouth .", "A dog holding a stick in the snow"]);
         assert_eq!(answer(&dog, "What does the dog have in its mouth?"), Some("stick"));
         let soccer = asked(&["Two boys play soccer", "Boys playing soccer on a field", "boys run"]);

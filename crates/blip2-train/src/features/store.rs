@@ -3,6 +3,7 @@
 use super::Augment;
 use crate::data::hex;
 use crate::{Error, Result};
+use blip2::weights::MappedFile;
 use half::f16;
 use rayon::prelude::*;
 use sha2::{Digest, Sha256};
@@ -54,7 +55,7 @@ pub(super) struct Store {
     /// Slots that have a record, valid or not: the next one is written behind them.
     n_slots: u32,
     slots: HashMap<Key, (u32, u32)>,
-    map: Option<memmap2::Mmap>,
+    map: Option<MappedFile>,
 }
 
 impl Store {
@@ -161,20 +162,18 @@ impl Store {
 
     /// The numbers of a slot that has a record.
     pub(super) fn read(&self, slot: u32) -> &[f16] {
-        let map = self.map.as_ref().expect("a store with slots is mapped");
+        let bytes = self.map.as_ref().expect("a store with slots is mapped").bytes();
         let n_bytes = 2 * self.slot_len;
         let begin = slot as usize * n_bytes;
         // Slots begin at even offsets of a page-aligned map: the cast cannot fail.
-        bytemuck::cast_slice(&map[begin..begin + n_bytes])
+        bytemuck::cast_slice(&bytes[begin..begin + n_bytes])
     }
 
-    #[allow(unsafe_code)]
+    /// Maps what is in the file by now. The file only grows, behind every slot that has a record, so a map stays good
+    /// while this or another process appends.
     fn remap(&mut self) -> Result<()> {
         if self.data.metadata().map_err(Error::io(&self.data_path))?.len() > 0 {
-            // SAFETY: the file is only ever extended by this module, behind every slot that has a record, and never
-            // cut, so mapped bytes that are read (slots with a record) neither change nor vanish under the map.
-            let map = unsafe { memmap2::Mmap::map(&self.data) };
-            self.map = Some(map.map_err(Error::io(&self.data_path))?);
+            self.map = Some(MappedFile::open(&self.data_path)?);
         }
         Ok(())
     }
