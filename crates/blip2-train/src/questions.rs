@@ -191,7 +191,6 @@ fn objects(captions: &[Sentence]) -> Vec<Asked> {
     for (forms, question) in [
         (&["holding", "holds", "carrying", "carries"][..], "holding"),
         (&["riding", "rides"][..], "riding"),
-        (&["throwing", "throws"][..], "throwing"),
         (&["catching", "catches"][..], "catching"),
         (&["wearing", "wears"][..], "wearing"),
     ] {

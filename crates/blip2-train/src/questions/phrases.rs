@@ -152,8 +152,21 @@ pub(super) fn head_noun(sentence: &Sentence, at: usize) -> Option<String> {
     // "wearing a red and": what follows is not known.
     let &last = phrase.last()?;
     let plain = phrase.len() <= 2 && last.len() > 2 && last.chars().all(char::is_alphabetic);
-    let vague = ["something", "object", "item", "thing", "things", "objects", "him", "her", "them", "it"]
-        .contains(&last);
+    let vague = [
+        "something",
+        "object",
+        "item",
+        "thing",
+        "things",
+        "objects",
+        "hand",
+        "hands",
+        "him",
+        "her",
+        "them",
+        "it",
+    ]
+    .contains(&last);
     let is_verb =
         last.ends_with("ing") && !["ring", "string", "swing", "railing", "clothing"].contains(&last);
     (determined && plain && !vague && !is_verb).then(|| same_thing(last).to_owned())
