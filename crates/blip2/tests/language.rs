@@ -336,6 +336,7 @@ fn processors_and_filters_are_those_of_transformers() {
 }
 
 /// SmolLM2-135M-Instruct, if it is there.
+#[expect(clippy::print_stderr, reason = "a skipped test says so")]
 fn smollm2() -> Option<PathBuf> {
     let folder = std::env::var_os("BLIP2_FROZEN").map(PathBuf::from);
     let path =
