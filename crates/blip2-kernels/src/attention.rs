@@ -72,15 +72,15 @@ pub fn attention(
         let mut scratch = Scratch::take();
         with_isa(isa, || {
             let work = Head { sequence: &sequences[number], shape, head, offset: offsets[number], dropout };
-            work.gather(q, k, v, &mut scratch);
+            work.gather(q, k, &mut scratch);
             let mut row = vec![0.0; shape.head_dim];
             for (i, query) in rows(&work.sequence.queries).enumerate() {
                 let n_keys = work.n_visible(i);
                 work.probabilities(i, n_keys, &mut scratch);
                 row.fill(0.0);
-                for j in 0..n_keys {
+                for (j, key) in rows(&work.sequence.keys).take(n_keys).enumerate() {
                     let p = scratch.p[j] * work.factor(i, j);
-                    axpy(p, &scratch.v[j * shape.head_dim..][..shape.head_dim], &mut row);
+                    axpy(p, work.of_key(v, key), &mut row);
                 }
                 // SAFETY: `check` made sure that `query` is a row of q, hence of out, and that no other sequence has it;
                 // other heads write other columns.
@@ -128,7 +128,8 @@ pub fn attention_backward(
             for (number, sequence) in sequences.iter().enumerate() {
                 for head in kv_head * group..(kv_head + 1) * group {
                     let work = Head { sequence, shape, head, offset: offsets[number], dropout };
-                    work.gather(q, k, v, &mut scratch);
+                    work.gather(q, k, &mut scratch);
+                    work.gather_rows(k, v, &mut scratch);
                     work.backward(d_out, &mut scratch);
                     for (i, query) in rows(&sequence.queries).enumerate() {
                         // SAFETY: `query` is a row of q; these columns belong to this task alone.
@@ -238,29 +239,43 @@ fn resize(buffer: &mut Vec<f32>, len: usize) {
 }
 
 impl Head<'_> {
+    /// This head's part of row `key` of k or v.
     #[inline(always)]
-    fn gather(&self, q: &[f32], k: &[f32], v: &[f32], scratch: &mut Scratch) {
+    fn of_key<'a>(&self, rows: &'a [f32], key: usize) -> &'a [f32] {
+        let AttentionShape { n_heads, n_kv_heads, head_dim, .. } = self.shape;
+        let kv_head = self.head * n_kv_heads / n_heads;
+        &rows[(key * n_kv_heads + kv_head) * head_dim..][..head_dim]
+    }
+
+    /// Queries, and keys as columns: what the probabilities are computed from.
+    #[inline(always)]
+    fn gather(&self, q: &[f32], k: &[f32], scratch: &mut Scratch) {
         let d = self.shape.head_dim;
-        let kv_head = self.head * self.shape.n_kv_heads / self.shape.n_heads;
-        let (q_width, k_width) = (self.shape.n_heads * d, self.shape.n_kv_heads * d);
+        let q_width = self.shape.n_heads * d;
         let (n, m) = (count(&self.sequence.queries), count(&self.sequence.keys));
         scratch.n_keys = m;
         resize(&mut scratch.q, n * d);
         for (i, row) in rows(&self.sequence.queries).enumerate() {
             scratch.q[i * d..(i + 1) * d].copy_from_slice(&q[row * q_width + self.head * d..][..d]);
         }
-        for buffer in [&mut scratch.k, &mut scratch.v, &mut scratch.k_t] {
-            resize(buffer, m * d);
-        }
+        resize(&mut scratch.k_t, m * d);
         resize(&mut scratch.p, m);
         for (j, row) in rows(&self.sequence.keys).enumerate() {
-            let at = row * k_width + kv_head * d;
-            let key = &k[at..at + d];
-            scratch.k[j * d..(j + 1) * d].copy_from_slice(key);
-            scratch.v[j * d..(j + 1) * d].copy_from_slice(&v[at..at + d]);
-            for (c, x) in key.iter().enumerate() {
+            for (c, x) in self.of_key(k, row).iter().enumerate() {
                 scratch.k_t[c * m + j] = *x;
             }
+        }
+    }
+
+    /// Keys and values as rows, which the gradients go over many times.
+    #[inline(always)]
+    fn gather_rows(&self, k: &[f32], v: &[f32], scratch: &mut Scratch) {
+        let (d, m) = (self.shape.head_dim, count(&self.sequence.keys));
+        resize(&mut scratch.k, m * d);
+        resize(&mut scratch.v, m * d);
+        for (j, row) in rows(&self.sequence.keys).enumerate() {
+            scratch.k[j * d..(j + 1) * d].copy_from_slice(self.of_key(k, row));
+            scratch.v[j * d..(j + 1) * d].copy_from_slice(self.of_key(v, row));
         }
     }
 

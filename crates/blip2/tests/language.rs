@@ -218,7 +218,7 @@ fn a_batch_equals_its_singles_bit_for_bit() {
 }
 
 #[test]
-fn cached_decoding_equals_uncached() {
+fn cached_decoding_equals_uncached_bit_for_bit() {
     let tiny = Tiny::open();
     let (model, prompts) = (tiny.model(), tiny.prompts());
     let text: Vec<u32> = vec![17, 3, 88, 88, 42, 9, 60];
@@ -237,10 +237,7 @@ fn cached_decoding_equals_uncached() {
             parent = 0;
         }
         let expected = values(&uncached.narrow(0, n - text.len() - 1, text.len() + 1).unwrap());
-        for (found, expected) in logits.iter().zip(&expected) {
-            assert!((found - expected).abs() < 2e-5, "{found} {expected}");
-        }
-        assert_eq!(logits.len(), expected.len());
+        assert_eq!(logits, expected, "in steps of {chunk}");
     }
 }
 

@@ -188,7 +188,7 @@ impl Llama {
     /// When the shapes do not agree or a position is beyond the context.
     pub fn forward(&self, embeds: &Tensor, positions: &Arc<[u32]>, plan: &Plan) -> Result<Tensor> {
         let shape = self.attention_shape();
-        self.run(embeds, positions, |_, q, k, v| attention(q, k, v, plan, shape, None))
+        on_a_worker(|| self.run(embeds, positions, |_, q, k, v| attention(q, k, v, plan, shape, None)))
     }
 
     /// Reads packed rows that continue texts of a cache: `lengths[i]` rows for `sequences[i]`, in this order.
@@ -204,9 +204,11 @@ impl Llama {
     ) -> Result<Tensor> {
         let shape = self.attention_shape();
         cache.append(sequences, lengths, |rows, new| {
-            self.run(embeds, &new.positions, |layer_idx, q, k, v| {
-                let rows = &mut rows[layer_idx];
-                attention_cached(q, k, v, &mut rows.keys, &mut rows.values, &new.plan, shape)
+            on_a_worker(|| {
+                self.run(embeds, &new.positions, |layer_idx, q, k, v| {
+                    let rows = &mut rows[layer_idx];
+                    attention_cached(q, k, v, &mut rows.keys, &mut rows.values, &new.plan, shape)
+                })
             })
         })
     }
@@ -257,6 +259,12 @@ impl Llama {
         }
         Ok(self.norm.forward(&x)?)
     }
+}
+
+/// Runs `pass` on one of rayon's threads. The hundreds of kernels in a pass then hand work to their neighbours; from a
+/// thread outside, each would first wake one and wait, which costs a decode step more than its arithmetic.
+fn on_a_worker<T: Send>(pass: impl FnOnce() -> T + Send) -> T {
+    rayon::scope(|_| pass())
 }
 
 /// Where tensors come from; names are those of Hugging Face.
