@@ -4,6 +4,7 @@
 #![allow(clippy::print_stdout, clippy::print_stderr, reason = "the one crate that talks to a terminal")]
 
 mod args;
+mod data;
 mod train;
 
 use std::process::ExitCode;
@@ -18,6 +19,7 @@ static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
 fn main() -> ExitCode {
     let result = match Args::parse().command {
         Command::Train(args) => train::run(&args),
+        Command::Data(command) => data::run(&command),
         Command::Completions { shell } => {
             clap_complete::generate(shell, &mut Args::command(), "blip2", &mut std::io::stdout());
             Ok(())
@@ -26,8 +28,17 @@ fn main() -> ExitCode {
     match result {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
-            eprintln!("blip2: {error:#}");
+            eprintln!("blip2: {}", message(&error));
             ExitCode::FAILURE
         }
     }
+}
+
+/// The error and its causes in one line; what a message already ends with is not said twice.
+fn message(error: &anyhow::Error) -> String {
+    error
+        .chain()
+        .map(ToString::to_string)
+        .reduce(|said, cause| if said.ends_with(&cause) { said } else { format!("{said}: {cause}") })
+        .unwrap_or_default()
 }

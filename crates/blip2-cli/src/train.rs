@@ -33,7 +33,8 @@ pub(crate) fn run(args: &TrainArgs) -> anyhow::Result<()> {
 
     let stop = Arc::new(AtomicBool::new(false));
     let asked = stop.clone();
-    ctrlc::set_handler(move || asked.store(true, Ordering::Relaxed)).context("cannot listen for Ctrl-C")?;
+    ctrlc::set_handler(move || asked.store(true, Ordering::Relaxed))
+        .context("cannot listen for Ctrl-C and SIGTERM")?;
     let mut terminal = Terminal { bar: ProgressBar::hidden(), stop, batch_size: config.batch_size };
     let outcome = train_stage1(&config, &encoder, &bert, &tokenize, args.resume, &mut terminal)?;
     terminal.bar.finish_and_clear();

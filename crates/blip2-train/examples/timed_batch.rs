@@ -1,5 +1,5 @@
 //! Times training steps on the weights and the batch that `bench/train_step.py` wrote, and prints JSON: the half of
-//! that comparison which runs here. (The example `train_step` needs no Python, and compares with nothing.)
+//! that comparison which runs here.
 //!
 //! ```text
 //! timed_batch STAGE PRECISION BATCH.safetensors N_WARMUP N_STEPS

@@ -7,8 +7,8 @@ use std::collections::BTreeMap;
 use std::fs::{self, File};
 use std::path::{Path, PathBuf};
 
+use blip2::weights::safetensors::{NamedTensor, Safetensors, Values, write_safetensors};
 use candle_core::Var;
-use safetensors::tensor::{Dtype, SafeTensors, TensorView};
 use serde::{Deserialize, Serialize};
 
 use crate::data::LoaderState;
@@ -133,41 +133,22 @@ pub fn load(path: &Path) -> Result<(State, Tensors, BTreeMap<String, Moments>)> 
     Ok((state, model, moments))
 }
 
-/// Writes f32 tensors to one safetensors file and syncs it.
-///
-/// # Errors
-/// When the file cannot be written.
-pub fn write_tensors(path: &Path, tensors: &Tensors) -> Result<()> {
-    let bytes: Vec<(&String, &Vec<usize>, Vec<u8>)> = tensors
+fn write_tensors(path: &Path, tensors: &Tensors) -> Result<()> {
+    let named: Vec<NamedTensor<'_>> = tensors
         .iter()
-        .map(|(name, (shape, data))| (name, shape, data.iter().flat_map(|x| x.to_le_bytes()).collect()))
+        .map(|(name, (shape, data))| NamedTensor {
+            name: name.clone(),
+            shape: shape.clone(),
+            values: Values::F32(data),
+        })
         .collect();
-    let views = bytes
-        .iter()
-        .map(|(name, shape, data)| Ok((name.as_str(), TensorView::new(Dtype::F32, shape.to_vec(), data)?)))
-        .collect::<std::result::Result<Vec<_>, safetensors::SafeTensorError>>()
-        .map_err(|e| invalid(path, &e))?;
-    safetensors::serialize_to_file(views, None, path).map_err(|e| invalid(path, &e))?;
-    sync(path)
+    Ok(write_safetensors(path, &named, &BTreeMap::new())?)
 }
 
-/// Reads every tensor of a safetensors file of f32.
-///
-/// # Errors
-/// When the file is missing, cut short, or holds another type.
-pub fn read_tensors(path: &Path) -> Result<Tensors> {
-    let bytes = fs::read(path).map_err(|e| io(path, e))?;
-    let file = SafeTensors::deserialize(&bytes).map_err(|e| invalid(path, &e))?;
-    let mut tensors = Tensors::new();
-    for (name, view) in file.iter() {
-        if view.dtype() != Dtype::F32 {
-            return Err(invalid(path, &format!("`{name}` is {:?}, expected F32", view.dtype())));
-        }
-        let (elements, _) = view.data().as_chunks::<4>();
-        let data = elements.iter().map(|&b| f32::from_le_bytes(b)).collect();
-        tensors.insert(name.to_owned(), (view.shape().to_vec(), data));
-    }
-    Ok(tensors)
+fn read_tensors(path: &Path) -> Result<Tensors> {
+    let file = Safetensors::open(path)?;
+    let read = |name: &str| Ok((name.to_owned(), (file.shape(name)?.to_vec(), file.read_f32(name)?)));
+    file.names().map(read).collect()
 }
 
 fn sync(path: &Path) -> Result<()> {

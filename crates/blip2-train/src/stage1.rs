@@ -14,6 +14,7 @@ use candle_core::{Tensor, Var};
 
 use crate::Result;
 use crate::gradients::Gradients;
+use crate::health::mean_query_cosine;
 use crate::losses::{
     HardNegatives, captioning_loss_sum, contrastive_loss, matching_loss_sum, sample_negatives, similarities,
 };
@@ -330,20 +331,9 @@ fn count_correct(logits: &Tensor, labels: &[u32]) -> Result<usize> {
     Ok(logits.iter().zip(labels).filter(|(l, label)| u32::from(l[1] > l[0]) == **label).count())
 }
 
-/// The mean cosine between different query outputs of one picture.
+/// See [`mean_query_cosine`].
 fn query_cosine(query_output: &Tensor, n_queries: usize) -> Result<f32> {
-    let rows = query_output.to_vec2::<f32>()?;
-    let (mut sum, mut n) = (0f64, 0usize);
-    for picture in rows.chunks_exact(n_queries) {
-        // The sum over all pairs is the squared length of the sum of the unit vectors.
-        let mut total = vec![0f64; picture[0].len()];
-        for row in picture {
-            let length = row.iter().map(|x| f64::from(*x).powi(2)).sum::<f64>().sqrt().max(1e-12);
-            total.iter_mut().zip(row).for_each(|(t, x)| *t += f64::from(*x) / length);
-        }
-        let all: f64 = total.iter().map(|t| t * t).sum();
-        sum += all - n_queries as f64;
-        n += n_queries * (n_queries - 1);
-    }
-    Ok((sum / n.max(1) as f64) as f32)
+    let (_, width) = query_output.dims2()?;
+    let rows = query_output.flatten_all()?.to_vec1::<f32>()?;
+    Ok(mean_query_cosine(&rows, n_queries, width) as f32)
 }
