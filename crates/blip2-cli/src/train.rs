@@ -5,6 +5,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use anyhow::Context;
+use blip2::language::LanguageModel;
 use blip2::text::BertTokenizer;
 use blip2::vision::VisionEncoder;
 use blip2::weights::safetensors::Safetensors;
@@ -12,7 +13,9 @@ use blip2_train::data::Dataset;
 use blip2_train::features::{Computed, Progress};
 use blip2_train::health::Limits;
 use blip2_train::plot::{Style, plot_log};
-use blip2_train::run::{Observer, RunConfig, train_stage1};
+use blip2_train::run::stage1::Stage1Init;
+use blip2_train::run::stage2::Language;
+use blip2_train::run::{Observer, RunConfig, Stage1Config, Stage2Config, train_stage1, train_stage2};
 use blip2_train::trainer::{Outcome, Report};
 use indicatif::{ProgressBar, ProgressStyle};
 
@@ -21,33 +24,45 @@ use crate::args::TrainArgs;
 /// Pictures that are named one by one when they cannot be used; the rest is counted.
 const N_NAMED: usize = 20;
 
+/// Values of a step that the progress line shows, with their labels and scale.
+const SHOWN: [(&str, &str, f64); 6] = [
+    ("loss", "loss", 1.0),
+    ("itc", "itc", 1.0),
+    ("itm", "itm", 1.0),
+    ("itg", "itg", 1.0),
+    ("recall_at_1", "R@1 %", 100.0),
+    ("temperature", "temp", 1.0),
+];
+
 /// Steps that the strong line of the loss plot averages over.
 const SMOOTHED_STEPS: f64 = 20.0;
 
 pub(crate) fn run(args: &TrainArgs) -> anyhow::Result<()> {
     let config = RunConfig::read(&args.config)?;
-    let encoder = VisionEncoder::efficientnet_lite0(&config.encoder).context("the image encoder")?;
-    let bert = Safetensors::open(&config.bert).context("the BERT checkpoint")?;
-    let tokenizer = BertTokenizer::from_vocab(&config.vocabulary).context("the vocabulary")?;
-    let tokenize = |text: &str, limit: usize| Ok(tokenizer.encode(text, limit)?);
-
     let stop = Arc::new(AtomicBool::new(false));
     let asked = stop.clone();
     ctrlc::set_handler(move || asked.store(true, Ordering::Relaxed))
         .context("cannot listen for Ctrl-C and SIGTERM")?;
-    let mut terminal = Terminal { bar: ProgressBar::hidden(), stop, batch_size: config.batch_size };
-    let outcome = train_stage1(&config, &encoder, &bert, &tokenize, args.resume, &mut terminal)?;
+    let mut terminal = Terminal { bar: ProgressBar::hidden(), stop, texts_per_step: 0 };
+    let (outcome, output, title, curves): (_, _, _, &[&str]) = match &config {
+        RunConfig::Stage1(config) => {
+            terminal.texts_per_step = config.batch_size;
+            let outcome = run_stage1(config, args.resume, &mut terminal)?;
+            (outcome, &config.output, "Stage 1", &["loss", "itc", "itm", "itg"])
+        }
+        RunConfig::Stage2(config) => {
+            terminal.texts_per_step = config.batch_size * config.texts_per_picture;
+            let outcome = run_stage2(config, args.resume, &mut terminal)?;
+            (outcome, &config.output, "Stage 2", &["loss"])
+        }
+    };
     terminal.bar.finish_and_clear();
 
-    let plot = config.output.join("loss.svg");
-    let log = config.output.join(blip2_train::log::FILE_NAME);
-    let style = Style {
-        title: "Stage 1".into(),
-        y_label: "loss".into(),
-        log_scale: false,
-        smoothing: SMOOTHED_STEPS,
-    };
-    plot_log(&log, &["loss", "itc", "itm", "itg"], &style, &plot)?;
+    let plot = output.join("loss.svg");
+    let log = output.join(blip2_train::log::FILE_NAME);
+    let style =
+        Style { title: title.into(), y_label: "loss".into(), log_scale: false, smoothing: SMOOTHED_STEPS };
+    plot_log(&log, curves, &style, &plot)?;
     match outcome {
         Outcome::Finished(path) => {
             eprintln!("finished; the loss is plotted in {}", plot.display());
@@ -61,11 +76,36 @@ pub(crate) fn run(args: &TrainArgs) -> anyhow::Result<()> {
     Ok(())
 }
 
+fn run_stage1(config: &Stage1Config, resume: bool, terminal: &mut Terminal) -> anyhow::Result<Outcome> {
+    let encoder = VisionEncoder::efficientnet_lite0(&config.encoder).context("the image encoder")?;
+    let init = match &config.init {
+        Stage1Init::Bert(file) => Safetensors::open(file).context("the BERT checkpoint")?,
+        Stage1Init::Weights(files) => Safetensors::open_files(files).context("the weights to start from")?,
+    };
+    let tokenizer = BertTokenizer::from_vocab(&config.vocabulary).context("the vocabulary")?;
+    let tokenize = |text: &str, limit: usize| Ok(tokenizer.encode(text, limit)?);
+    Ok(train_stage1(config, &encoder, &init, &tokenize, resume, terminal)?)
+}
+
+fn run_stage2(config: &Stage2Config, resume: bool, terminal: &mut Terminal) -> anyhow::Result<Outcome> {
+    let encoder = VisionEncoder::efficientnet_lite0(&config.encoder).context("the image encoder")?;
+    let init = Safetensors::open_files(&config.init).context("the weights to start from")?;
+    let (model, tokenizer) =
+        LanguageModel::open(&config.language_model, config.precision.into()).context("the language model")?;
+    let language = Language { model: &model, tokenizer: &tokenizer };
+    let outcome = train_stage2(config, &encoder, language, &init, resume, terminal)?;
+    eprintln!(
+        "the frozen parts are bit for bit what they were: {}",
+        config.output.join(blip2_train::frozen::FILE_NAME).display()
+    );
+    Ok(outcome)
+}
+
 /// Shows a run on standard error and hears Ctrl-C.
 struct Terminal {
     bar: ProgressBar,
     stop: Arc<AtomicBool>,
-    batch_size: usize,
+    texts_per_step: usize,
 }
 
 impl Terminal {
@@ -114,25 +154,29 @@ impl Observer for Terminal {
             self.bar.set_position(report.step - 1);
             self.bar.reset_eta();
         }
-        let value = |name: &str| report.values.iter().find(|(n, _)| *n == name).map_or(f64::NAN, |(_, v)| *v);
-        let pairs_per_second = self.bar.per_sec() * self.batch_size as f64;
-        self.bar.set_message(format!(
-            "loss {:.3} (itc {:.3} itm {:.3} itg {:.3}) R@1 {:.0} % temp {:.4} lr {:.1e} {pairs_per_second:.0} pairs/s",
-            value("loss"),
-            value("itc"),
-            value("itm"),
-            value("itg"),
-            100.0 * value("recall_at_1"),
-            value("temperature"),
-            report.learning_rate,
-        ));
+        let value = |name: &str| report.values.iter().find(|(n, _)| *n == name).map(|(_, v)| *v);
+        let mut message = String::new();
+        for (name, label, scale) in SHOWN {
+            if let Some(value) = value(name) {
+                message += &format!("{label} {:.3} ", value * scale);
+            }
+        }
+        let texts_per_second = self.bar.per_sec() * self.texts_per_step as f64;
+        self.bar
+            .set_message(format!("{message}lr {:.1e} {texts_per_second:.0} texts/s", report.learning_rate));
         self.bar.set_position(report.step);
         let limits = Limits::default();
-        let warnings =
-            [limits.check_queries(value("query_cosine")), limits.check_temperature(value("temperature"))];
+        let warnings = [
+            value("query_cosine").map(|v| limits.check_queries(v)),
+            value("temperature").map(|v| limits.check_temperature(v)),
+        ];
         // Once in a while is enough: a collapse does not go away by being repeated.
         if report.step.is_multiple_of(100) {
-            warnings.iter().flatten().for_each(|warning| self.bar.println(format!("warning: {warning}")));
+            warnings
+                .iter()
+                .flatten()
+                .flatten()
+                .for_each(|warning| self.bar.println(format!("warning: {warning}")));
         }
         self.flow()
     }

@@ -3,6 +3,10 @@
 use std::fmt;
 use std::ops::RangeInclusive;
 
+use candle_core::Tensor;
+
+use crate::Result;
+
 /// What is still healthy.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Limits {
@@ -130,6 +134,16 @@ fn ordered_pair_sum(rows: &[f32], width: usize) -> f64 {
         }
     }
     total.iter().map(|x| x * x).sum::<f64>() - own
+}
+
+/// [`mean_query_cosine`] of the Q-Former's output `[B * Q, D]`.
+///
+/// # Errors
+/// Those of the tensor engine.
+pub(crate) fn query_cosine(query_output: &Tensor, n_queries: usize) -> Result<f32> {
+    let (_, width) = query_output.dims2()?;
+    let rows = query_output.flatten_all()?.to_vec1::<f32>()?;
+    Ok(mean_query_cosine(&rows, n_queries, width) as f32)
 }
 
 #[cfg(test)]

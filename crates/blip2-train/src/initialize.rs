@@ -133,3 +133,41 @@ pub fn from_bert(config: &QFormerConfig, bert: &dyn TensorSource, seed: u64) -> 
     ]);
     Ok(out)
 }
+
+/// The projection of the query outputs to a language model's embeddings, `[language_width, width]`: that of `trained`,
+/// or where it has none, a random one.
+///
+/// # Errors
+/// When `trained` has a projection of other sizes: it belongs to another language model.
+pub fn language_projection(
+    trained: &dyn TensorSource,
+    width: usize,
+    language_width: usize,
+    seed: u64,
+) -> Result<Tensors> {
+    let (weight, bias) = ("language_projection.weight", "language_projection.bias");
+    let tensors = match trained.shape(weight) {
+        Some(shape) if shape == [language_width, width] => [
+            (weight, shape, trained.read_f32(weight)?),
+            (bias, vec![language_width], trained.read_f32(bias)?),
+        ],
+        Some(shape) => {
+            return Err(Error::config(
+                "init",
+                format!(
+                    "has a projection of shape {shape:?}, but this language model needs [{language_width}, {width}]"
+                ),
+            ));
+        }
+        None => {
+            let mut numbers = Random::new(&[seed, 0x1a]);
+            let data =
+                (0..language_width * width).map(|_| (numbers.normal() * INITIALIZER_RANGE) as f32).collect();
+            [
+                (weight, vec![language_width, width], data),
+                (bias, vec![language_width], vec![0.0; language_width]),
+            ]
+        }
+    };
+    Ok(tensors.into_iter().map(|(name, shape, data)| (name.to_owned(), (shape, data))).collect())
+}

@@ -1,7 +1,7 @@
 //! Training and evaluation of BLIP-2.
 //!
 //! The loop, [`trainer`], reads top to bottom; the losses of the paper are pure functions in [`losses`]; a
-//! stage ([`stage1`]) turns a batch into gradients; [`optimizer`] updates the trainable variables only.
+//! stage ([`stage1`], [`stage2`]) turns a batch into gradients; [`optimizer`] updates the trainable variables only.
 //! Everything random is a function of the seed and the step ([`random`]), so resuming needs no random state.
 
 pub mod checkpoint;
@@ -9,6 +9,7 @@ pub mod data;
 pub mod encoder;
 pub mod error;
 pub mod features;
+pub mod frozen;
 pub mod gradients;
 pub mod health;
 pub mod initialize;
@@ -23,6 +24,7 @@ pub mod recipe;
 pub mod run;
 pub mod schedule;
 pub mod stage1;
+pub mod stage2;
 pub mod trainer;
 
 pub use error::{Error, Result};

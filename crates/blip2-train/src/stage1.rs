@@ -14,7 +14,7 @@ use candle_core::{Tensor, Var};
 
 use crate::Result;
 use crate::gradients::Gradients;
-use crate::health::mean_query_cosine;
+use crate::health::query_cosine;
 use crate::losses::{
     HardNegatives, captioning_loss_sum, contrastive_loss, matching_loss_sum, sample_negatives, similarities,
 };
@@ -329,11 +329,4 @@ fn recall_at_1(sims: &[f32], ids: &[u64]) -> f32 {
 fn count_correct(logits: &Tensor, labels: &[u32]) -> Result<usize> {
     let logits = logits.to_vec2::<f32>()?;
     Ok(logits.iter().zip(labels).filter(|(l, label)| u32::from(l[1] > l[0]) == **label).count())
-}
-
-/// See [`mean_query_cosine`].
-fn query_cosine(query_output: &Tensor, n_queries: usize) -> Result<f32> {
-    let (_, width) = query_output.dims2()?;
-    let rows = query_output.flatten_all()?.to_vec1::<f32>()?;
-    Ok(mean_query_cosine(&rows, n_queries, width) as f32)
 }

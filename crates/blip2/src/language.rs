@@ -7,6 +7,7 @@
 mod config;
 mod llama;
 
+use std::path::Path;
 use std::sync::Arc;
 
 use candle_core::Tensor;
@@ -14,11 +15,12 @@ use candle_core::Tensor;
 pub use config::LlamaConfig;
 pub use llama::Llama;
 
-use crate::Result;
 use crate::cache::{CachedSequence, KvCache};
 use crate::layers::{Linear, Plan, Precision, Sequence, Span};
+use crate::text::LanguageTokenizer;
 use crate::weights::gguf::Gguf;
 use crate::weights::safetensors::Safetensors;
+use crate::{Error, Result};
 
 /// A language model of any family.
 #[derive(Debug, Clone)]
@@ -51,6 +53,41 @@ impl LanguageModel {
     ) -> Result<Self> {
         let config = LlamaConfig::from_hugging_face(config)?;
         Llama::from_safetensors(config, file, prefix, precision).map(Self::Llama)
+    }
+
+    /// Loads a model with its tokenizer from a GGUF file, or from a Hugging Face folder with `config.json`,
+    /// `tokenizer.json` and one or more `.safetensors` files.
+    ///
+    /// # Errors
+    /// When a file is missing or is not what its name says; those of [`from_gguf`](Self::from_gguf) and
+    /// [`from_safetensors`](Self::from_safetensors).
+    pub fn open(path: impl AsRef<Path>, precision: Precision) -> Result<(Self, LanguageTokenizer)> {
+        let path = path.as_ref();
+        if !path.is_dir() {
+            let file = Gguf::open(path)?;
+            return Ok((Self::from_gguf(&file, precision)?, LanguageTokenizer::from_gguf(&file)?));
+        }
+        let io = |path: &Path| {
+            let path = path.to_owned();
+            |source| Error::Io { path, source }
+        };
+        let config_path = path.join("config.json");
+        let config = std::fs::read(&config_path).map_err(io(&config_path))?;
+        let config = serde_json::from_slice(&config)
+            .map_err(|e| Error::File { path: config_path.clone(), reason: format!("is not JSON: {e}") })?;
+        let entries = std::fs::read_dir(path).map_err(io(path))?;
+        let mut weights: Vec<_> =
+            entries.map(|entry| Ok(entry?.path())).collect::<std::io::Result<Vec<_>>>().map_err(io(path))?;
+        weights.retain(|file| file.extension().is_some_and(|extension| extension == "safetensors"));
+        weights.sort();
+        if weights.is_empty() {
+            let reason = "holds no .safetensors file: give a language model's folder or a GGUF file".into();
+            return Err(Error::File { path: path.into(), reason });
+        }
+        let file = Safetensors::open_files(&weights)?;
+        let model = Self::from_safetensors(&config, &file, "", precision)?;
+        file.finish()?;
+        Ok((model, LanguageTokenizer::from_json(path.join("tokenizer.json"))?))
     }
 
     /// Width of an embedding.
@@ -110,6 +147,19 @@ impl LanguageModel {
         }
     }
 
+    /// As [`forward`](Self::forward), for texts that share their beginnings: each of `texts` is a beginning of `shared`
+    /// rows and its `continuations`, one after the other, each of which sees the beginning and itself. Every row equals
+    /// that of the same text read alone; the beginning is computed once.
+    ///
+    /// # Errors
+    /// As [`forward`](Self::forward).
+    pub fn forward_branched(&self, embeds: &Tensor, texts: &[Branched]) -> Result<Tensor> {
+        let (positions, plan) = branched_texts(texts);
+        match self {
+            Self::Llama(model) => model.forward(embeds, &positions, &plan),
+        }
+    }
+
     /// As [`forward`](Self::forward), for rows that continue texts of a cache: `sequences[i]` is lengthened by
     /// `lengths[i]` rows. No gradient.
     ///
@@ -149,6 +199,40 @@ impl LanguageModel {
             Self::Llama(model) => model.new_cache(),
         }
     }
+}
+
+/// Texts with one beginning, as numbers of rows; packed in this order.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Branched {
+    /// Rows of the beginning, at least one.
+    pub shared: usize,
+    /// Rows of each continuation.
+    pub continuations: Vec<usize>,
+}
+
+impl Branched {
+    /// Rows of the beginning and all continuations.
+    pub fn n_rows(&self) -> usize {
+        self.shared + self.continuations.iter().sum::<usize>()
+    }
+}
+
+/// Positions count on from the beginning in each continuation.
+fn branched_texts(texts: &[Branched]) -> (Arc<[u32]>, Plan) {
+    let (mut start, mut plan, mut positions) = (0, Vec::new(), Vec::new());
+    for text in texts {
+        let shared = Span { start, len: text.shared };
+        plan.push(Sequence { queries: vec![shared], keys: vec![shared], causal: true });
+        positions.extend(0..text.shared as u32);
+        start += text.shared;
+        for &len in &text.continuations {
+            let own = Span { start, len };
+            plan.push(Sequence { queries: vec![own], keys: vec![shared, own], causal: true });
+            positions.extend(text.shared as u32..(text.shared + len) as u32);
+            start += len;
+        }
+    }
+    (positions.into(), plan.into())
 }
 
 /// Packed texts, one after the other: positions that count from 0 in each, and attention to what came before.

@@ -1,0 +1,226 @@
+//! A stage-1 run: a Q-Former from BERT, or a trained one further.
+
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
+
+use blip2::config::QFormerConfig;
+use blip2::layers::{Loader as Weights, TensorSource, Trainable};
+use blip2::qformer::QFormer;
+use candle_core::{Device, Tensor, Var};
+use serde::{Deserialize, Serialize};
+
+use super::{Observer, Run, RunPrecision, open_data, open_output, resolve_data, validate_step};
+use crate::data::{Batch, DataConfig, Dataset, LoaderConfig, Text};
+use crate::features::{FeatureCache, FeatureEncoder};
+use crate::gradients::Gradients;
+use crate::initialize::from_bert;
+use crate::stage1::{self, StepOptions};
+use crate::trainer::{LoopConfig, Objective, Outcome, Value};
+use crate::{Error, Result};
+
+/// The configuration of a stage-1 run, as TOML.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Stage1Config {
+    /// 1.
+    pub stage: u32,
+    /// Where checkpoints and logs go; relative to the configuration file, like every path here.
+    pub output: PathBuf,
+    /// Where the frozen encoder's features are kept.
+    pub features: PathBuf,
+    /// The frozen image encoder's file.
+    pub encoder: PathBuf,
+    /// What the Q-Former starts from.
+    pub init: Stage1Init,
+    /// The BERT vocabulary.
+    pub vocabulary: PathBuf,
+    /// Seed of everything random.
+    pub seed: u64,
+    /// Picture-text pairs a step.
+    pub batch_size: usize,
+    /// Pairs computed at once; smaller needs less memory and gives the same gradients.
+    pub micro_batch: usize,
+    /// Longest text, in tokens with `[CLS]` and `[SEP]`.
+    pub max_text_tokens: usize,
+    /// Dropout probability of the Q-Former.
+    pub dropout: f32,
+    /// Precision of the matrix products; master weights and sums are f32.
+    pub precision: RunPrecision,
+    /// The loop's settings.
+    pub run: LoopConfig,
+    /// The Q-Former's sizes.
+    pub qformer: QFormerConfig,
+    /// The training data.
+    pub data: Vec<DataConfig>,
+}
+
+/// What a Q-Former starts from.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case", deny_unknown_fields)]
+pub enum Stage1Init {
+    /// A BERT checkpoint, `model.safetensors`; what BERT lacks is random.
+    Bert(PathBuf),
+    /// A Q-Former with its heads: safetensors files of trained weights, to train further.
+    Weights(Vec<PathBuf>),
+}
+
+impl Stage1Config {
+    pub(super) fn resolve(&mut self, base: &Path) {
+        for file in [&mut self.output, &mut self.features, &mut self.encoder, &mut self.vocabulary] {
+            *file = base.join(&file);
+        }
+        match &mut self.init {
+            Stage1Init::Bert(file) => *file = base.join(&file),
+            Stage1Init::Weights(files) => files.iter_mut().for_each(|file| *file = base.join(&file)),
+        }
+        resolve_data(&mut self.data, base);
+    }
+
+    pub(super) fn validate(&self) -> Result<()> {
+        self.qformer.validate()?;
+        if self.batch_size < 2 {
+            return Err(Error::config("batch_size", "must be 2 or more: contrast needs another picture"));
+        }
+        validate_step(self.batch_size, self.micro_batch, self.dropout)?;
+        if !(3..=self.qformer.max_position_embeddings).contains(&self.max_text_tokens) {
+            let limit = self.qformer.max_position_embeddings;
+            return Err(Error::config("max_text_tokens", format!("must be 3 to {limit}")));
+        }
+        Ok(())
+    }
+}
+
+/// Turns a caption into token ids, `[CLS]` first and `[SEP]` last, at most so many.
+pub type Tokenize<'a> = &'a dyn Fn(&str, usize) -> Result<Vec<u32>>;
+
+/// Runs stage 1, from the newest checkpoint of `config.output` when `resume` is set; `init` holds the tensors of what
+/// `config.init` names.
+///
+/// # Errors
+/// When a file cannot be used, the loss stops being finite, or a checkpoint cannot be written.
+pub fn train_stage1(
+    config: &Stage1Config,
+    encoder: &dyn FeatureEncoder,
+    init: &dyn TensorSource,
+    tokenize: Tokenize<'_>,
+    resume: bool,
+    observer: &mut dyn Observer,
+) -> Result<Outcome> {
+    let checkpoint = open_output(&config.output, resume)?;
+    let (dataset, features) = open_data(&config.data, &config.features, encoder, observer)?;
+    let objective = Stage1::new(config, init, &dataset, &features, tokenize)?;
+    let run = Run {
+        output: &config.output,
+        settings: &config.run,
+        config: toml::to_string(config).map_err(|e| Error::Training(e.to_string()))?,
+        loader: LoaderConfig {
+            batch_size: config.batch_size,
+            seed: config.seed,
+            drop_last: true,
+            distinct_groups: true,
+        },
+        checkpoint,
+    };
+    run.train(&objective, &dataset, observer)
+}
+
+/// Stage 1 over a data set with cached features.
+struct Stage1<'a> {
+    qformer: QFormer,
+    variables: BTreeMap<String, Var>,
+    dataset: &'a Dataset,
+    features: &'a FeatureCache,
+    tokenize: Tokenize<'a>,
+    config: &'a Stage1Config,
+}
+
+impl<'a> Stage1<'a> {
+    fn new(
+        config: &'a Stage1Config,
+        init: &dyn TensorSource,
+        dataset: &'a Dataset,
+        features: &'a FeatureCache,
+        tokenize: Tokenize<'a>,
+    ) -> Result<Self> {
+        if features.width() != config.qformer.encoder_hidden_size {
+            let reason = format!("must be the image encoder's {}", features.width());
+            return Err(Error::config("qformer.encoder_hidden_size", reason));
+        }
+        let from_bert = match &config.init {
+            Stage1Init::Bert(_) => Some(from_bert(&config.qformer, init, config.seed)?),
+            Stage1Init::Weights(_) => None,
+        };
+        let tensors = from_bert.as_ref().map_or(init, |tensors| tensors as &dyn TensorSource);
+        let trainable = Trainable::default();
+        let weights = Weights::trainable(tensors, &trainable, config.precision.into());
+        let qformer = QFormer::load(&config.qformer, &weights, true)?;
+        Ok(Self { qformer, variables: trainable.into_variables(), dataset, features, tokenize, config })
+    }
+
+    fn batch(&self, batch: &Batch) -> Result<stage1::Batch> {
+        let mut texts = Vec::with_capacity(batch.items.len());
+        for item in &batch.items {
+            let Text::Captions(captions) = &self.dataset.samples()[item.sample].text else {
+                return Err(Error::Training(
+                    "stage 1 learns from captions: the data has questions or dialogues".into(),
+                ));
+            };
+            texts.push((self.tokenize)(&clean_caption(&captions[item.choice]), self.config.max_text_tokens)?);
+        }
+        let views: Vec<(usize, u32)> = batch.items.iter().map(|item| (item.image, item.view)).collect();
+        let features = self.features.gather(&views)?;
+        let shape = (views.len() * self.features.n_tokens(), self.features.width());
+        Ok(stage1::Batch {
+            image_embeds: Tensor::from_vec(features, shape, &Device::Cpu)?,
+            image_ids: batch.items.iter().map(|item| u64::from(item.group)).collect(),
+            texts,
+        })
+    }
+}
+
+impl Objective for Stage1<'_> {
+    fn variables(&self) -> &BTreeMap<String, Var> {
+        &self.variables
+    }
+
+    fn gradients(&self, batch: &Batch, step: u64) -> Result<(Gradients, Vec<Value>)> {
+        let options = StepOptions {
+            micro_batch: self.config.micro_batch,
+            dropout: self.config.dropout,
+            seed: self.config.seed,
+            step,
+            // [DEC] is the last entry of the vocabulary (BLIP-2 adds it to BERT's).
+            decoder_start: self.config.qformer.vocab_size as u32 - 1,
+        };
+        let (gradients, values) =
+            stage1::gradients(&self.qformer, &self.variables, &self.batch(batch)?, options)?;
+        let values = [
+            ("loss", values.loss()),
+            ("itc", values.itc),
+            ("itm", values.itm),
+            ("itg", values.itg),
+            ("itm_accuracy", values.itm_accuracy),
+            ("recall_at_1", values.recall_at_1),
+            ("temperature", values.temperature),
+            ("query_cosine", values.query_cosine),
+        ];
+        Ok((gradients, values.map(|(name, value)| (name, f64::from(value))).to_vec()))
+    }
+}
+
+/// LAVIS's `blip_caption`: lower case, punctuation to spaces, at most 50 words.
+fn clean_caption(caption: &str) -> String {
+    let spaced = caption.to_lowercase().replace(['.', '!', '"', '(', ')', '*', '#', ':', ';', '~'], " ");
+    spaced.split_whitespace().take(50).collect::<Vec<_>>().join(" ")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn captions_are_cleaned_as_lavis_does() {
+        assert_eq!(clean_caption("A dog (brown) runs; it's fast !"), "a dog brown runs it's fast");
+        assert_eq!(clean_caption(&"word ".repeat(60)).split(' ').count(), 50);
+    }
+}

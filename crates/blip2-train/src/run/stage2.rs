@@ -1,0 +1,290 @@
+//! A stage-2 run: a Q-Former from stage 1 learns to speak to a frozen language model.
+
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
+
+use blip2::config::QFormerConfig;
+use blip2::language::LanguageModel;
+use blip2::layers::{Linear, Loader as Weights, TensorSource, Trainable};
+use blip2::qformer::QFormer;
+use blip2::text::prompt::Turn as PromptTurn;
+use blip2::text::{LanguageTokenizer, Prompt, PromptFormat};
+use candle_core::{Device, Tensor, Var};
+use serde::{Deserialize, Serialize};
+
+use super::{Observer, Run, RunPrecision, open_data, open_output, resolve_data, validate_step};
+use crate::data::{Batch, DataConfig, Dataset, LoaderConfig, Text};
+use crate::features::{FeatureCache, FeatureEncoder};
+use crate::frozen::FrozenProof;
+use crate::gradients::Gradients;
+use crate::initialize::{self, Tensors};
+use crate::random::Random;
+use crate::stage2::{self, Bridge, StepOptions};
+use crate::trainer::{LoopConfig, Objective, Outcome, Value};
+use crate::{Error, Result};
+
+/// The configuration of a stage-2 run, as TOML.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Stage2Config {
+    /// 2.
+    pub stage: u32,
+    /// Where checkpoints and logs go; relative to the configuration file, like every path here.
+    pub output: PathBuf,
+    /// Where the frozen encoder's features are kept.
+    pub features: PathBuf,
+    /// The frozen image encoder's file.
+    pub encoder: PathBuf,
+    /// The frozen language model: a GGUF file or a Hugging Face folder.
+    pub language_model: PathBuf,
+    /// Trained weights to start from, safetensors files: those of stage 1, or of an earlier stage 2 with its projection.
+    pub init: Vec<PathBuf>,
+    /// Seed of everything random.
+    pub seed: u64,
+    /// Texts that an epoch deals to one step.
+    pub batch_size: usize,
+    /// Pictures computed at once; smaller needs less memory and gives the same gradients.
+    pub micro_batch: usize,
+    /// Texts of one picture that a step learns from: the dealt one, and others drawn from all that is said about the
+    /// picture. Its vectors are computed once for all of them.
+    pub texts_per_picture: usize,
+    /// Longest prompt with picture and answer, in rows of the language model's input.
+    pub max_rows: usize,
+    /// What is asked for a caption; one is drawn each time.
+    pub instructions: Vec<String>,
+    /// How the language model is spoken to.
+    pub prompt: PromptFormat,
+    /// Dropout probability of the Q-Former.
+    pub dropout: f32,
+    /// Precision of the matrix products; master weights and sums are f32.
+    pub precision: RunPrecision,
+    /// The loop's settings.
+    pub run: LoopConfig,
+    /// The Q-Former's sizes, those of stage 1.
+    pub qformer: QFormerConfig,
+    /// The training data.
+    pub data: Vec<DataConfig>,
+}
+
+impl Stage2Config {
+    pub(super) fn resolve(&mut self, base: &Path) {
+        for file in [&mut self.output, &mut self.features, &mut self.encoder, &mut self.language_model] {
+            *file = base.join(&file);
+        }
+        self.init.iter_mut().for_each(|file| *file = base.join(&file));
+        resolve_data(&mut self.data, base);
+    }
+
+    pub(super) fn validate(&self) -> Result<()> {
+        self.qformer.validate()?;
+        if self.batch_size == 0 {
+            return Err(Error::config("batch_size", "must be 1 or more"));
+        }
+        validate_step(self.batch_size, self.micro_batch, self.dropout)?;
+        if self.texts_per_picture == 0 {
+            return Err(Error::config("texts_per_picture", "must be 1 or more"));
+        }
+        if self.instructions.iter().all(|instruction| instruction.trim().is_empty()) {
+            return Err(Error::config("instructions", "must hold a wording to ask for a caption with"));
+        }
+        if self.init.is_empty() {
+            return Err(Error::config("init", "must name the weights of stage 1"));
+        }
+        Ok(())
+    }
+}
+
+/// The frozen language model of a run, with its tokenizer.
+#[derive(Debug, Clone, Copy)]
+pub struct Language<'a> {
+    /// The model.
+    pub model: &'a LanguageModel,
+    /// Its tokenizer.
+    pub tokenizer: &'a LanguageTokenizer,
+}
+
+/// Runs stage 2, from the newest checkpoint of `config.output` when `resume` is set; `init` holds the tensors of the
+/// files that `config.init` names. At the end the frozen parts are proved to be what they were.
+///
+/// # Errors
+/// When a file cannot be used, the loss stops being finite, a checkpoint cannot be written, or a frozen part changed.
+pub fn train_stage2(
+    config: &Stage2Config,
+    encoder: &dyn FeatureEncoder,
+    language: Language<'_>,
+    init: &dyn TensorSource,
+    resume: bool,
+    observer: &mut dyn Observer,
+) -> Result<Outcome> {
+    let checkpoint = open_output(&config.output, resume)?;
+    let frozen_files = [config.encoder.as_path(), config.language_model.as_path()];
+    let before = FrozenProof::take(&frozen_files, language)?;
+    let (dataset, features) = open_data(&config.data, &config.features, encoder, observer)?;
+    let objective = Stage2::new(config, language, init, &dataset, &features)?;
+    let run = Run {
+        output: &config.output,
+        settings: &config.run,
+        config: toml::to_string(config).map_err(|e| Error::Training(e.to_string()))?,
+        loader: LoaderConfig {
+            batch_size: config.batch_size,
+            seed: config.seed,
+            drop_last: true,
+            distinct_groups: true,
+        },
+        checkpoint,
+    };
+    let outcome = run.train(&objective, &dataset, observer)?;
+    let after = FrozenProof::take(&frozen_files, language)?;
+    before.compare(&after)?;
+    after.write(&config.output)?;
+    Ok(outcome)
+}
+
+/// Stage 2 over a data set with cached features.
+struct Stage2<'a> {
+    qformer: QFormer,
+    language_projection: Linear,
+    language: Language<'a>,
+    variables: BTreeMap<String, Var>,
+    dataset: &'a Dataset,
+    /// For each picture, all that is said about it: sample and choice.
+    texts_of: Vec<Vec<(usize, usize)>>,
+    features: &'a FeatureCache,
+    config: &'a Stage2Config,
+}
+
+impl<'a> Stage2<'a> {
+    fn new(
+        config: &'a Stage2Config,
+        language: Language<'a>,
+        init: &dyn TensorSource,
+        dataset: &'a Dataset,
+        features: &'a FeatureCache,
+    ) -> Result<Self> {
+        if features.width() != config.qformer.encoder_hidden_size {
+            let reason = format!("must be the image encoder's {}", features.width());
+            return Err(Error::config("qformer.encoder_hidden_size", reason));
+        }
+        let (width, language_width) = (config.qformer.hidden_size, language.model.hidden_size());
+        let projection: Tensors = initialize::language_projection(init, width, language_width, config.seed)?;
+        let trainable = Trainable::default();
+        let precision = config.precision.into();
+        let qformer =
+            QFormer::load(&config.qformer, &Weights::trainable(init, &trainable, precision), false)?;
+        let language_projection = Weights::trainable(&projection, &trainable, precision).linear(
+            "language_projection",
+            width,
+            language_width,
+        )?;
+        let mut texts_of = vec![Vec::new(); dataset.images().len()];
+        for (number, sample) in dataset.samples().iter().enumerate() {
+            texts_of[sample.image].extend((0..sample.text.n_choices()).map(|choice| (number, choice)));
+        }
+        let variables = trainable.into_variables();
+        Ok(Self { qformer, language_projection, language, variables, dataset, texts_of, features, config })
+    }
+
+    fn batch(&self, batch: &Batch, step: u64) -> Result<stage2::Batch> {
+        let mut prompts = Vec::with_capacity(batch.items.len());
+        for (number, item) in batch.items.iter().enumerate() {
+            let mut random = Random::new(&[self.config.seed, TEXTS, step, number as u64]);
+            let dealt = (item.sample, item.choice);
+            let mut texts: Vec<_> =
+                self.texts_of[item.image].iter().copied().filter(|text| *text != dealt).collect();
+            random.shuffle(&mut texts);
+            texts.truncate(self.config.texts_per_picture - 1);
+            texts.insert(0, dealt);
+            let of_picture = texts.into_iter().map(|text| self.prompt(text, &mut random));
+            prompts.push(of_picture.collect::<Result<_>>()?);
+        }
+        let views: Vec<(usize, u32)> = batch.items.iter().map(|item| (item.image, item.view)).collect();
+        let features = self.features.gather(&views)?;
+        let shape = (views.len() * self.features.n_tokens(), self.features.width());
+        Ok(stage2::Batch { image_embeds: Tensor::from_vec(features, shape, &Device::Cpu)?, prompts })
+    }
+
+    fn prompt(&self, (sample, choice): (usize, usize), random: &mut Random) -> Result<Prompt> {
+        let turns = match &self.dataset.samples()[sample].text {
+            Text::Captions(captions) => {
+                let instructions = &self.config.instructions;
+                let instruction = &instructions[random.below(instructions.len())];
+                vec![PromptTurn::answered(instruction, tidy_caption(&captions[choice]))]
+            }
+            Text::QuestionAnswer { question, answers } => {
+                vec![PromptTurn::answered(question, &answers[choice])]
+            }
+            Text::Turns(turns) => {
+                turns.iter().map(|turn| PromptTurn::answered(&turn.question, &turn.answer)).collect()
+            }
+        };
+        let (n_queries, limit) = (self.config.qformer.num_query_tokens, self.config.max_rows);
+        Ok(self.config.prompt.render_within(self.language.tokenizer, &turns, Some(n_queries), limit)?)
+    }
+}
+
+/// Stream of random numbers: which texts, in which wording.
+const TEXTS: u64 = 0x7e87;
+
+impl Objective for Stage2<'_> {
+    fn variables(&self) -> &BTreeMap<String, Var> {
+        &self.variables
+    }
+
+    fn gradients(&self, batch: &Batch, step: u64) -> Result<(Gradients, Vec<Value>)> {
+        let options = StepOptions {
+            micro_batch: self.config.micro_batch,
+            dropout: self.config.dropout,
+            seed: self.config.seed,
+            step,
+        };
+        let bridge = Bridge {
+            qformer: &self.qformer,
+            language_projection: &self.language_projection,
+            language_model: self.language.model,
+        };
+        let (gradients, values) =
+            stage2::gradients(&bridge, &self.variables, &self.batch(batch, step)?, options)?;
+        Ok((
+            gradients,
+            vec![
+                ("loss", f64::from(values.loss)),
+                ("answer_tokens", values.n_tokens as f64),
+                ("query_cosine", f64::from(values.query_cosine)),
+            ],
+        ))
+    }
+}
+
+/// A caption as the language model shall write it: one sentence with a capital and a full stop. Annotators agree on
+/// neither, and a model that must guess them spends its capacity on punctuation.
+fn tidy_caption(caption: &str) -> String {
+    let words: Vec<&str> = caption.split_whitespace().collect();
+    let mut text = String::new();
+    for word in words {
+        let is_mark = word.chars().all(|c| matches!(c, '.' | ',' | ';' | '!' | '?'));
+        if !text.is_empty() && !is_mark {
+            text.push(' ');
+        }
+        text.push_str(word);
+    }
+    let text = text.trim_end_matches(['.', ' ', ',', ';']);
+    let mut letters = text.chars();
+    match letters.next() {
+        Some(first) if text.ends_with(['!', '?']) => format!("{}{}", first.to_uppercase(), letters.as_str()),
+        Some(first) => format!("{}{}.", first.to_uppercase(), letters.as_str()),
+        None => caption.trim().to_owned(),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn captions_become_sentences() {
+        assert_eq!(tidy_caption("a dog , brown , runs ."), "A dog, brown, runs.");
+        assert_eq!(tidy_caption("Two dogs running"), "Two dogs running.");
+        assert_eq!(tidy_caption("Look at this !"), "Look at this!");
+        assert_eq!(tidy_caption(" . "), ".");
+    }
+}

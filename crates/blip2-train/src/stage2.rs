@@ -1,0 +1,191 @@
+//! Stage 2: the queries learn to speak to a frozen language model (BLIP-2 §3.3).
+//!
+//! The query outputs, projected to the width of the language model's embeddings, stand in the prompt where the picture
+//! belongs; the loss is that of the answers' tokens alone. What is trained is the query path and the projection: the
+//! gradient passes through the language model and leaves it as it is.
+//!
+//! Several texts about one picture share its vectors: they are computed, and read by the language model, once.
+
+use std::collections::BTreeMap;
+use std::ops::Range;
+
+use blip2::language::{Branched, LanguageModel};
+use blip2::layers::{DropoutRng, Linear, linear_cross_entropy};
+use blip2::qformer::QFormer;
+use blip2::text::Prompt;
+use candle_core::{Device, Tensor, Var};
+
+use crate::gradients::Gradients;
+use crate::health::query_cosine;
+use crate::random::Random;
+use crate::{Error, Result};
+
+/// A stage-2 batch of B pictures.
+#[derive(Debug, Clone)]
+pub struct Batch {
+    /// The frozen encoder's tokens, `[B * P, encoder_hidden_size]`.
+    pub image_embeds: Tensor,
+    /// For each picture its prompts with answers, at least one; all begin alike up to the picture.
+    pub prompts: Vec<Vec<Prompt>>,
+}
+
+/// What a step needs besides the batch.
+#[derive(Debug, Clone, Copy)]
+pub struct StepOptions {
+    /// Pictures computed at once; the batch is cut into parts of this size.
+    pub micro_batch: usize,
+    /// Dropout probability of the Q-Former.
+    pub dropout: f32,
+    /// The run's seed.
+    pub seed: u64,
+    /// The step, which with the seed determines dropout.
+    pub step: u64,
+}
+
+/// The values a step reports.
+#[derive(Debug, Clone, Copy, Default, PartialEq)]
+pub struct Values {
+    /// Mean loss of an answer's token.
+    pub loss: f32,
+    /// Tokens that the loss is the mean of.
+    pub n_tokens: usize,
+    /// Mean cosine between different query outputs of one picture: 1 is collapse.
+    pub query_cosine: f32,
+}
+
+/// The trained bridge in front of a frozen language model.
+#[derive(Debug)]
+pub struct Bridge<'a> {
+    /// The query path of the Q-Former.
+    pub qformer: &'a QFormer,
+    /// Query outputs to the language model's embeddings.
+    pub language_projection: &'a Linear,
+    /// The frozen language model.
+    pub language_model: &'a LanguageModel,
+}
+
+/// The passes of one part of a batch.
+#[derive(Debug)]
+pub struct Pass {
+    /// Query outputs, `[pictures * Q, D]`.
+    pub queries: Tensor,
+    /// What stands for the pictures in the prompts, `[pictures * Q, L]`.
+    pub soft_tokens: Tensor,
+    /// The language model's last hidden states, packed picture by picture: beginning, then each continuation.
+    pub hidden: Tensor,
+    /// The sum over the answers' tokens.
+    pub loss_sum: Tensor,
+}
+
+/// Computes the loss of `batch` and the gradients of `variables`, the bridge's own.
+///
+/// # Errors
+/// When a picture has no prompt, its prompts do not begin alike or no token is to be learned, a prompt is longer than
+/// the language model's context, or the tensor engine fails.
+pub fn gradients(
+    bridge: &Bridge<'_>,
+    variables: &BTreeMap<String, Var>,
+    batch: &Batch,
+    options: StepOptions,
+) -> Result<(Gradients, Values)> {
+    let n_queries = bridge.qformer.config().num_query_tokens;
+    let n_tokens: usize =
+        batch.prompts.iter().flatten().map(|prompt| prompt.targets(n_queries).count()).sum();
+    if n_tokens == 0 {
+        return Err(Error::Training("no text of the batch has an answer to learn".into()));
+    }
+    let (mut gradients, mut values) = (Gradients::default(), Values { n_tokens, ..Values::default() });
+    let n = batch.prompts.len();
+    for start in (0..n).step_by(options.micro_batch.max(1)) {
+        let part = start..(start + options.micro_batch.max(1)).min(n);
+        let seed = Random::new(&[options.seed, options.step, start as u64]).next_u64();
+        let share = part.len() as f32 / n as f32;
+        let pass = bridge.forward(batch, part, &mut DropoutRng::new(options.dropout, seed))?;
+        let loss = (pass.loss_sum / n_tokens as f64)?;
+        values.loss += loss.to_scalar::<f32>()?;
+        values.query_cosine += share * query_cosine(&pass.queries, n_queries)?;
+        gradients.add(variables, &mut loss.backward()?)?;
+    }
+    Ok((gradients, values))
+}
+
+impl Bridge<'_> {
+    /// Reads the prompts of some pictures of a batch.
+    ///
+    /// # Errors
+    /// As [`gradients`].
+    pub fn forward(&self, batch: &Batch, part: Range<usize>, dropout: &mut DropoutRng) -> Result<Pass> {
+        let n_image_tokens = batch.image_embeds.dim(0)? / batch.prompts.len().max(1);
+        let (start, n) = (part.start * n_image_tokens, part.len() * n_image_tokens);
+        let image = self.qformer.image_keys(&batch.image_embeds.narrow(0, start, n)?, part.len())?;
+        let (queries, _) = self.qformer.encode_queries(&image, dropout)?;
+        let soft_tokens = self.language_projection.forward(&queries)?;
+
+        let rows = Rows::of(&batch.prompts[part], self.qformer.config().num_query_tokens)?;
+        // One table, soft tokens first, and for each place in the texts the row that stands there.
+        let table = Tensor::cat(&[&soft_tokens, &self.language_model.embed(&rows.words)?], 0)?;
+        let embeds = table.index_select(&index(&rows.table_rows)?, 0)?;
+        let hidden = self.language_model.forward_branched(&embeds, &rows.texts)?;
+        let predicting = hidden.index_select(&index(&rows.predicting)?, 0)?;
+        let losses = linear_cross_entropy(&predicting, self.language_model.head(), &rows.targets, 0.0)?;
+        Ok(Pass { queries, soft_tokens, hidden, loss_sum: losses.sum_all()? })
+    }
+}
+
+/// The language model's input rows for some pictures, and what is to be learned from which.
+#[derive(Debug, Default)]
+struct Rows {
+    /// All words, in order.
+    words: Vec<u32>,
+    /// For each input row, its row in the table of soft tokens and then words.
+    table_rows: Vec<u32>,
+    texts: Vec<Branched>,
+    /// The rows that predict the targets.
+    predicting: Vec<u32>,
+    targets: Vec<u32>,
+}
+
+impl Rows {
+    fn of(pictures: &[Vec<Prompt>], n_queries: usize) -> Result<Self> {
+        let mut rows = Self::default();
+        let n_soft_tokens = pictures.len() * n_queries;
+        for (picture, prompts) in pictures.iter().enumerate() {
+            let Some(first) = prompts.first() else {
+                return Err(Error::Training("a picture has no text to learn".into()));
+            };
+            let start = rows.table_rows.len();
+            rows.push_words(first.before_image(), n_soft_tokens);
+            let soft = picture * n_queries..(picture + 1) * n_queries;
+            rows.table_rows.extend(soft.map(|row| row as u32));
+            let shared = rows.table_rows.len() - start;
+            let mut continuations = Vec::with_capacity(prompts.len());
+            for prompt in prompts {
+                if prompt.image_at.is_none() || prompt.before_image() != first.before_image() {
+                    return Err(Error::Training(
+                        "the texts of a picture do not begin alike up to the picture".into(),
+                    ));
+                }
+                let own_start = rows.table_rows.len();
+                rows.push_words(prompt.after_image(), n_soft_tokens);
+                continuations.push(rows.table_rows.len() - own_start);
+                for (row, token) in prompt.targets(n_queries) {
+                    let row = if row < shared { start + row } else { own_start + row - shared };
+                    rows.predicting.push(row as u32);
+                    rows.targets.push(token);
+                }
+            }
+            rows.texts.push(Branched { shared, continuations });
+        }
+        Ok(rows)
+    }
+
+    fn push_words(&mut self, ids: &[u32], n_soft_tokens: usize) {
+        let first = n_soft_tokens + self.words.len();
+        self.table_rows.extend((first..first + ids.len()).map(|row| row as u32));
+        self.words.extend_from_slice(ids);
+    }
+}
+
+fn index(rows: &[u32]) -> candle_core::Result<Tensor> {
+    Tensor::from_slice(rows, rows.len(), &Device::Cpu)
+}
