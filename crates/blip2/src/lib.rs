@@ -7,6 +7,7 @@ pub mod generate;
 pub mod image;
 pub mod language;
 pub mod layers;
+pub mod model;
 pub mod qformer;
 pub mod sampling;
 pub mod text;

@@ -12,6 +12,13 @@ pub use bert::BertTokenizer;
 pub use language::{LanguageTokenizer, StreamDecoder};
 pub use prompt::{Prompt, PromptFormat, Turn};
 
+/// A caption as the Q-Former reads it, in training and afterwards: lower case, punctuation to spaces, at most 50 words
+/// (LAVIS `blip_caption`).
+pub fn clean_caption(caption: &str) -> String {
+    let spaced = caption.to_lowercase().replace(['.', '!', '"', '(', ')', '*', '#', ':', ';', '~'], " ");
+    spaced.split_whitespace().take(50).collect::<Vec<_>>().join(" ")
+}
+
 /// An error of the `tokenizers` crate in this crate's terms.
 fn tokenizer_error(error: impl std::fmt::Display) -> crate::Error {
     crate::Error::Tokenizer(error.to_string())
@@ -23,6 +30,12 @@ pub(crate) mod tests {
     use crate::weights::gguf::Gguf;
 
     type IdsOfText = Vec<(String, Vec<u32>)>;
+
+    #[test]
+    fn captions_are_cleaned_as_lavis_does() {
+        assert_eq!(super::clean_caption("A dog (brown) runs; it's fast !"), "a dog brown runs it's fast");
+        assert_eq!(super::clean_caption(&"word ".repeat(60)).split(' ').count(), 50);
+    }
 
     fn parse(json: &str, column: &str) -> IdsOfText {
         let rows: Vec<serde_json::Value> = serde_json::from_str(json).unwrap();

@@ -19,6 +19,7 @@ use crate::{Error, Result};
 
 mod blocks;
 pub mod gguf;
+pub mod int8;
 pub mod safetensors;
 pub mod torch_pickle;
 

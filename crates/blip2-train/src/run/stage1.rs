@@ -6,6 +6,7 @@ use std::path::{Path, PathBuf};
 use blip2::config::QFormerConfig;
 use blip2::layers::{Loader as Weights, TensorSource, Trainable};
 use blip2::qformer::QFormer;
+use blip2::text::clean_caption;
 use candle_core::{Device, Tensor, Var};
 use serde::{Deserialize, Serialize};
 
@@ -205,22 +206,5 @@ impl Objective for Stage1<'_> {
             ("query_cosine", values.query_cosine),
         ];
         Ok((gradients, values.map(|(name, value)| (name, f64::from(value))).to_vec()))
-    }
-}
-
-/// LAVIS's `blip_caption`: lower case, punctuation to spaces, at most 50 words.
-fn clean_caption(caption: &str) -> String {
-    let spaced = caption.to_lowercase().replace(['.', '!', '"', '(', ')', '*', '#', ':', ';', '~'], " ");
-    spaced.split_whitespace().take(50).collect::<Vec<_>>().join(" ")
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn captions_are_cleaned_as_lavis_does() {
-        assert_eq!(clean_caption("A dog (brown) runs; it's fast !"), "a dog brown runs it's fast");
-        assert_eq!(clean_caption(&"word ".repeat(60)).split(' ').count(), 50);
     }
 }

@@ -1,0 +1,183 @@
+//! A whole model from its folder: what people use.
+//!
+//! A [`Blip2`] is immutable after loading. A picture goes through the frozen encoder once ([`Blip2::encode`]); whatever is
+//! asked about it afterwards starts from its [`ImageFeatures`].
+
+mod chat;
+mod config;
+mod stage1;
+mod stage2;
+
+use std::path::{Path, PathBuf};
+
+use candle_core::{Device, Tensor};
+
+pub use chat::Chat;
+pub use config::{FILE_NAME, ModelConfig, Stage1Config, Stage2Config, VisionConfig};
+pub use stage1::{LabelScore, MatchScore};
+pub use stage2::{Answer, Choice};
+
+use crate::image::RgbImage;
+use crate::layers::Precision;
+use crate::qformer::ImageKeys;
+use crate::vision::VisionEncoder;
+use crate::{Error, Result};
+
+/// How to open a model.
+#[derive(Debug, Clone)]
+pub struct OpenOptions {
+    /// Folders in which frozen parts are looked for that are not in the model's own.
+    pub frozen: Vec<PathBuf>,
+    /// Precision of the matrix products.
+    pub precision: Precision,
+    /// Whether to load the stage-1 part, where there is one.
+    pub stage1: bool,
+    /// Whether to load the stage-2 part, where there is one.
+    pub stage2: bool,
+}
+
+impl Default for OpenOptions {
+    fn default() -> Self {
+        Self { frozen: Vec::new(), precision: Precision::F32, stage1: true, stage2: true }
+    }
+}
+
+/// A BLIP-2 model: frozen encoder, Q-Former, frozen language model.
+#[derive(Debug)]
+pub struct Blip2 {
+    config: ModelConfig,
+    vision: VisionEncoder,
+    stage1: Option<stage1::Stage1>,
+    stage2: Option<stage2::Stage2>,
+}
+
+/// A picture as the frozen encoder sees it: its tokens, `[P, E]`. Cheap to clone.
+#[derive(Debug, Clone)]
+pub struct ImageFeatures {
+    tokens: Tensor,
+}
+
+impl ImageFeatures {
+    /// From the encoder's rows, `n_tokens * width` values.
+    ///
+    /// # Errors
+    /// When `rows` is not a whole number of tokens of this width.
+    pub fn from_rows(rows: Vec<f32>, width: usize) -> Result<Self> {
+        if width == 0 || rows.is_empty() || !rows.len().is_multiple_of(width) {
+            return Err(Error::Request(format!("{} values are no tokens of width {width}", rows.len())));
+        }
+        let shape = (rows.len() / width, width);
+        Ok(Self { tokens: Tensor::from_vec(rows, shape, &Device::Cpu)? })
+    }
+
+    /// The encoder's tokens, `[P, E]`.
+    pub fn tokens(&self) -> &Tensor {
+        &self.tokens
+    }
+}
+
+impl Blip2 {
+    /// Opens a model folder.
+    ///
+    /// # Errors
+    /// When the configuration or a file is missing or wrong; a frozen part that is nowhere is named with the folders
+    /// that were looked in.
+    pub fn open(folder: impl AsRef<Path>, options: &OpenOptions) -> Result<Self> {
+        let folder = folder.as_ref();
+        let config = ModelConfig::read(folder)?;
+        let find = |file: &Path| find_frozen(folder, &options.frozen, file);
+        let VisionConfig::EfficientnetLite0 { file } = &config.vision;
+        let vision = VisionEncoder::efficientnet_lite0(find(file)?)?;
+        if vision.width() != config.qformer.encoder_hidden_size {
+            return Err(Error::Config {
+                field: "qformer.encoder_hidden_size".into(),
+                reason: format!("must be the image encoder's {}", vision.width()),
+            });
+        }
+        let stage1 = config.stage1.as_ref().filter(|_| options.stage1);
+        let stage1 = stage1
+            .map(|stage1| stage1::Stage1::open(folder, &config, stage1, options.precision))
+            .transpose()?;
+        let stage2 = config.stage2.as_ref().filter(|_| options.stage2);
+        let stage2 = stage2
+            .map(|stage2| {
+                let language_model = find(&stage2.language_model)?;
+                stage2::Stage2::open(folder, &config, stage2, &language_model, options.precision)
+            })
+            .transpose()?;
+        Ok(Self { vision, stage1, stage2, config })
+    }
+
+    /// What it is made of.
+    pub fn config(&self) -> &ModelConfig {
+        &self.config
+    }
+
+    /// The frozen image encoder.
+    pub fn vision(&self) -> &VisionEncoder {
+        &self.vision
+    }
+
+    /// The Q-Former of stage 1, where it is loaded.
+    pub fn matcher(&self) -> Option<&crate::qformer::QFormer> {
+        self.stage1.as_ref().map(|stage1| stage1.qformer())
+    }
+
+    /// The frozen language model, where it is loaded.
+    pub fn language_model(&self) -> Option<&crate::language::LanguageModel> {
+        self.stage2.as_ref().map(|stage2| stage2.language_model())
+    }
+
+    /// Runs the frozen encoder over pictures.
+    ///
+    /// # Errors
+    /// Those of the tensor engine.
+    pub fn encode(&self, pictures: &[RgbImage]) -> Result<Vec<ImageFeatures>> {
+        let processor = self.vision.processor();
+        let pixels: Vec<f32> = pictures.iter().flat_map(|picture| processor.pixels(picture)).collect();
+        let width = self.vision.width();
+        let rows = self.vision.encode(&pixels);
+        rows.chunks_exact(self.vision.n_tokens() * width)
+            .map(|rows| ImageFeatures::from_rows(rows.to_vec(), width))
+            .collect()
+    }
+
+    fn stage1(&self) -> Result<&stage1::Stage1> {
+        self.stage1.as_ref().ok_or_else(|| {
+            Error::Request(format!(
+                "the model {} has no stage-1 part, which matching, embedding and classifying need",
+                self.config.name
+            ))
+        })
+    }
+
+    fn stage2(&self) -> Result<&stage2::Stage2> {
+        self.stage2.as_ref().ok_or_else(|| {
+            Error::Request(format!(
+                "the model {} has no stage-2 part, which captions and answers need",
+                self.config.name
+            ))
+        })
+    }
+}
+
+/// The keys and values of some pictures in a Q-Former.
+fn image_keys(qformer: &crate::qformer::QFormer, features: &[&ImageFeatures]) -> Result<ImageKeys> {
+    let tokens: Vec<&Tensor> = features.iter().map(|features| &features.tokens).collect();
+    if tokens.is_empty() {
+        return Err(Error::Request("there is no picture".into()));
+    }
+    qformer.image_keys(&Tensor::cat(&tokens, 0)?, tokens.len())
+}
+
+fn find_frozen(folder: &Path, frozen: &[PathBuf], file: &Path) -> Result<PathBuf> {
+    let folders = std::iter::once(folder).chain(frozen.iter().map(PathBuf::as_path));
+    if let Some(found) = folders.clone().map(|folder| folder.join(file)).find(|path| path.exists()) {
+        return Ok(found);
+    }
+    let looked: Vec<_> = folders.map(|folder| folder.display().to_string()).collect();
+    Err(Error::File {
+        path: file.into(),
+        reason: format!("this frozen part of the model is in none of: {}", looked.join(", ")),
+    })
+}

@@ -1,0 +1,180 @@
+//! What the Q-Former of stage 1 does alone: match, embed, classify.
+
+use std::path::{Path, PathBuf};
+
+use candle_core::{D, Tensor};
+
+use super::{Blip2, ImageFeatures, ModelConfig, Stage1Config, image_keys};
+use crate::layers::{DropoutRng, Loader, Precision};
+use crate::qformer::{QFormer, TextBatch};
+use crate::text::{BertTokenizer, clean_caption};
+use crate::weights::int8::TrainedWeights;
+use crate::{Error, Result};
+
+#[derive(Debug)]
+pub(super) struct Stage1 {
+    qformer: QFormer,
+    tokenizer: BertTokenizer,
+}
+
+/// How well a text fits a picture.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct MatchScore {
+    /// Probability that the text matches, from the matching head (ITM).
+    pub itm_probability: f32,
+    /// Cosine of text and picture, the largest over the queries, without temperature (ITC).
+    pub itc_similarity: f32,
+}
+
+/// A label and how likely it is among the given ones.
+#[derive(Debug, Clone, PartialEq)]
+pub struct LabelScore {
+    /// The label, as it was given.
+    pub label: String,
+    /// Softmax over the labels of the similarities divided by the learned temperature.
+    pub probability: f32,
+    /// Cosine of label and picture, the largest over the queries.
+    pub itc_similarity: f32,
+}
+
+impl Stage1 {
+    pub(super) fn open(
+        folder: &Path,
+        config: &ModelConfig,
+        stage1: &Stage1Config,
+        precision: Precision,
+    ) -> Result<Self> {
+        let paths: Vec<PathBuf> = stage1.weights.iter().map(|file| folder.join(file)).collect();
+        let weights = TrainedWeights::open(&paths)?;
+        let qformer = QFormer::load(&config.qformer, &Loader::frozen(&weights, precision), true)?;
+        weights.finish()?;
+        Ok(Self { qformer, tokenizer: BertTokenizer::from_vocab(folder.join(&stage1.vocabulary))? })
+    }
+
+    pub(super) fn qformer(&self) -> &QFormer {
+        &self.qformer
+    }
+
+    fn tokenize(&self, texts: &[&str]) -> Result<TextBatch> {
+        let limit = self.qformer.config().max_position_embeddings;
+        let encode = |text: &&str| {
+            let cleaned = clean_caption(text);
+            if cleaned.is_empty() {
+                return Err(Error::Request("the text to compare with the picture is empty".into()));
+            }
+            // One more than fits, so that a text that is too long is told from one that just fits.
+            let ids = self.tokenizer.encode(&cleaned, limit + 1)?;
+            if ids.len() > limit { Err(Error::TextTooLong { n_tokens: ids.len(), limit }) } else { Ok(ids) }
+        };
+        Ok(TextBatch::new(texts.iter().map(encode).collect::<Result<Vec<_>>>()?))
+    }
+
+    /// `[B, Q, E]`
+    fn embed_images(&self, features: &[&ImageFeatures]) -> Result<Tensor> {
+        let (queries, _) =
+            self.qformer.encode_queries(&image_keys(&self.qformer, features)?, &mut DropoutRng::off())?;
+        let rows = self.qformer.project_image(&queries)?;
+        let (n_rows, width) = rows.dims2()?;
+        Ok(rows.reshape((features.len(), n_rows / features.len(), width))?)
+    }
+
+    /// `[T, E]`
+    fn embed_texts(&self, texts: &TextBatch) -> Result<Tensor> {
+        let hidden = self.qformer.encode_text(texts, &mut DropoutRng::off())?;
+        self.qformer.project_text(&hidden, texts)
+    }
+
+    /// Cosine of a picture with each text, the largest over the queries.
+    fn similarities(&self, features: &ImageFeatures, texts: &TextBatch) -> Result<Vec<f32>> {
+        let image = self.embed_images(&[features])?.squeeze(0)?; // [Q, E]
+        let by_query = self.embed_texts(texts)?.matmul(&image.t()?)?; // [T, Q]
+        Ok(by_query.max(D::Minus1)?.to_vec1()?)
+    }
+}
+
+impl Blip2 {
+    /// How well each text fits a picture.
+    ///
+    /// # Errors
+    /// When the model has no stage-1 part, there is no text, or a text is empty or too long.
+    pub fn match_texts(&self, features: &ImageFeatures, texts: &[&str]) -> Result<Vec<MatchScore>> {
+        let stage1 = self.stage1()?;
+        let batch = stage1.tokenize(texts)?;
+        if batch.is_empty() {
+            return Err(Error::Request("there is no text to match the picture with".into()));
+        }
+        let similarities = stage1.similarities(features, &batch)?;
+        let keys = image_keys(&stage1.qformer, &[features])?;
+        let images = vec![0; batch.len()];
+        let (queries, _) = stage1.qformer.encode_pairs(&keys, &images, &batch, &mut DropoutRng::off())?;
+        let logits = stage1.qformer.match_logits(&queries)?.to_vec2::<f32>()?;
+        let score = |(logits, itc_similarity): (Vec<f32>, f32)| MatchScore {
+            itm_probability: 1.0 / (1.0 + (logits[0] - logits[1]).exp()),
+            itc_similarity,
+        };
+        Ok(logits.into_iter().zip(similarities).map(score).collect())
+    }
+
+    /// Features of pictures for comparing them with texts: for each picture its queries' rows, `Q * E` values, each
+    /// row of length 1.
+    ///
+    /// # Errors
+    /// When the model has no stage-1 part.
+    pub fn embed_images(&self, features: &[&ImageFeatures]) -> Result<Vec<Vec<f32>>> {
+        let rows = self.stage1()?.embed_images(features)?;
+        Ok(rows.flatten_from(1)?.to_vec2()?)
+    }
+
+    /// Features of texts for comparing them with pictures, `E` values of length 1 each.
+    ///
+    /// # Errors
+    /// When the model has no stage-1 part, or a text is empty or too long.
+    pub fn embed_texts(&self, texts: &[&str]) -> Result<Vec<Vec<f32>>> {
+        let stage1 = self.stage1()?;
+        let batch = stage1.tokenize(texts)?;
+        if batch.is_empty() {
+            return Ok(Vec::new());
+        }
+        Ok(stage1.embed_texts(&batch)?.to_vec2()?)
+    }
+
+    /// Which of the labels a picture shows, the likeliest first; each is compared as `template` with `{label}` replaced.
+    ///
+    /// # Errors
+    /// When the model has no stage-1 part, there is no label, the template has no `{label}`, or a text is too long.
+    pub fn classify(
+        &self,
+        features: &ImageFeatures,
+        labels: &[&str],
+        template: &str,
+    ) -> Result<Vec<LabelScore>> {
+        let stage1 = self.stage1()?;
+        if labels.is_empty() {
+            return Err(Error::Request("there is no label to choose from".into()));
+        }
+        if labels.iter().any(|label| label.trim().is_empty()) {
+            return Err(Error::Request("a label is empty".into()));
+        }
+        if !template.contains("{label}") {
+            return Err(Error::Request(format!("the template \"{template}\" has no {{label}}")));
+        }
+        let texts: Vec<String> = labels.iter().map(|label| template.replace("{label}", label)).collect();
+        let texts: Vec<&str> = texts.iter().map(String::as_str).collect();
+        let similarities = stage1.similarities(features, &stage1.tokenize(&texts)?)?;
+        let temperature = stage1.qformer.temperature()?.to_scalar::<f32>()?;
+        let largest = similarities.iter().copied().fold(f32::NEG_INFINITY, f32::max);
+        let weight = |similarity: f32| ((similarity - largest) / temperature).exp();
+        let sum: f32 = similarities.iter().map(|&similarity| weight(similarity)).sum();
+        let mut scores: Vec<_> = labels
+            .iter()
+            .zip(similarities)
+            .map(|(label, itc_similarity)| LabelScore {
+                label: (*label).to_owned(),
+                probability: weight(itc_similarity) / sum,
+                itc_similarity,
+            })
+            .collect();
+        scores.sort_by(|a, b| b.probability.total_cmp(&a.probability));
+        Ok(scores)
+    }
+}

@@ -1,0 +1,239 @@
+//! What the Q-Former of stage 2 does with the language model: captions and answers.
+
+use std::path::{Path, PathBuf};
+
+use candle_core::Tensor;
+
+use super::{Blip2, ImageFeatures, ModelConfig, Stage2Config, image_keys};
+use crate::cache::CachedSequence;
+use crate::generate::{
+    Event, FinishReason, Generation, GenerationConfig, Request, Session, StopRules, generate, score,
+};
+use crate::language::LanguageModel;
+use crate::layers::{DropoutRng, Linear, Loader, Precision};
+use crate::qformer::QFormer;
+use crate::text::{LanguageTokenizer, Prompt, PromptFormat, Turn};
+use crate::weights::int8::TrainedWeights;
+use crate::{Error, Result};
+
+#[derive(Debug)]
+pub(super) struct Stage2 {
+    qformer: QFormer,
+    language_projection: Linear,
+    language_model: LanguageModel,
+    tokenizer: LanguageTokenizer,
+    prompt: PromptFormat,
+    end_tokens: Vec<u32>,
+}
+
+/// A caption or an answer.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Answer {
+    /// The text, without the prompt.
+    pub text: String,
+    /// Its tokens, with the end token if it ended with one.
+    pub token_ids: Vec<u32>,
+    /// The natural logarithm of each token's probability.
+    pub log_probs: Vec<f32>,
+    /// By which beam search ranks, see [`Generation::score`].
+    pub score: f32,
+    /// Why it ends where it does.
+    pub finish: FinishReason,
+}
+
+/// A given answer and how likely it is.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Choice {
+    /// The answer, as it was given.
+    pub answer: String,
+    /// The logarithm of its probability after the question, its end included.
+    pub log_likelihood: f32,
+    /// Its share of the probability of all given answers.
+    pub probability: f32,
+}
+
+impl Stage2 {
+    pub(super) fn open(
+        folder: &Path,
+        config: &ModelConfig,
+        stage2: &Stage2Config,
+        language_model: &Path,
+        precision: Precision,
+    ) -> Result<Self> {
+        let paths: Vec<PathBuf> = stage2.weights.iter().map(|file| folder.join(file)).collect();
+        let weights = TrainedWeights::open(&paths)?;
+        let loader = Loader::frozen(&weights, precision);
+        let qformer = QFormer::load(&config.qformer, &loader, false)?;
+        let (language_model, tokenizer) = LanguageModel::open(language_model, precision)?;
+        let language_projection =
+            loader.linear("language_projection", config.qformer.hidden_size, language_model.hidden_size())?;
+        weights.finish()?;
+        let end_tokens = end_tokens(&stage2.prompt, &tokenizer)?;
+        let prompt = stage2.prompt.clone();
+        Ok(Self { qformer, language_projection, language_model, tokenizer, prompt, end_tokens })
+    }
+
+    pub(super) fn language_model(&self) -> &LanguageModel {
+        &self.language_model
+    }
+
+    pub(super) fn tokenizer(&self) -> &LanguageTokenizer {
+        &self.tokenizer
+    }
+
+    pub(super) fn n_queries(&self) -> usize {
+        self.qformer.config().num_query_tokens
+    }
+
+    /// What stands for each picture in the language model's input, `[Q, L]` each.
+    pub(super) fn soft_tokens(&self, features: &[&ImageFeatures]) -> Result<Vec<Tensor>> {
+        let keys = image_keys(&self.qformer, features)?;
+        let (queries, _) = self.qformer.encode_queries(&keys, &mut DropoutRng::off())?;
+        let rows = self.language_projection.forward(&queries)?;
+        let n = self.n_queries();
+        (0..features.len()).map(|i| Ok(rows.narrow(0, i * n, n)?)).collect()
+    }
+
+    /// A prompt that waits for the answer to the last of `turns`, leaving `room` tokens for it.
+    pub(super) fn render(&self, turns: &[Turn], room: usize) -> Result<Prompt> {
+        if turns.last().is_some_and(|turn| turn.question.trim().is_empty()) {
+            return Err(Error::Request("the question is empty: ask something about the picture".into()));
+        }
+        let limit = self.language_model.context_len().saturating_sub(room);
+        self.prompt.render_within(&self.tokenizer, turns, Some(self.n_queries()), limit)
+    }
+
+    /// The rows of a prompt.
+    pub(super) fn embed(&self, prompt: &Prompt, soft_tokens: &Tensor) -> Result<Tensor> {
+        let (before, after) = (prompt.before_image(), prompt.after_image());
+        let mut pieces = Vec::new();
+        if !before.is_empty() {
+            pieces.push(self.language_model.embed(before)?);
+        }
+        pieces.push(soft_tokens.clone());
+        if !after.is_empty() {
+            pieces.push(self.language_model.embed(after)?);
+        }
+        Ok(Tensor::cat(&pieces, 0)?)
+    }
+
+    pub(super) fn continue_prompts(
+        &self,
+        session: &mut Session<'_>,
+        generation: &GenerationConfig,
+        on_event: &mut dyn FnMut(Event<'_>) -> std::ops::ControlFlow<()>,
+    ) -> Result<Vec<Vec<Answer>>> {
+        let decode = |ids: &[u32]| Ok(self.tokenizer.decode(ids));
+        let stop = StopRules::new(&self.end_tokens).with_text(&decode);
+        let request = Request { config: generation, stop: &stop, seen: &[] };
+        let generated = generate(session, request, on_event)?;
+        let answer = |generation: Generation| self.answer(generation);
+        Ok(generated.into_iter().map(|of_prompt| of_prompt.into_iter().map(answer).collect()).collect())
+    }
+
+    fn answer(&self, generation: Generation) -> Answer {
+        let Generation { token_ids, log_probs, score, finish } = generation;
+        let words = match token_ids.split_last() {
+            Some((last, words)) if self.end_tokens.contains(last) => words,
+            _ => &token_ids[..],
+        };
+        let text = self.tokenizer.decode(words).trim().to_owned();
+        Answer { text, token_ids, log_probs, score, finish }
+    }
+}
+
+/// The tokens that end an answer: those of the prompt's format, and the model's own end of text.
+fn end_tokens(prompt: &PromptFormat, tokenizer: &LanguageTokenizer) -> Result<Vec<u32>> {
+    let end = prompt.end_of_answer(tokenizer)?;
+    let [token] = end[..] else {
+        return Err(Error::Config {
+            field: "stage2.prompt.end_of_answer".into(),
+            reason: format!("must be one token of the language model, it is {}", end.len()),
+        });
+    };
+    let mut tokens = vec![token];
+    tokens.extend(tokenizer.eos_id().filter(|eos| *eos != token));
+    Ok(tokens)
+}
+
+impl Blip2 {
+    /// Describes pictures: for each the best texts, as many as `generation` asks for.
+    ///
+    /// # Errors
+    /// When the model has no stage-2 part or `generation` contradicts itself.
+    pub fn caption(
+        &self,
+        features: &[&ImageFeatures],
+        generation: &GenerationConfig,
+    ) -> Result<Vec<Vec<Answer>>> {
+        self.stage2()?;
+        let instruction = self.config.stage2.as_ref().map_or("", |stage2| &stage2.instruction);
+        let requests: Vec<_> = features.iter().map(|features| (*features, instruction)).collect();
+        self.ask(&requests, generation)
+    }
+
+    /// Answers a question about each picture; the answers are those that each would get alone.
+    ///
+    /// # Errors
+    /// When the model has no stage-2 part, a question is empty or too long, or `generation` contradicts itself.
+    pub fn ask(
+        &self,
+        requests: &[(&ImageFeatures, &str)],
+        generation: &GenerationConfig,
+    ) -> Result<Vec<Vec<Answer>>> {
+        let stage2 = self.stage2()?;
+        if requests.is_empty() {
+            return Ok(Vec::new());
+        }
+        let features: Vec<_> = requests.iter().map(|(features, _)| *features).collect();
+        let mut prompts = Vec::with_capacity(requests.len());
+        for ((_, question), soft_tokens) in requests.iter().zip(stage2.soft_tokens(&features)?) {
+            let prompt = stage2.render(&[Turn::open(*question)], 1)?;
+            prompts.push((CachedSequence::new(), stage2.embed(&prompt, &soft_tokens)?));
+        }
+        let mut cache = stage2.language_model.new_cache();
+        let mut session = Session::new(&stage2.language_model, &mut cache, prompts)?;
+        stage2.continue_prompts(&mut session, generation, &mut |_| std::ops::ControlFlow::Continue(()))
+    }
+
+    /// Ranks given answers to a question by their likelihood, the likeliest first.
+    ///
+    /// # Errors
+    /// When the model has no stage-2 part, the question or an answer is empty, or there is no answer.
+    pub fn rank(
+        &self,
+        features: &ImageFeatures,
+        question: &str,
+        choices: &[impl AsRef<str>],
+    ) -> Result<Vec<Choice>> {
+        let stage2 = self.stage2()?;
+        if choices.is_empty() || choices.iter().any(|choice| choice.as_ref().trim().is_empty()) {
+            return Err(Error::Request("there is no answer to choose from, or one is empty".into()));
+        }
+        let answers = choices
+            .iter()
+            .map(|choice| stage2.prompt.answer_ids(&stage2.tokenizer, question, choice.as_ref()))
+            .collect::<Result<Vec<_>>>()?;
+        let prompt = stage2.render(&[Turn::open(question)], 1)?;
+        let soft_tokens = stage2.soft_tokens(&[features])?.remove(0);
+        let rows = stage2.embed(&prompt, &soft_tokens)?;
+        let mut cache = stage2.language_model.new_cache();
+        let mut session =
+            Session::new(&stage2.language_model, &mut cache, vec![(CachedSequence::new(), rows)])?;
+        let scores: Vec<f32> =
+            score(&mut session, &answers)?.iter().map(|answer| answer.log_likelihood()).collect();
+        let largest = scores.iter().copied().fold(f32::NEG_INFINITY, f32::max);
+        let sum: f32 = scores.iter().map(|score| (score - largest).exp()).sum();
+        let mut ranked: Vec<_> = choices
+            .iter()
+            .zip(scores)
+            .map(|(choice, log_likelihood)| Choice {
+                answer: choice.as_ref().to_owned(),
+                log_likelihood,
+                probability: (log_likelihood - largest).exp() / sum,
+            })
+            .collect();
+        ranked.sort_by(|a, b| b.log_likelihood.total_cmp(&a.log_likelihood));
+        Ok(ranked)
+    }
+}
