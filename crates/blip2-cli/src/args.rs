@@ -14,8 +14,26 @@ pub(crate) struct Args {
 
 #[derive(Debug, Subcommand)]
 pub(crate) enum Command {
-    /// Train a Q-Former on your pictures and captions (stage 1), from a configuration file.
+    /// Describe pictures.
+    Caption(CaptionArgs),
+    /// Answer a question about a picture.
+    Ask(AskArgs),
+    /// Talk about a picture, turn by turn, from standard input.
+    Chat(ChatArgs),
+    /// Say how well texts fit a picture.
+    Match(MatchArgs),
+    /// Features of pictures and texts for comparing them, as JSON lines.
+    Embed(EmbedArgs),
+    /// Choose among labels for a picture.
+    Classify(ClassifyArgs),
+    /// What a model is made of.
+    Info(ModelArgs),
+    /// Train the bridge on your pictures and texts (stage 1 or 2), from a configuration file.
     Train(TrainArgs),
+    /// Make a model folder of training checkpoints.
+    Pack(PackArgs),
+    /// Fetch the frozen parts of the default model.
+    Fetch,
     /// Make training data.
     #[command(subcommand)]
     Data(DataCommand),
@@ -24,6 +42,166 @@ pub(crate) enum Command {
         /// Which shell.
         shell: clap_complete::Shell,
     },
+}
+
+#[derive(Debug, clap::Args)]
+pub(crate) struct ModelArgs {
+    /// The model's folder; without it the default model.
+    #[arg(long, env = "BLIP2_MODEL", value_name = "FOLDER")]
+    pub(crate) model: Option<PathBuf>,
+    /// Print JSON.
+    #[arg(long)]
+    pub(crate) json: bool,
+}
+
+/// How to generate; what is not given is the model's own setting.
+#[derive(Debug, clap::Args)]
+#[command(next_help_heading = "Generation")]
+pub(crate) struct GenerationArgs {
+    /// Beams of the beam search; 1 for greedy search.
+    #[arg(long)]
+    pub(crate) beams: Option<usize>,
+    /// The longest text, in tokens.
+    #[arg(long)]
+    pub(crate) max_new_tokens: Option<usize>,
+    /// The shortest text, in tokens.
+    #[arg(long)]
+    pub(crate) min_new_tokens: Option<usize>,
+    /// Above 0 favours long texts, below 0 short ones.
+    #[arg(long, allow_negative_numbers = true)]
+    pub(crate) length_penalty: Option<f32>,
+    /// Above 1, tokens that already occurred become less likely.
+    #[arg(long)]
+    pub(crate) repetition_penalty: Option<f32>,
+    /// No sequence of this many tokens occurs twice.
+    #[arg(long, value_name = "N")]
+    pub(crate) no_repeat_ngram: Option<usize>,
+    /// Draw at random, at this temperature.
+    #[arg(long)]
+    pub(crate) temperature: Option<f32>,
+    /// Draw among this many best tokens.
+    #[arg(long)]
+    pub(crate) top_k: Option<usize>,
+    /// Draw among the likeliest tokens that together have this probability.
+    #[arg(long)]
+    pub(crate) top_p: Option<f32>,
+    /// Draw among tokens at least this fraction as likely as the best.
+    #[arg(long)]
+    pub(crate) min_p: Option<f32>,
+    /// Decides all draws.
+    #[arg(long)]
+    pub(crate) seed: Option<u64>,
+    /// Texts a picture.
+    #[arg(long, value_name = "N")]
+    pub(crate) num_return_sequences: Option<usize>,
+    /// End a text when this appears in it; may be given several times.
+    #[arg(long, value_name = "TEXT")]
+    pub(crate) stop: Vec<String>,
+}
+
+#[derive(Debug, clap::Args)]
+pub(crate) struct CaptionArgs {
+    /// The pictures.
+    #[arg(required = true)]
+    pub(crate) pictures: Vec<PathBuf>,
+    #[command(flatten)]
+    pub(crate) model: ModelArgs,
+    #[command(flatten)]
+    pub(crate) generation: GenerationArgs,
+}
+
+#[derive(Debug, clap::Args)]
+pub(crate) struct AskArgs {
+    /// The picture.
+    pub(crate) picture: PathBuf,
+    /// The question.
+    pub(crate) question: String,
+    /// Rank these answers by likelihood instead of writing one.
+    #[arg(long, value_delimiter = ',', value_name = "A,B,C")]
+    pub(crate) choices: Vec<String>,
+    #[command(flatten)]
+    pub(crate) model: ModelArgs,
+    #[command(flatten)]
+    pub(crate) generation: GenerationArgs,
+}
+
+#[derive(Debug, clap::Args)]
+pub(crate) struct ChatArgs {
+    /// The picture.
+    pub(crate) picture: PathBuf,
+    #[command(flatten)]
+    pub(crate) model: ModelArgs,
+    #[command(flatten)]
+    pub(crate) generation: GenerationArgs,
+}
+
+#[derive(Debug, clap::Args)]
+pub(crate) struct MatchArgs {
+    /// The picture.
+    pub(crate) picture: PathBuf,
+    /// The texts.
+    #[arg(required = true)]
+    pub(crate) texts: Vec<String>,
+    #[command(flatten)]
+    pub(crate) model: ModelArgs,
+}
+
+#[derive(Debug, clap::Args)]
+pub(crate) struct EmbedArgs {
+    /// A picture; may be given several times.
+    #[arg(long, value_name = "PICTURE", required_unless_present = "text")]
+    pub(crate) image: Vec<PathBuf>,
+    /// A text; may be given several times.
+    #[arg(long)]
+    pub(crate) text: Vec<String>,
+    /// Write the rows to this file as a NumPy array instead: a picture's queries, or a text's one, each a row.
+    #[arg(long, value_name = "FILE")]
+    pub(crate) npy: Option<PathBuf>,
+    #[command(flatten)]
+    pub(crate) model: ModelArgs,
+}
+
+#[derive(Debug, clap::Args)]
+pub(crate) struct ClassifyArgs {
+    /// The picture.
+    pub(crate) picture: PathBuf,
+    /// The labels.
+    #[arg(required = true)]
+    pub(crate) labels: Vec<String>,
+    /// The text that a label is compared as.
+    #[arg(long, default_value = "a photo of {label}")]
+    pub(crate) template: String,
+    #[command(flatten)]
+    pub(crate) model: ModelArgs,
+}
+
+#[derive(Debug, clap::Args)]
+pub(crate) struct PackArgs {
+    /// A checkpoint of stage 1 (`step-…`).
+    #[arg(long, value_name = "CHECKPOINT", required_unless_present = "stage2")]
+    pub(crate) stage1: Option<PathBuf>,
+    /// A checkpoint of stage 2.
+    #[arg(long, value_name = "CHECKPOINT")]
+    pub(crate) stage2: Option<PathBuf>,
+    /// The model folder to make.
+    #[arg(long)]
+    pub(crate) out: PathBuf,
+    /// The model's name.
+    #[arg(long, default_value = "blip2")]
+    pub(crate) name: String,
+    /// How the weights are stored.
+    #[arg(long, value_enum, default_value_t = StorageArg::F16)]
+    pub(crate) dtype: StorageArg,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
+pub(crate) enum StorageArg {
+    /// As they were trained.
+    F32,
+    /// Half precision.
+    F16,
+    /// Matrices in eight bits.
+    Int8,
 }
 
 #[derive(Debug, clap::Args)]

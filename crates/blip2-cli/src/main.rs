@@ -1,10 +1,16 @@
 //! The `blip2` command. Results go to standard output, progress and messages to standard error.
 //!
-//! Exit status: 0 done, 1 failed, 2 wrong usage.
+//! Exit status: 0 done, 1 failed, 2 wrong usage, 3 some of several items failed.
 #![allow(clippy::print_stdout, clippy::print_stderr, reason = "the one crate that talks to a terminal")]
 
 mod args;
+mod compare;
 mod data;
+mod describe;
+mod frozen;
+mod info;
+mod model;
+mod pack;
 mod train;
 
 use std::process::ExitCode;
@@ -16,22 +22,47 @@ use clap::{CommandFactory, Parser};
 #[global_allocator]
 static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
 
+/// How a command ended that did not fail as a whole.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Done {
+    All,
+    /// Of several items some failed; each was named.
+    SomeFailed,
+}
+
 fn main() -> ExitCode {
     let result = match Args::parse().command {
-        Command::Train(args) => train::run(&args),
-        Command::Data(command) => data::run(&command),
+        Command::Caption(args) => describe::caption(&args),
+        Command::Ask(args) => describe::ask(&args),
+        Command::Chat(args) => describe::chat(&args),
+        Command::Match(args) => compare::match_texts(&args),
+        Command::Embed(args) => compare::embed(&args),
+        Command::Classify(args) => compare::classify(&args),
+        Command::Info(args) => info::run(&args),
+        Command::Pack(args) => pack::run(&args),
+        Command::Fetch => frozen::ensure().map(|()| Done::All),
+        Command::Train(args) => train::run(&args).map(|()| Done::All),
+        Command::Data(args) => data::run(&args).map(|()| Done::All),
         Command::Completions { shell } => {
             clap_complete::generate(shell, &mut Args::command(), "blip2", &mut std::io::stdout());
-            Ok(())
+            Ok(Done::All)
         }
     };
     match result {
-        Ok(()) => ExitCode::SUCCESS,
+        Ok(Done::All) => ExitCode::SUCCESS,
+        Ok(Done::SomeFailed) => ExitCode::from(3),
+        // Whoever read the output has had enough: not a failure of ours.
+        Err(error) if is_broken_pipe(&error) => ExitCode::SUCCESS,
         Err(error) => {
             eprintln!("blip2: {}", message(&error));
             ExitCode::FAILURE
         }
     }
+}
+
+fn is_broken_pipe(error: &anyhow::Error) -> bool {
+    let io = error.downcast_ref::<std::io::Error>();
+    io.is_some_and(|error| error.kind() == std::io::ErrorKind::BrokenPipe)
 }
 
 /// The error and its causes in one line; what a message already ends with is not said twice.

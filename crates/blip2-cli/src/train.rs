@@ -8,7 +8,7 @@ use anyhow::Context;
 use blip2::language::LanguageModel;
 use blip2::text::BertTokenizer;
 use blip2::vision::VisionEncoder;
-use blip2::weights::safetensors::Safetensors;
+use blip2::weights::int8::TrainedWeights;
 use blip2_train::data::Dataset;
 use blip2_train::features::{Computed, Progress};
 use blip2_train::health::Limits;
@@ -79,8 +79,8 @@ pub(crate) fn run(args: &TrainArgs) -> anyhow::Result<()> {
 fn run_stage1(config: &Stage1Config, resume: bool, terminal: &mut Terminal) -> anyhow::Result<Outcome> {
     let encoder = VisionEncoder::efficientnet_lite0(&config.encoder).context("the image encoder")?;
     let init = match &config.init {
-        Stage1Init::Bert(file) => Safetensors::open(file).context("the BERT checkpoint")?,
-        Stage1Init::Weights(files) => Safetensors::open_files(files).context("the weights to start from")?,
+        Stage1Init::Bert(file) => TrainedWeights::open(&[file]).context("the BERT checkpoint")?,
+        Stage1Init::Weights(files) => TrainedWeights::open(files).context("the weights to start from")?,
     };
     let tokenizer = BertTokenizer::from_vocab(&config.vocabulary).context("the vocabulary")?;
     let tokenize = |text: &str, limit: usize| Ok(tokenizer.encode(text, limit)?);
@@ -89,7 +89,7 @@ fn run_stage1(config: &Stage1Config, resume: bool, terminal: &mut Terminal) -> a
 
 fn run_stage2(config: &Stage2Config, resume: bool, terminal: &mut Terminal) -> anyhow::Result<Outcome> {
     let encoder = VisionEncoder::efficientnet_lite0(&config.encoder).context("the image encoder")?;
-    let init = Safetensors::open_files(&config.init).context("the weights to start from")?;
+    let init = TrainedWeights::open(&config.init).context("the weights to start from")?;
     let (model, tokenizer) =
         LanguageModel::open(&config.language_model, config.precision.into()).context("the language model")?;
     let language = Language { model: &model, tokenizer: &tokenizer };

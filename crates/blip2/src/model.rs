@@ -128,6 +128,16 @@ impl Blip2 {
         self.stage2.as_ref().map(|stage2| stage2.language_model())
     }
 
+    /// Parameters of what stage 1 trained, where it is loaded.
+    pub fn n_matcher_parameters(&self) -> Option<usize> {
+        self.stage1.as_ref().map(|stage1| stage1.n_parameters())
+    }
+
+    /// Parameters of what stage 2 trained: queries, query path and projection, where it is loaded.
+    pub fn n_bridge_parameters(&self) -> Option<usize> {
+        self.stage2.as_ref().map(|stage2| stage2.n_parameters())
+    }
+
     /// Runs the frozen encoder over pictures.
     ///
     /// # Errors

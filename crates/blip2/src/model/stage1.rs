@@ -15,6 +15,7 @@ use crate::{Error, Result};
 pub(super) struct Stage1 {
     qformer: QFormer,
     tokenizer: BertTokenizer,
+    n_parameters: usize,
 }
 
 /// How well a text fits a picture.
@@ -48,7 +49,12 @@ impl Stage1 {
         let weights = TrainedWeights::open(&paths)?;
         let qformer = QFormer::load(&config.qformer, &Loader::frozen(&weights, precision), true)?;
         weights.finish()?;
-        Ok(Self { qformer, tokenizer: BertTokenizer::from_vocab(folder.join(&stage1.vocabulary))? })
+        let tokenizer = BertTokenizer::from_vocab(folder.join(&stage1.vocabulary))?;
+        Ok(Self { qformer, tokenizer, n_parameters: weights.n_parameters() })
+    }
+
+    pub(super) fn n_parameters(&self) -> usize {
+        self.n_parameters
     }
 
     pub(super) fn qformer(&self) -> &QFormer {

@@ -24,6 +24,7 @@ pub(super) struct Stage2 {
     tokenizer: LanguageTokenizer,
     prompt: PromptFormat,
     end_tokens: Vec<u32>,
+    n_parameters: usize,
 }
 
 /// A caption or an answer.
@@ -70,7 +71,12 @@ impl Stage2 {
         weights.finish()?;
         let end_tokens = end_tokens(&stage2.prompt, &tokenizer)?;
         let prompt = stage2.prompt.clone();
-        Ok(Self { qformer, language_projection, language_model, tokenizer, prompt, end_tokens })
+        let n_parameters = weights.n_parameters();
+        Ok(Self { qformer, language_projection, language_model, tokenizer, prompt, end_tokens, n_parameters })
+    }
+
+    pub(super) fn n_parameters(&self) -> usize {
+        self.n_parameters
     }
 
     pub(super) fn language_model(&self) -> &LanguageModel {

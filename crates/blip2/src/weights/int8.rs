@@ -38,9 +38,13 @@ impl TrainedWeights {
         self.0.finish()
     }
 
-    /// The files behind it.
-    pub fn file(&self) -> &Safetensors {
-        &self.0
+    /// Values of all tensors, scales not counted.
+    pub(crate) fn n_parameters(&self) -> usize {
+        let names = self
+            .0
+            .names()
+            .filter(|name| !name.strip_suffix(SCALE).is_some_and(|matrix| self.0.contains(matrix)));
+        names.filter_map(|name| self.0.shape(name).ok()).map(|shape| shape.iter().product::<usize>()).sum()
     }
 }
 

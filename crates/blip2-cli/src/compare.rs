@@ -1,0 +1,106 @@
+//! `blip2 match`, `blip2 embed` and `blip2 classify`.
+
+use std::io::Write;
+use std::path::Path;
+
+use anyhow::Context;
+use serde_json::json;
+
+use crate::Done;
+use crate::args::{ClassifyArgs, EmbedArgs, MatchArgs};
+use crate::model::{Part, encode_picture, open};
+
+pub(crate) fn match_texts(args: &MatchArgs) -> anyhow::Result<Done> {
+    let model = open(&args.model, Part::Stage1)?;
+    let features = encode_picture(&model, &args.picture)?;
+    let texts: Vec<&str> = args.texts.iter().map(String::as_str).collect();
+    let scores = model.match_texts(&features, &texts)?;
+    let mut out = std::io::stdout().lock();
+    if args.model.json {
+        let rows: Vec<_> = texts
+            .iter()
+            .zip(&scores)
+            .map(|(text, score)| {
+                json!({"path": args.picture.display().to_string(), "text": text,
+                    "itm_probability": score.itm_probability, "itc_similarity": score.itc_similarity})
+            })
+            .collect();
+        writeln!(out, "{}", serde_json::to_string_pretty(&rows)?)?;
+    } else {
+        writeln!(out, "itm\titc\ttext")?;
+        for (text, score) in texts.iter().zip(scores) {
+            writeln!(out, "{:.3}\t{:.3}\t{text}", score.itm_probability, score.itc_similarity)?;
+        }
+    }
+    Ok(Done::All)
+}
+
+pub(crate) fn classify(args: &ClassifyArgs) -> anyhow::Result<Done> {
+    let model = open(&args.model, Part::Stage1)?;
+    let features = encode_picture(&model, &args.picture)?;
+    let labels: Vec<&str> = args.labels.iter().map(String::as_str).collect();
+    let scores = model.classify(&features, &labels, &args.template)?;
+    let mut out = std::io::stdout().lock();
+    if args.model.json {
+        let rows: Vec<_> = scores
+            .iter()
+            .map(|score| {
+                json!({"path": args.picture.display().to_string(), "label": score.label,
+                    "probability": score.probability, "itc_similarity": score.itc_similarity})
+            })
+            .collect();
+        writeln!(out, "{}", serde_json::to_string_pretty(&rows)?)?;
+    } else {
+        for score in scores {
+            writeln!(out, "{:.3}\t{}", score.probability, score.label)?;
+        }
+    }
+    Ok(Done::All)
+}
+
+pub(crate) fn embed(args: &EmbedArgs) -> anyhow::Result<Done> {
+    let model = open(&args.model, Part::Stage1)?;
+    let mut items = Vec::new();
+    for path in &args.image {
+        let features = encode_picture(&model, path)?;
+        let values = model.embed_images(&[&features])?.concat();
+        items.push(("image", path.display().to_string(), values));
+    }
+    let texts: Vec<&str> = args.text.iter().map(String::as_str).collect();
+    for (text, values) in texts.iter().zip(model.embed_texts(&texts)?) {
+        items.push(("text", (*text).to_owned(), values));
+    }
+    let width = model.config().qformer.image_text_hidden_size;
+    if let Some(path) = &args.npy {
+        let values: Vec<f32> = items.iter().flat_map(|(_, _, values)| values).copied().collect();
+        return write_npy(path, &values, width).map(|()| Done::All);
+    }
+    let mut out = std::io::stdout().lock();
+    for (kind, name, values) in items {
+        let rows: Vec<&[f32]> = values.chunks_exact(width).collect();
+        let row = if kind == "image" {
+            json!({"image": name, "embeddings": rows})
+        } else {
+            json!({"text": name, "embedding": values})
+        };
+        writeln!(out, "{row}")?;
+    }
+    Ok(Done::All)
+}
+
+/// NumPy's format, version 1.0: little-endian f32 rows of `width`.
+fn write_npy(path: &Path, values: &[f32], width: usize) -> anyhow::Result<()> {
+    let n_rows = values.len() / width;
+    let mut header =
+        format!("{{'descr': '<f4', 'fortran_order': False, 'shape': ({n_rows}, {width}), }}").into_bytes();
+    // Magic, version and length take ten bytes; the data begins at a multiple of 64, the header ends with a newline.
+    header.resize((10 + header.len() + 1).next_multiple_of(64) - 11, b' ');
+    header.push(b'\n');
+    let length = u16::try_from(header.len()).context("a header of an impossible length")?;
+    Ok(blip2::weights::write_atomically(path, |file| {
+        file.write_all(b"\x93NUMPY\x01\x00")?;
+        file.write_all(&length.to_le_bytes())?;
+        file.write_all(&header)?;
+        values.iter().try_for_each(|value| file.write_all(&value.to_le_bytes()))
+    })?)
+}

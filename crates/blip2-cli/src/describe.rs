@@ -1,0 +1,165 @@
+//! `blip2 caption`, `blip2 ask` and `blip2 chat`.
+
+use std::io::{BufRead, IsTerminal, Write};
+use std::ops::ControlFlow;
+use std::path::Path;
+
+use anyhow::Context;
+use blip2::generate::GenerationConfig;
+use blip2::model::{Answer, Blip2};
+use serde_json::json;
+
+use crate::Done;
+use crate::args::{AskArgs, CaptionArgs, ChatArgs};
+use crate::model::{Part, encode_picture, generation, open, open_picture};
+
+/// Pictures that are described at once: the language model reads its weights once for all of them.
+const PICTURES_AT_ONCE: usize = 8;
+
+pub(crate) fn caption(args: &CaptionArgs) -> anyhow::Result<Done> {
+    let model = open(&args.model, Part::Stage2)?;
+    let config = generation(&model, &args.generation);
+    let mut rows = Vec::new();
+    let mut n_failed = 0;
+    let mut out = std::io::stdout().lock();
+    for paths in args.pictures.chunks(PICTURES_AT_ONCE) {
+        for (path, result) in paths.iter().zip(caption_pictures(&model, paths, &config)?) {
+            let path = path.display().to_string();
+            match result {
+                Ok(answers) if args.model.json => rows.extend(answers.iter().map(
+                    |answer| json!({"path": path, "caption": answer.text, "token_ids": answer.token_ids}),
+                )),
+                Ok(answers) => {
+                    for answer in answers {
+                        if args.pictures.len() > 1 {
+                            write!(out, "{path}\t")?;
+                        }
+                        writeln!(out, "{}", answer.text)?;
+                    }
+                }
+                Err(error) => {
+                    n_failed += 1;
+                    let message = crate::message(&error);
+                    eprintln!("blip2: {message}");
+                    rows.push(json!({"path": path, "error": message}));
+                }
+            }
+        }
+        out.flush()?;
+    }
+    if args.model.json {
+        writeln!(out, "{}", serde_json::to_string_pretty(&rows)?)?;
+    }
+    Ok(if n_failed == 0 { Done::All } else { Done::SomeFailed })
+}
+
+/// The captions of some pictures, or why one cannot be read.
+fn caption_pictures(
+    model: &Blip2,
+    paths: &[impl AsRef<Path>],
+    config: &GenerationConfig,
+) -> anyhow::Result<Vec<anyhow::Result<Vec<Answer>>>> {
+    let pictures: Vec<_> = paths.iter().map(|path| open_picture(path.as_ref())).collect();
+    let readable: Vec<_> = pictures.iter().flatten().cloned().collect();
+    let features = model.encode(&readable)?;
+    let mut captions = model.caption(&features.iter().collect::<Vec<_>>(), config)?.into_iter();
+    Ok(pictures
+        .into_iter()
+        .map(|picture| picture.and_then(|_| captions.next().context("a picture got no caption")))
+        .collect())
+}
+
+pub(crate) fn ask(args: &AskArgs) -> anyhow::Result<Done> {
+    if args.question.trim().is_empty() {
+        anyhow::bail!("the question is empty: ask something about the picture");
+    }
+    let model = open(&args.model, Part::Stage2)?;
+    let features = encode_picture(&model, &args.picture)?;
+    let path = args.picture.display().to_string();
+    let mut out = std::io::stdout().lock();
+    if !args.choices.is_empty() {
+        let ranked = model.rank(&features, &args.question, &args.choices)?;
+        if args.model.json {
+            let rows: Vec<_> = ranked
+                .iter()
+                .map(|choice| {
+                    json!({"path": path, "question": args.question, "answer": choice.answer,
+                        "probability": choice.probability, "log_likelihood": choice.log_likelihood})
+                })
+                .collect();
+            writeln!(out, "{}", serde_json::to_string_pretty(&rows)?)?;
+        } else {
+            for choice in ranked {
+                writeln!(out, "{:.3}\t{}", choice.probability, choice.answer)?;
+            }
+        }
+        return Ok(Done::All);
+    }
+    let config = generation(&model, &args.generation);
+    let answers = model.ask(&[(&features, &args.question)], &config)?.concat();
+    if args.model.json {
+        let rows: Vec<_> = answers
+            .iter()
+            .map(|answer| {
+                json!({"path": path, "question": args.question, "answer": answer.text,
+                    "token_ids": answer.token_ids})
+            })
+            .collect();
+        writeln!(out, "{}", serde_json::to_string_pretty(&rows)?)?;
+    } else {
+        for answer in answers {
+            writeln!(out, "{}", answer.text)?;
+        }
+    }
+    Ok(Done::All)
+}
+
+pub(crate) fn chat(args: &ChatArgs) -> anyhow::Result<Done> {
+    let model = open(&args.model, Part::Stage2)?;
+    let features = encode_picture(&model, &args.picture)?;
+    let mut config = generation(&model, &args.generation);
+    if args.generation.beams.is_none() {
+        // What beams write can still change: without them the answer can be shown as it grows.
+        config.num_beams = 1;
+    }
+    let mut chat = model.chat(&features)?;
+    let stdin = std::io::stdin();
+    let is_terminal = stdin.is_terminal();
+    let mut out = std::io::stdout().lock();
+    if is_terminal {
+        eprintln!("Ask about {}; an empty line or Ctrl-D ends.", args.picture.display());
+    }
+    loop {
+        if is_terminal {
+            eprint!("> ");
+        }
+        let mut line = String::new();
+        if stdin.lock().read_line(&mut line)? == 0 || (is_terminal && line.trim().is_empty()) {
+            return Ok(Done::All);
+        }
+        let question = line.trim();
+        if question.is_empty() {
+            continue;
+        }
+        let mut broken = None;
+        let mut write = |text: &str| match out.write_all(text.as_bytes()).and_then(|()| out.flush()) {
+            Ok(()) => ControlFlow::Continue(()),
+            Err(error) => {
+                broken = Some(error);
+                ControlFlow::Break(())
+            }
+        };
+        let show: &mut dyn FnMut(&str) -> ControlFlow<()> =
+            if args.model.json { &mut |_| ControlFlow::Continue(()) } else { &mut write };
+        let answer = chat.ask(question, &config, show)?;
+        if let Some(error) = broken {
+            return Err(error.into());
+        }
+        if args.model.json {
+            let row = json!({"question": question, "answer": answer.text, "token_ids": answer.token_ids});
+            writeln!(out, "{row}")?;
+        } else {
+            writeln!(out)?;
+        }
+    }
+}

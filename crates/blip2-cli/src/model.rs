@@ -1,0 +1,140 @@
+//! Which model, which pictures, how to generate: what several commands share.
+
+use std::env;
+use std::path::{Path, PathBuf};
+
+use anyhow::bail;
+use blip2::generate::GenerationConfig;
+use blip2::image::{Limits, Orientation, RgbImage};
+use blip2::layers::Precision;
+use blip2::model::{Blip2, FILE_NAME, ImageFeatures, OpenOptions};
+
+use crate::args::{GenerationArgs, ModelArgs};
+use crate::frozen;
+
+/// The folder of the default model, in the repository and in an installation.
+const DEFAULT_MODEL: &str = "default-model";
+
+/// Which part of a model a command needs; loading the other would cost time and memory.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Part {
+    /// Matching, embedding, classifying.
+    Stage1,
+    /// Captions and answers.
+    Stage2,
+    /// Both, as far as the model has them.
+    Both,
+}
+
+/// Opens the model that the arguments name, or the default one, whose frozen parts are fetched when they are not here.
+///
+/// # Errors
+/// When there is no such model or a part of it cannot be had.
+pub(crate) fn open(args: &ModelArgs, part: Part) -> anyhow::Result<Blip2> {
+    let folder = match &args.model {
+        Some(folder) => folder.clone(),
+        None => {
+            let folder = default_model()?;
+            frozen::ensure()?;
+            folder
+        }
+    };
+    let options = OpenOptions {
+        frozen: frozen::folders()?,
+        // Rounding the trained weights and the four-bit language model once more costs nothing measurable.
+        precision: Precision::Bf16,
+        stage1: part != Part::Stage2,
+        stage2: part != Part::Stage1,
+    };
+    Ok(Blip2::open(folder, &options)?)
+}
+
+fn default_model() -> anyhow::Result<PathBuf> {
+    let mut candidates = Vec::new();
+    if let Some(home) = env::var_os("BLIP2_HOME") {
+        candidates.push(Path::new(&home).join(DEFAULT_MODEL));
+    }
+    if let Ok(executable) = env::current_exe()
+        && let Some(folder) = executable.parent()
+    {
+        candidates.push(folder.join(DEFAULT_MODEL));
+        candidates.push(folder.join("../share/blip2").join(DEFAULT_MODEL));
+    }
+    // Where it was built.
+    candidates.push(Path::new(env!("CARGO_MANIFEST_DIR")).join("../../assets").join(DEFAULT_MODEL));
+    if let Some(found) = candidates.iter().find(|folder| folder.join(FILE_NAME).is_file()) {
+        return Ok(found.clone());
+    }
+    let looked: Vec<_> = candidates.iter().map(|folder| folder.display().to_string()).collect();
+    bail!(
+        "the default model's trained weights are in none of: {}; give another model with --model, or put the folder \
+         assets/{DEFAULT_MODEL} of the source there",
+        looked.join(", ")
+    )
+}
+
+/// Reads a picture.
+///
+/// # Errors
+/// Says in one line what is wrong with the file.
+pub(crate) fn open_picture(path: &Path) -> anyhow::Result<RgbImage> {
+    Ok(blip2::image::open(path, &Limits::default(), Orientation::default())?)
+}
+
+/// Reads a picture and encodes it.
+///
+/// # Errors
+/// As [`open_picture`], and those of the encoder.
+pub(crate) fn encode_picture(model: &Blip2, path: &Path) -> anyhow::Result<ImageFeatures> {
+    let mut features = model.encode(&[open_picture(path)?])?;
+    features.pop().ok_or_else(|| anyhow::anyhow!("the picture gave no features"))
+}
+
+/// The model's own settings with what the arguments change.
+pub(crate) fn generation(model: &Blip2, args: &GenerationArgs) -> GenerationConfig {
+    let own = model.config().stage2.as_ref().map(|stage2| stage2.generation.clone());
+    let mut config = own.unwrap_or_default();
+    let draws =
+        args.temperature.is_some() || args.top_k.is_some() || args.top_p.is_some() || args.min_p.is_some();
+    if draws {
+        config.do_sample = true;
+        config.num_beams = 1;
+    }
+    let GenerationArgs {
+        beams,
+        max_new_tokens,
+        min_new_tokens,
+        length_penalty,
+        repetition_penalty,
+        no_repeat_ngram,
+        temperature,
+        top_k,
+        top_p,
+        min_p,
+        seed,
+        num_return_sequences,
+        stop,
+    } = args;
+    set(&mut config.num_beams, *beams);
+    set(&mut config.max_new_tokens, *max_new_tokens);
+    set(&mut config.min_new_tokens, *min_new_tokens);
+    set(&mut config.length_penalty, *length_penalty);
+    set(&mut config.repetition_penalty, *repetition_penalty);
+    set(&mut config.no_repeat_ngram_size, *no_repeat_ngram);
+    set(&mut config.temperature, *temperature);
+    set(&mut config.top_k, *top_k);
+    set(&mut config.top_p, *top_p);
+    set(&mut config.min_p, *min_p);
+    set(&mut config.seed, *seed);
+    set(&mut config.num_return_sequences, *num_return_sequences);
+    if !stop.is_empty() {
+        config.stop_strings.clone_from(stop);
+    }
+    config
+}
+
+fn set<T>(field: &mut T, given: Option<T>) {
+    if let Some(value) = given {
+        *field = value;
+    }
+}

@@ -1,0 +1,81 @@
+//! `blip2 pack`: training checkpoints become a model folder.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+
+use anyhow::{Context, bail};
+use blip2::generate::GenerationConfig;
+use blip2::model::{FILE_NAME, ModelConfig, Stage1Config, Stage2Config, VisionConfig};
+use blip2::weights::int8::{Storage, write_trained};
+use blip2_train::checkpoint;
+use blip2_train::run::{Stage1Config as Stage1Run, Stage2Config as Stage2Run};
+
+use crate::Done;
+use crate::args::{PackArgs, StorageArg};
+
+/// Files stay below what code hosts take.
+const MAX_SHARD_BYTES: usize = 45_000_000;
+
+pub(crate) fn run(args: &PackArgs) -> anyhow::Result<Done> {
+    let storage = match args.dtype {
+        StorageArg::F32 => Storage::F32,
+        StorageArg::F16 => Storage::F16,
+        StorageArg::Int8 => Storage::Int8,
+    };
+    if args.out.join(FILE_NAME).exists() {
+        bail!("{} is a model already: choose another folder", args.out.display());
+    }
+    fs::create_dir_all(&args.out).with_context(|| format!("cannot make {}", args.out.display()))?;
+    let write = |stem: &str, checkpoint: &Path| -> anyhow::Result<(String, Vec<PathBuf>)> {
+        let (state, tensors, _) = checkpoint::load(checkpoint)?;
+        let files = write_trained(&args.out, stem, &tensors, storage, MAX_SHARD_BYTES)?;
+        Ok((state.config, files.iter().filter_map(|path| path.file_name().map(PathBuf::from)).collect()))
+    };
+    let (mut stage1, mut stage2) = (None, None);
+    let mut shared = None;
+    if let Some(path) = &args.stage1 {
+        let (run, weights) = write("stage1", path)?;
+        let run: Stage1Run =
+            toml::from_str(&run).context("the configuration inside the stage-1 checkpoint")?;
+        fs::copy(&run.vocabulary, args.out.join("vocab.txt"))
+            .with_context(|| format!("cannot copy {}", run.vocabulary.display()))?;
+        stage1 = Some(Stage1Config { weights, vocabulary: "vocab.txt".into() });
+        shared = Some((run.encoder, run.qformer));
+    }
+    if let Some(path) = &args.stage2 {
+        let (run, weights) = write("stage2", path)?;
+        let run: Stage2Run =
+            toml::from_str(&run).context("the configuration inside the stage-2 checkpoint")?;
+        if shared.as_ref().is_some_and(|(_, qformer)| *qformer != run.qformer) {
+            bail!("the two checkpoints are of Q-Formers of different sizes");
+        }
+        stage2 = Some(Stage2Config {
+            weights,
+            language_model: name_of(&run.language_model)?,
+            prompt: run.prompt,
+            instruction: run.instructions.into_iter().next().unwrap_or_default(),
+            generation: GenerationConfig { num_beams: 5, ..GenerationConfig::default() },
+        });
+        shared = Some((run.encoder, run.qformer));
+    }
+    let (encoder, qformer) = shared.context("no checkpoint was given")?;
+    let config = ModelConfig {
+        name: args.name.clone(),
+        vision: VisionConfig::EfficientnetLite0 { file: name_of(&encoder)? },
+        qformer,
+        stage1,
+        stage2,
+    };
+    // Last, so that a folder with a configuration is a whole model.
+    let json = serde_json::to_vec_pretty(&config)?;
+    blip2::weights::write_atomically(args.out.join(FILE_NAME), |file| {
+        std::io::Write::write_all(file, &json)
+    })?;
+    println!("{}", args.out.display());
+    eprintln!("the frozen parts are looked for in this folder, in BLIP2_FROZEN and in the cache");
+    Ok(Done::All)
+}
+
+fn name_of(path: &Path) -> anyhow::Result<PathBuf> {
+    path.file_name().map(PathBuf::from).with_context(|| format!("{} is not a file's path", path.display()))
+}
