@@ -26,6 +26,8 @@ pub(crate) enum Command {
     Embed(EmbedArgs),
     /// Choose among labels for a picture.
     Classify(ClassifyArgs),
+    /// Measure a model on a manifest.
+    Eval(EvalArgs),
     /// What a model is made of.
     Info(ModelArgs),
     /// Train the bridge on your pictures and texts (stage 1 or 2), from a configuration file.
@@ -173,6 +175,41 @@ pub(crate) struct ClassifyArgs {
     pub(crate) template: String,
     #[command(flatten)]
     pub(crate) model: ModelArgs,
+}
+
+#[derive(Debug, clap::Args)]
+pub(crate) struct EvalArgs {
+    /// What to measure.
+    #[arg(value_enum)]
+    pub(crate) task: EvalTask,
+    /// JSON lines with `image` and `captions`, or `question` and `answer` (or `names` that an answer may contain).
+    pub(crate) manifest: PathBuf,
+    /// Only so many rows, from the first.
+    #[arg(long)]
+    pub(crate) limit: Option<usize>,
+    /// Write what the model said, one JSON line a row.
+    #[arg(long, value_name = "FILE")]
+    pub(crate) out: Option<PathBuf>,
+    /// Retrieval: re-rank this many candidates with the matching head; 0 for none.
+    #[arg(long, default_value_t = 16)]
+    pub(crate) rerank: usize,
+    /// Retrieval: all captions of a picture, not the first only.
+    #[arg(long)]
+    pub(crate) all_captions: bool,
+    #[command(flatten)]
+    pub(crate) model: ModelArgs,
+    #[command(flatten)]
+    pub(crate) generation: GenerationArgs,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
+pub(crate) enum EvalTask {
+    /// BLEU, ROUGE-L and CIDEr-D of captions.
+    Captions,
+    /// Accuracy of answers: questions, recognition.
+    Questions,
+    /// Recall of pictures by texts and of texts by pictures.
+    Retrieval,
 }
 
 #[derive(Debug, clap::Args)]

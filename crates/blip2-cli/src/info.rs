@@ -11,7 +11,10 @@ use crate::model::{Part, open};
 pub(crate) fn run(args: &ModelArgs) -> anyhow::Result<Done> {
     let model = open(args, Part::Both)?;
     let config = model.config();
-    let mut parts = vec![("image encoder (frozen)", model.vision().n_parameters())];
+    let mut parts = Vec::new();
+    if let Some(vision) = model.vision() {
+        parts.push(("image encoder (frozen)", vision.n_parameters()));
+    }
     if let Some(n) = model.n_matcher_parameters() {
         parts.push(("Q-Former of stage 1", n));
     }

@@ -7,6 +7,7 @@ mod args;
 mod compare;
 mod data;
 mod describe;
+mod eval;
 mod frozen;
 mod info;
 mod model;
@@ -38,6 +39,7 @@ fn main() -> ExitCode {
         Command::Match(args) => compare::match_texts(&args),
         Command::Embed(args) => compare::embed(&args),
         Command::Classify(args) => compare::classify(&args),
+        Command::Eval(args) => eval::run(&args),
         Command::Info(args) => info::run(&args),
         Command::Pack(args) => pack::run(&args),
         Command::Fetch => frozen::ensure().map(|()| Done::All),

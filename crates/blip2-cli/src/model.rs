@@ -43,6 +43,7 @@ pub(crate) fn open(args: &ModelArgs, part: Part) -> anyhow::Result<Blip2> {
         frozen: frozen::folders()?,
         // Rounding the trained weights and the four-bit language model once more costs nothing measurable.
         precision: Precision::Bf16,
+        vision: true,
         stage1: part != Part::Stage2,
         stage2: part != Part::Stage1,
     };

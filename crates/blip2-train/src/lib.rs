@@ -8,6 +8,7 @@ pub mod checkpoint;
 pub mod data;
 pub mod encoder;
 pub mod error;
+pub mod evaluation;
 pub mod features;
 pub mod frozen;
 pub mod gradients;

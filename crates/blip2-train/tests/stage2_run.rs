@@ -3,22 +3,20 @@
 
 #[path = "../../blip2/tests/support/golden.rs"]
 mod golden;
+#[path = "support/tiny.rs"]
+mod tiny;
 
-use std::collections::BTreeMap;
 use std::ops::ControlFlow;
 use std::path::Path;
 
 use blip2::language::LanguageModel;
 use blip2::layers::Precision;
 use blip2::text::{LanguageTokenizer, PromptFormat};
-use blip2::weights::gguf::Gguf;
-use blip2::weights::safetensors::{NamedTensor, Safetensors, Values, write_safetensors};
 use blip2_train::checkpoint;
 use blip2_train::data::{DataConfig, Dataset};
 use blip2_train::features::{Computed, FeatureEncoder, Progress};
 use blip2_train::frozen::FrozenProof;
 use blip2_train::optimizer::OptimizerConfig;
-use blip2_train::random::Random;
 use blip2_train::run::stage2::Language;
 use blip2_train::run::{Observer, RunPrecision, Stage2Config, train_stage2};
 use blip2_train::schedule::Schedule;
@@ -26,7 +24,6 @@ use blip2_train::trainer::{LoopConfig, Outcome, Report};
 use golden::Golden;
 use image::RgbImage;
 
-const TOKENIZER: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/../blip2/tests/golden/tiny_tokenizer.gguf");
 const STEPS: u64 = 12;
 
 /// An "encoder" whose three tokens are the picture's mean colour, spread over 40 values.
@@ -83,48 +80,6 @@ impl Observer for Watch {
     }
 }
 
-/// A random llama of one layer for the tiny tokenizer's 268 tokens.
-fn write_language_model(path: &Path) -> serde_json::Value {
-    let mut numbers = Random::new(&[7]);
-    let mut tensors: BTreeMap<String, (Vec<usize>, Vec<f32>)> = BTreeMap::new();
-    let mut add = |name: &str, shape: &[usize], around: f64| {
-        let n = shape.iter().product();
-        let data = (0..n).map(|_| (around + 0.2 * numbers.normal()) as f32).collect();
-        tensors.insert(name.to_owned(), (shape.to_vec(), data));
-    };
-    add("model.embed_tokens.weight", &[268, 32], 0.0);
-    add("model.norm.weight", &[32], 1.0);
-    for (name, shape) in [
-        ("self_attn.q_proj", [32, 32]),
-        ("self_attn.k_proj", [16, 32]),
-        ("self_attn.v_proj", [16, 32]),
-        ("self_attn.o_proj", [32, 32]),
-        ("mlp.gate_proj", [48, 32]),
-        ("mlp.up_proj", [48, 32]),
-        ("mlp.down_proj", [32, 48]),
-    ] {
-        add(&format!("model.layers.0.{name}.weight"), &shape, 0.0);
-    }
-    add("model.layers.0.input_layernorm.weight", &[32], 1.0);
-    add("model.layers.0.post_attention_layernorm.weight", &[32], 1.0);
-    let named: Vec<_> = tensors
-        .iter()
-        .map(|(name, (shape, data))| NamedTensor {
-            name: name.clone(),
-            shape: shape.clone(),
-            values: Values::F32(data),
-        })
-        .collect();
-    write_safetensors(path, &named, &BTreeMap::new()).expect("written");
-    serde_json::json!({
-        "model_type": "llama", "vocab_size": 268, "hidden_size": 32, "intermediate_size": 48,
-        "num_hidden_layers": 1, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8,
-        "hidden_act": "silu", "max_position_embeddings": 128, "rms_norm_eps": 1e-5, "rope_theta": 1e4,
-        "tie_word_embeddings": true, "attention_bias": false, "mlp_bias": false,
-        "bos_token_id": 1, "eos_token_id": 2,
-    })
-}
-
 struct Setting {
     dir: tempfile::TempDir,
     golden: Golden,
@@ -154,19 +109,16 @@ impl Setting {
         lines += &format!("{{\"image\": \"red.png\", \"turns\": {turns}}}\n");
         std::fs::write(path("data.jsonl"), lines).expect("written");
         std::fs::write(path("encoder"), b"frozen").expect("written");
-        let language_config = write_language_model(&path("language.safetensors"));
-        let file = Safetensors::open(path("language.safetensors")).expect("a checkpoint");
-        let model =
-            LanguageModel::from_safetensors(&language_config, &file, "", Precision::F32).expect("a model");
-        let tokenizer =
-            LanguageTokenizer::from_gguf(&Gguf::open(TOKENIZER).expect("a GGUF file")).expect("a tokenizer");
+        tiny::write_language_model(&path("language"));
+        let (model, tokenizer) =
+            LanguageModel::open(path("language"), Precision::F32).expect("a language model");
         let golden = Golden::parse("stage2", include_bytes!("golden/stage2.safetensors"));
         let config = Stage2Config {
             stage: 2,
             output: path("run"),
             features: path("features"),
             encoder: path("encoder"),
-            language_model: path("language.safetensors"),
+            language_model: path("language"),
             init: vec![path("given by the test")],
             seed: 3,
             batch_size: 3,

@@ -30,6 +30,8 @@ pub struct OpenOptions {
     pub frozen: Vec<PathBuf>,
     /// Precision of the matrix products.
     pub precision: Precision,
+    /// Whether to load the image encoder; without it the caller brings [`ImageFeatures`].
+    pub vision: bool,
     /// Whether to load the stage-1 part, where there is one.
     pub stage1: bool,
     /// Whether to load the stage-2 part, where there is one.
@@ -38,7 +40,7 @@ pub struct OpenOptions {
 
 impl Default for OpenOptions {
     fn default() -> Self {
-        Self { frozen: Vec::new(), precision: Precision::F32, stage1: true, stage2: true }
+        Self { frozen: Vec::new(), precision: Precision::F32, vision: true, stage1: true, stage2: true }
     }
 }
 
@@ -46,7 +48,7 @@ impl Default for OpenOptions {
 #[derive(Debug)]
 pub struct Blip2 {
     config: ModelConfig,
-    vision: VisionEncoder,
+    vision: Option<VisionEncoder>,
     stage1: Option<stage1::Stage1>,
     stage2: Option<stage2::Stage2>,
 }
@@ -87,8 +89,8 @@ impl Blip2 {
         let config = ModelConfig::read(folder)?;
         let find = |file: &Path| find_frozen(folder, &options.frozen, file);
         let VisionConfig::EfficientnetLite0 { file } = &config.vision;
-        let vision = VisionEncoder::efficientnet_lite0(find(file)?)?;
-        if vision.width() != config.qformer.encoder_hidden_size {
+        let vision = options.vision.then(|| VisionEncoder::efficientnet_lite0(find(file)?)).transpose()?;
+        if let Some(vision) = vision.as_ref().filter(|v| v.width() != config.qformer.encoder_hidden_size) {
             return Err(Error::Config {
                 field: "qformer.encoder_hidden_size".into(),
                 reason: format!("must be the image encoder's {}", vision.width()),
@@ -113,9 +115,9 @@ impl Blip2 {
         &self.config
     }
 
-    /// The frozen image encoder.
-    pub fn vision(&self) -> &VisionEncoder {
-        &self.vision
+    /// The frozen image encoder, where it is loaded.
+    pub fn vision(&self) -> Option<&VisionEncoder> {
+        self.vision.as_ref()
     }
 
     /// The Q-Former of stage 1, where it is loaded.
@@ -141,13 +143,16 @@ impl Blip2 {
     /// Runs the frozen encoder over pictures.
     ///
     /// # Errors
-    /// Those of the tensor engine.
+    /// When the model was opened without its encoder; those of the tensor engine.
     pub fn encode(&self, pictures: &[RgbImage]) -> Result<Vec<ImageFeatures>> {
-        let processor = self.vision.processor();
+        let Some(vision) = &self.vision else {
+            return Err(Error::Request("the model was opened without its image encoder".into()));
+        };
+        let processor = vision.processor();
         let pixels: Vec<f32> = pictures.iter().flat_map(|picture| processor.pixels(picture)).collect();
-        let width = self.vision.width();
-        let rows = self.vision.encode(&pixels);
-        rows.chunks_exact(self.vision.n_tokens() * width)
+        let width = vision.width();
+        let rows = vision.encode(&pixels);
+        rows.chunks_exact(vision.n_tokens() * width)
             .map(|rows| ImageFeatures::from_rows(rows.to_vec(), width))
             .collect()
     }

@@ -45,6 +45,11 @@ impl Chat<'_> {
         &self.turns
     }
 
+    /// Goes on from turns that were had before (another session, another process); what was said so far is replaced.
+    pub fn resume(&mut self, turns: Vec<Turn>) {
+        self.turns = turns;
+    }
+
     /// Asks something; `on_text` receives the answer's text as it grows (with beams, only when it is complete) and may
     /// break it off. Turns that no longer fit the language model's context are forgotten, the oldest first.
     ///

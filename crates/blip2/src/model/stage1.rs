@@ -90,6 +90,17 @@ impl Stage1 {
         self.qformer.project_text(&hidden, texts)
     }
 
+    fn itm_logits(&self, features: &ImageFeatures, texts: &TextBatch) -> Result<Vec<[f32; 2]>> {
+        if texts.is_empty() {
+            return Err(Error::Request("there is no text to match the picture with".into()));
+        }
+        let keys = image_keys(&self.qformer, &[features])?;
+        let images = vec![0; texts.len()];
+        let (queries, _) = self.qformer.encode_pairs(&keys, &images, texts, &mut DropoutRng::off())?;
+        let logits = self.qformer.match_logits(&queries)?.flatten_all()?.to_vec1::<f32>()?;
+        Ok(logits.chunks_exact(2).map(|pair| [pair[0], pair[1]]).collect())
+    }
+
     /// Cosine of a picture with each text, the largest over the queries.
     fn similarities(&self, features: &ImageFeatures, texts: &TextBatch) -> Result<Vec<f32>> {
         let image = self.embed_images(&[features])?.squeeze(0)?; // [Q, E]
@@ -99,6 +110,15 @@ impl Stage1 {
 }
 
 impl Blip2 {
+    /// The matching head's raw logits (no match, match) of a picture with each text, as re-ranking needs them.
+    ///
+    /// # Errors
+    /// As [`match_texts`](Self::match_texts).
+    pub fn itm_logits(&self, features: &ImageFeatures, texts: &[&str]) -> Result<Vec<[f32; 2]>> {
+        let stage1 = self.stage1()?;
+        stage1.itm_logits(features, &stage1.tokenize(texts)?)
+    }
+
     /// How well each text fits a picture.
     ///
     /// # Errors
@@ -106,19 +126,12 @@ impl Blip2 {
     pub fn match_texts(&self, features: &ImageFeatures, texts: &[&str]) -> Result<Vec<MatchScore>> {
         let stage1 = self.stage1()?;
         let batch = stage1.tokenize(texts)?;
-        if batch.is_empty() {
-            return Err(Error::Request("there is no text to match the picture with".into()));
-        }
-        let similarities = stage1.similarities(features, &batch)?;
-        let keys = image_keys(&stage1.qformer, &[features])?;
-        let images = vec![0; batch.len()];
-        let (queries, _) = stage1.qformer.encode_pairs(&keys, &images, &batch, &mut DropoutRng::off())?;
-        let logits = stage1.qformer.match_logits(&queries)?.to_vec2::<f32>()?;
-        let score = |(logits, itc_similarity): (Vec<f32>, f32)| MatchScore {
-            itm_probability: 1.0 / (1.0 + (logits[0] - logits[1]).exp()),
+        let logits = stage1.itm_logits(features, &batch)?;
+        let score = |([no, yes], itc_similarity): ([f32; 2], f32)| MatchScore {
+            itm_probability: 1.0 / (1.0 + (no - yes).exp()),
             itc_similarity,
         };
-        Ok(logits.into_iter().zip(similarities).map(score).collect())
+        Ok(logits.into_iter().zip(stage1.similarities(features, &batch)?).map(score).collect())
     }
 
     /// Features of pictures for comparing them with texts: for each picture its queries' rows, `Q * E` values, each
