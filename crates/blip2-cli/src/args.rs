@@ -18,7 +18,7 @@ pub(crate) enum Command {
     Caption(CaptionArgs),
     /// Answer a question about a picture.
     Ask(AskArgs),
-    /// Talk about a picture, turn by turn, from standard input.
+    /// Talk about a picture, turn by turn, from standard input; `/quit` or its end ends the conversation.
     Chat(ChatArgs),
     /// Say how well texts fit a picture.
     Match(MatchArgs),

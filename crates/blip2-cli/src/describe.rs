@@ -11,7 +11,7 @@ use serde_json::json;
 
 use crate::Done;
 use crate::args::{AskArgs, CaptionArgs, ChatArgs};
-use crate::model::{Part, encode_picture, generation, open, open_picture};
+use crate::model::{Part, encode_picture, generation, open};
 
 /// Pictures that are described at once: the language model reads its weights once for all of them.
 const PICTURES_AT_ONCE: usize = 8;
@@ -59,13 +59,13 @@ fn caption_pictures(
     paths: &[impl AsRef<Path>],
     config: &GenerationConfig,
 ) -> anyhow::Result<Vec<anyhow::Result<Vec<Answer>>>> {
-    let pictures: Vec<_> = paths.iter().map(|path| open_picture(path.as_ref())).collect();
-    let readable: Vec<_> = pictures.iter().flatten().cloned().collect();
-    let features = model.encode(&readable)?;
-    let mut captions = model.caption(&features.iter().collect::<Vec<_>>(), config)?.into_iter();
-    Ok(pictures
+    // One picture at a time: a photo in memory is a thousand times its features.
+    let features: Vec<_> = paths.iter().map(|path| encode_picture(model, path.as_ref())).collect();
+    let readable: Vec<_> = features.iter().flatten().collect();
+    let mut captions = model.caption(&readable, config)?.into_iter();
+    Ok(features
         .into_iter()
-        .map(|picture| picture.and_then(|_| captions.next().context("a picture got no caption")))
+        .map(|features| features.and_then(|_| captions.next().context("a picture got no caption")))
         .collect())
 }
 
@@ -125,19 +125,21 @@ pub(crate) fn chat(args: &ChatArgs) -> anyhow::Result<Done> {
     let mut chat = model.chat(&features)?;
     let stdin = std::io::stdin();
     let is_terminal = stdin.is_terminal();
+    let mut n_refused = 0;
     let mut out = std::io::stdout().lock();
     if is_terminal {
-        eprintln!("Ask about {}; an empty line or Ctrl-D ends.", args.picture.display());
+        eprintln!("Ask about {}; /quit or Ctrl-D ends.", args.picture.display());
     }
     loop {
         if is_terminal {
             eprint!("> ");
         }
         let mut line = String::new();
-        if stdin.lock().read_line(&mut line)? == 0 || (is_terminal && line.trim().is_empty()) {
-            return Ok(Done::All);
-        }
+        let n_bytes = stdin.lock().read_line(&mut line)?;
         let question = line.trim();
+        if n_bytes == 0 || question == "/quit" {
+            return Ok(if n_refused == 0 { Done::All } else { Done::SomeFailed });
+        }
         if question.is_empty() {
             continue;
         }
@@ -151,10 +153,19 @@ pub(crate) fn chat(args: &ChatArgs) -> anyhow::Result<Done> {
         };
         let show: &mut dyn FnMut(&str) -> ControlFlow<()> =
             if args.model.json { &mut |_| ControlFlow::Continue(()) } else { &mut write };
-        let answer = chat.ask(question, &config, show)?;
+        let answer = chat.ask(question, &config, show);
         if let Some(error) = broken {
             return Err(error.into());
         }
+        let answer = match answer {
+            Ok(answer) => answer,
+            // The conversation is as it was: the next question may be a better one.
+            Err(error) => {
+                n_refused += 1;
+                eprintln!("blip2: {error}");
+                continue;
+            }
+        };
         if args.model.json {
             let row = json!({"question": question, "answer": answer.text, "token_ids": answer.token_ids});
             writeln!(out, "{row}")?;

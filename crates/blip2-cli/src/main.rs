@@ -42,7 +42,7 @@ fn main() -> ExitCode {
         Command::Eval(args) => eval::run(&args),
         Command::Info(args) => info::run(&args),
         Command::Pack(args) => pack::run(&args),
-        Command::Fetch => frozen::ensure().map(|()| Done::All),
+        Command::Fetch => frozen::ensure(true).map(|()| Done::All),
         Command::Train(args) => train::run(&args).map(|()| Done::All),
         Command::Data(args) => data::run(&args).map(|()| Done::All),
         Command::Completions { shell } => {

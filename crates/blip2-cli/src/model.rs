@@ -35,7 +35,7 @@ pub(crate) fn open(args: &ModelArgs, part: Part) -> anyhow::Result<Blip2> {
         Some(folder) => folder.clone(),
         None => {
             let folder = default_model()?;
-            frozen::ensure()?;
+            frozen::ensure(part != Part::Stage1)?;
             folder
         }
     };
@@ -78,7 +78,7 @@ fn default_model() -> anyhow::Result<PathBuf> {
 ///
 /// # Errors
 /// Says in one line what is wrong with the file.
-pub(crate) fn open_picture(path: &Path) -> anyhow::Result<RgbImage> {
+fn open_picture(path: &Path) -> anyhow::Result<RgbImage> {
     Ok(blip2::image::open(path, &Limits::default(), Orientation::default())?)
 }
 

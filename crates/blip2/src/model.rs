@@ -193,6 +193,10 @@ fn find_frozen(folder: &Path, frozen: &[PathBuf], file: &Path) -> Result<PathBuf
     let looked: Vec<_> = folders.map(|folder| folder.display().to_string()).collect();
     Err(Error::File {
         path: file.into(),
-        reason: format!("this frozen part of the model is in none of: {}", looked.join(", ")),
+        reason: format!(
+            "this frozen part of the model is in none of: {}; put it there or set BLIP2_FROZEN to its folder (for \
+             the default model's parts: blip2 fetch)",
+            looked.join(", ")
+        ),
     })
 }

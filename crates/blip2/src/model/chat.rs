@@ -83,7 +83,9 @@ impl Chat<'_> {
         generation: &GenerationConfig,
         on_text: &mut dyn FnMut(&str) -> ControlFlow<()>,
     ) -> Result<Answer> {
-        let prompt = self.stage2.render(&self.turns, generation.max_new_tokens)?;
+        // Room for the answer, but never so much that no question would fit.
+        let room = generation.max_new_tokens.min(self.stage2.language_model().context_len() / 2);
+        let prompt = self.stage2.render(&self.turns, room)?;
         let rows = self.stage2.embed(&prompt, &self.soft_tokens)?;
         let (read, mut sequence) = std::mem::take(&mut self.read);
         // Only what the cache does not hold yet is read; at least one row, since the answer starts from its logits.

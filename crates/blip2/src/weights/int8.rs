@@ -7,6 +7,7 @@
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
+use super::Encoding;
 use super::safetensors::{NamedTensor, Safetensors, Values, write_safetensors};
 use crate::layers::TensorSource;
 use crate::{Error, Result};
@@ -54,9 +55,10 @@ impl TensorSource for TrainedWeights {
     }
 
     fn read_f32(&self, name: &str) -> Result<Vec<f32>> {
-        let mut values = self.0.read_f32(name)?;
-        let scale_name = format!("{name}{SCALE}");
-        if self.0.contains(&scale_name) {
+        let tensor = self.0.tensor(name)?;
+        let mut values = tensor.to_vec();
+        if tensor.encoding() == Encoding::I8 {
+            let scale_name = format!("{name}{SCALE}");
             let scales = self.0.read_f32(&scale_name)?;
             let shape = self.0.shape(name)?;
             if shape.len() != 2 || shape[0] != scales.len() {
@@ -211,6 +213,18 @@ mod tests {
             }
         }
         read.finish().unwrap();
+    }
+
+    /// Integers without their scales are not weights.
+    #[test]
+    fn a_missing_scale_is_named() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("x.safetensors");
+        let matrix =
+            NamedTensor { name: "a.weight".into(), shape: vec![1, 3], values: Values::I8(&[1, 2, 3]) };
+        write_safetensors(&path, &[matrix], &BTreeMap::new()).unwrap();
+        let error = TrainedWeights::open(&[path]).unwrap().read_f32("a.weight").unwrap_err().to_string();
+        assert!(error.contains("a.weight.scale"), "{error}");
     }
 
     #[test]
