@@ -193,6 +193,9 @@ pub(crate) struct EvalArgs {
     /// Retrieval: re-rank this many candidates with the matching head; 0 for none.
     #[arg(long, default_value_t = 16)]
     pub(crate) rerank: usize,
+    /// Question baseline: the manifest to learn from.
+    #[arg(long, value_name = "MANIFEST", required_if_eq("task", "question-baseline"))]
+    pub(crate) train: Option<PathBuf>,
     /// Retrieval: all captions of a picture, not the first only.
     #[arg(long)]
     pub(crate) all_captions: bool,
@@ -210,6 +213,8 @@ pub(crate) enum EvalTask {
     Questions,
     /// Recall of pictures by texts and of texts by pictures.
     Retrieval,
+    /// How far answers get that are learned from the questions of `--train` alone, without pictures or model.
+    QuestionBaseline,
 }
 
 #[derive(Debug, clap::Args)]

@@ -4,9 +4,11 @@ use std::fmt::Write as _;
 use std::io::Write;
 use std::path::Path;
 
-use blip2_train::data::{Skipped, read_rows};
+use anyhow::Context;
+use blip2_train::data::{Row, Skipped, read_rows};
 use blip2_train::evaluation::{Evaluated, captions, questions, retrieve};
 use blip2_train::metrics::RetrievalScores;
+use blip2_train::question_baseline::{Accuracy, BagOfWords, FrequencyPrior, Questions};
 use indicatif::{ProgressBar, ProgressStyle};
 use serde_json::json;
 
@@ -17,6 +19,12 @@ use crate::model::{Part, generation, open};
 pub(crate) fn run(args: &EvalArgs) -> anyhow::Result<Done> {
     let mut rows = read_rows(&args.manifest)?;
     rows.truncate(args.limit.unwrap_or(usize::MAX));
+    if args.task == EvalTask::QuestionBaseline {
+        return question_baseline(args, &rows);
+    }
+    if args.task == EvalTask::Retrieval && args.out.is_some() {
+        anyhow::bail!("--out writes what the model said; retrieval says nothing");
+    }
     let base = args.manifest.parent().unwrap_or(Path::new(""));
     let part = if args.task == EvalTask::Retrieval { Part::Stage1 } else { Part::Stage2 };
     let model = open(&args.model, part)?;
@@ -53,7 +61,9 @@ pub(crate) fn run(args: &EvalArgs) -> anyhow::Result<Done> {
             for (kind, (accuracy, n)) in &kinds {
                 writeln!(table, "  {accuracy:5.1} %  {kind} ({n})")?;
             }
-            writeln!(table, "{n_right} of {n_groups} groups with most of their rows right")?;
+            if n_groups > 0 {
+                writeln!(table, "{n_right} of {n_groups} groups with most of their rows right")?;
+            }
             let kinds: serde_json::Map<_, _> = kinds
                 .into_iter()
                 .map(|(kind, (accuracy, n))| (kind, json!({"accuracy": accuracy, "questions": n})))
@@ -62,7 +72,7 @@ pub(crate) fn run(args: &EvalArgs) -> anyhow::Result<Done> {
                 "groups": n_groups, "groups_right": n_right});
             (json, table, evaluated.skipped)
         }
-        EvalTask::Retrieval => {
+        EvalTask::Retrieval | EvalTask::QuestionBaseline => {
             let report = retrieve(&model, base, &rows, args.all_captions, args.rerank, &mut on_progress)?;
             let mut table = format!("{} pictures, {} texts\n", report.n_images, report.n_texts);
             table += "            TR@1   @5  @10   IR@1   @5  @10\n";
@@ -85,6 +95,29 @@ pub(crate) fn run(args: &EvalArgs) -> anyhow::Result<Done> {
     }
     name_skipped(&skipped);
     Ok(if skipped.is_empty() { Done::All } else { Done::SomeFailed })
+}
+
+/// What answers from the question alone reach; the better of two such predictors is what a model has to beat.
+fn question_baseline(args: &EvalArgs, rows: &[Row]) -> anyhow::Result<Done> {
+    let train = args.train.as_deref().context("--train must name the questions to learn from")?;
+    let learned = Questions::from_rows(&read_rows(train)?)?;
+    let prior = FrequencyPrior::learn(&learned);
+    let classifier = BagOfWords::train(&learned, args.generation.seed.unwrap_or(1));
+    let results = [
+        ("most frequent answer", Accuracy::of(rows, |question| prior.answer(question))?),
+        ("bag of words", Accuracy::of(rows, |question| classifier.answer(question))?),
+    ];
+    let mut out = std::io::stdout().lock();
+    if args.model.json {
+        let results: serde_json::Map<_, _> =
+            results.into_iter().map(|(name, accuracy)| (name.to_owned(), json!(accuracy.accuracy))).collect();
+        writeln!(out, "{}", serde_json::to_string_pretty(&results)?)?;
+        return Ok(Done::All);
+    }
+    for (name, accuracy) in results {
+        writeln!(out, "{:5.1} %  {name}", accuracy.accuracy)?;
+    }
+    Ok(Done::All)
 }
 
 fn name_skipped(skipped: &[Skipped]) {

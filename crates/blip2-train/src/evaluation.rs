@@ -66,7 +66,8 @@ impl Evaluated {
         (100.0 * sum / n as f64, kinds)
     }
 
-    /// How many groups (works, people, places) have most of their rows right, of how many.
+    /// How many groups (works, people, places) have most of their rows right, of how many; rows without a group are not
+    /// counted.
     pub fn groups(&self) -> (usize, usize) {
         let mut groups: BTreeMap<&str, (f64, usize)> = BTreeMap::new();
         for prediction in &self.predictions {
@@ -274,7 +275,10 @@ fn for_each_batch(
                     }
                 }
                 Err(error) => {
-                    skipped.push(Skipped { name: row.image.clone(), reason: error.to_string() });
+                    // A picture with several questions is one picture.
+                    if skipped.iter().all(|picture| picture.name != row.image) {
+                        skipped.push(Skipped { name: row.image.clone(), reason: error.to_string() });
+                    }
                 }
             }
         }

@@ -19,6 +19,7 @@ pub mod losses;
 pub mod metrics;
 pub mod optimizer;
 pub mod plot;
+pub mod question_baseline;
 pub mod questions;
 pub mod random;
 pub mod recipe;
