@@ -110,7 +110,7 @@ pub fn activate(x: &[f32], activation: Activation, out: &mut [f32]) {
     assert_eq!(x.len(), out.len(), "lengths differ");
     let isa = Isa::detect();
     x.par_chunks(CHUNK).zip(out.par_chunks_mut(CHUNK)).for_each(|(x, out)| {
-        with_isa(isa, || for_each_activation!(activation, A => out.iter_mut().zip(x).for_each(|(o, x)| *o = value(*x, A))));
+        with_isa(isa, #[inline(always)] || for_each_activation!(activation, A => out.iter_mut().zip(x).for_each(|(o, x)| *o = value(*x, A))));
     });
 }
 
@@ -118,7 +118,11 @@ pub fn activate(x: &[f32], activation: Activation, out: &mut [f32]) {
 pub(crate) fn activate_in_place(x: &mut [f32], activation: Activation) {
     let isa = Isa::detect();
     x.par_chunks_mut(CHUNK).for_each(|x| {
-        with_isa(isa, || for_each_activation!(activation, A => x.iter_mut().for_each(|x| *x = value(*x, A))));
+        with_isa(
+            isa,
+            #[inline(always)]
+            || for_each_activation!(activation, A => x.iter_mut().for_each(|x| *x = value(*x, A))),
+        );
     });
 }
 
@@ -131,11 +135,15 @@ pub fn activate_backward(x: &[f32], activation: Activation, d_out: &[f32], d_x: 
     let isa = Isa::detect();
     let chunks = x.par_chunks(CHUNK).zip(d_out.par_chunks(CHUNK)).zip(d_x.par_chunks_mut(CHUNK));
     chunks.for_each(|((x, d_out), d_x)| {
-        with_isa(isa, || {
-            for_each_activation!(activation, A => for i in 0..x.len() {
-                d_x[i] = derivative(x[i], A) * d_out[i];
-            });
-        });
+        with_isa(
+            isa,
+            #[inline(always)]
+            || {
+                for_each_activation!(activation, A => for i in 0..x.len() {
+                    d_x[i] = derivative(x[i], A) * d_out[i];
+                });
+            },
+        );
     });
 }
 
@@ -148,11 +156,15 @@ pub fn gated(gate: &[f32], up: &[f32], activation: Activation, out: &mut [f32]) 
     let isa = Isa::detect();
     let chunks = gate.par_chunks(CHUNK).zip(up.par_chunks(CHUNK)).zip(out.par_chunks_mut(CHUNK));
     chunks.for_each(|((gate, up), out)| {
-        with_isa(isa, || {
-            for_each_activation!(activation, A => for i in 0..gate.len() {
-                out[i] = value(gate[i], A) * up[i];
-            });
-        });
+        with_isa(
+            isa,
+            #[inline(always)]
+            || {
+                for_each_activation!(activation, A => for i in 0..gate.len() {
+                    out[i] = value(gate[i], A) * up[i];
+                });
+            },
+        );
     });
 }
 
@@ -174,12 +186,16 @@ pub fn gated_backward(
     let inputs = gate.par_chunks(CHUNK).zip(up.par_chunks(CHUNK)).zip(d_out.par_chunks(CHUNK));
     let outputs = d_gate.par_chunks_mut(CHUNK).zip(d_up.par_chunks_mut(CHUNK));
     inputs.zip(outputs).for_each(|(((gate, up), d_out), (d_gate, d_up))| {
-        with_isa(isa, || {
-            for_each_activation!(activation, A => for i in 0..gate.len() {
-                d_gate[i] = derivative(gate[i], A) * up[i] * d_out[i];
-                d_up[i] = value(gate[i], A) * d_out[i];
-            });
-        });
+        with_isa(
+            isa,
+            #[inline(always)]
+            || {
+                for_each_activation!(activation, A => for i in 0..gate.len() {
+                    d_gate[i] = derivative(gate[i], A) * up[i] * d_out[i];
+                    d_up[i] = value(gate[i], A) * d_out[i];
+                });
+            },
+        );
     });
 }
 

@@ -36,15 +36,19 @@ pub fn adamw_step(param: &mut [f32], grad: &[f32], grad_scale: f32, m: &mut [f32
     let chunks = param.par_chunks_mut(CHUNK).zip(grad.par_chunks(CHUNK));
     let moments = m.par_chunks_mut(CHUNK).zip(v.par_chunks_mut(CHUNK));
     chunks.zip(moments).for_each(|((param, grad), (m, v))| {
-        with_isa(isa, || {
-            for i in 0..param.len() {
-                let g = grad[i] * grad_scale;
-                m[i] += (g - m[i]) * (1.0 - h.beta1);
-                v[i] = v[i] * h.beta2 + g * g * (1.0 - h.beta2);
-                let denominator = v[i].sqrt() / root_correction + h.eps;
-                param[i] = param[i] * decay - step_size * (m[i] / denominator);
-            }
-        });
+        with_isa(
+            isa,
+            #[inline(always)]
+            || {
+                for i in 0..param.len() {
+                    let g = grad[i] * grad_scale;
+                    m[i] += (g - m[i]) * (1.0 - h.beta1);
+                    v[i] = v[i] * h.beta2 + g * g * (1.0 - h.beta2);
+                    let denominator = v[i].sqrt() / root_correction + h.eps;
+                    param[i] = param[i] * decay - step_size * (m[i] / denominator);
+                }
+            },
+        );
     });
 }
 

@@ -70,26 +70,31 @@ pub fn attention(
     (0..sequences.len() * shape.n_heads).into_par_iter().for_each(|unit| {
         let (number, head) = (unit / shape.n_heads, unit % shape.n_heads);
         let mut scratch = Scratch::take();
-        with_isa(isa, || {
-            let work = Head { sequence: &sequences[number], shape, head, offset: offsets[number], dropout };
-            work.gather(q, k, &mut scratch);
-            let mut row = vec![0.0; shape.head_dim];
-            for (i, query) in rows(&work.sequence.queries).enumerate() {
-                let n_keys = work.n_visible(i);
-                work.probabilities(i, n_keys, &mut scratch);
-                row.fill(0.0);
-                for (j, key) in rows(&work.sequence.keys).take(n_keys).enumerate() {
-                    let p = scratch.p[j] * work.factor(i, j);
-                    axpy(p, work.of_key(v, key), &mut row);
+        with_isa(
+            isa,
+            #[inline(always)]
+            || {
+                let work =
+                    Head { sequence: &sequences[number], shape, head, offset: offsets[number], dropout };
+                work.gather(q, k, &mut scratch);
+                let mut row = vec![0.0; shape.head_dim];
+                for (i, query) in rows(&work.sequence.queries).enumerate() {
+                    let n_keys = work.n_visible(i);
+                    work.probabilities(i, n_keys, &mut scratch);
+                    row.fill(0.0);
+                    for (j, key) in rows(&work.sequence.keys).take(n_keys).enumerate() {
+                        let p = scratch.p[j] * work.factor(i, j);
+                        axpy(p, work.of_key(v, key), &mut row);
+                    }
+                    // SAFETY: `check` made sure that `query` is a row of q, hence of out, and that no other sequence has it;
+                    // other heads write other columns.
+                    unsafe {
+                        let to = out.at(query * width + head * shape.head_dim);
+                        std::ptr::copy_nonoverlapping(row.as_ptr(), to, shape.head_dim);
+                    }
                 }
-                // SAFETY: `check` made sure that `query` is a row of q, hence of out, and that no other sequence has it;
-                // other heads write other columns.
-                unsafe {
-                    let to = out.at(query * width + head * shape.head_dim);
-                    std::ptr::copy_nonoverlapping(row.as_ptr(), to, shape.head_dim);
-                }
-            }
-        });
+            },
+        );
         scratch.give_back();
     });
 }
@@ -124,34 +129,39 @@ pub fn attention_backward(
     // Sequences may share keys, heads do not: a task owns a key head's columns and adds to them in a fixed order.
     (0..shape.n_kv_heads).into_par_iter().for_each(|kv_head| {
         let mut scratch = Scratch::take();
-        with_isa(isa, || {
-            for (number, sequence) in sequences.iter().enumerate() {
-                for head in kv_head * group..(kv_head + 1) * group {
-                    let work = Head { sequence, shape, head, offset: offsets[number], dropout };
-                    work.gather(q, k, &mut scratch);
-                    work.gather_rows(k, v, &mut scratch);
-                    work.backward(d_out, &mut scratch);
-                    for (i, query) in rows(&sequence.queries).enumerate() {
-                        // SAFETY: `query` is a row of q; these columns belong to this task alone.
-                        let to =
-                            unsafe { std::slice::from_raw_parts_mut(d_q.at(query * q_width + head * d), d) };
-                        to.copy_from_slice(&scratch.d_q[i * d..][..d]);
-                    }
-                    for (j, key) in rows(&sequence.keys).enumerate() {
-                        // SAFETY: `key` is a row of k and v; these columns belong to this task alone.
-                        let (to_k, to_v) = unsafe {
-                            let at = key * k_width + kv_head * d;
-                            (
-                                std::slice::from_raw_parts_mut(d_k.at(at), d),
-                                std::slice::from_raw_parts_mut(d_v.at(at), d),
-                            )
-                        };
-                        axpy(1.0, &scratch.d_k[j * d..][..d], to_k);
-                        axpy(1.0, &scratch.d_v[j * d..][..d], to_v);
+        with_isa(
+            isa,
+            #[inline(always)]
+            || {
+                for (number, sequence) in sequences.iter().enumerate() {
+                    for head in kv_head * group..(kv_head + 1) * group {
+                        let work = Head { sequence, shape, head, offset: offsets[number], dropout };
+                        work.gather(q, k, &mut scratch);
+                        work.gather_rows(k, v, &mut scratch);
+                        work.backward(d_out, &mut scratch);
+                        for (i, query) in rows(&sequence.queries).enumerate() {
+                            // SAFETY: `query` is a row of q; these columns belong to this task alone.
+                            let to = unsafe {
+                                std::slice::from_raw_parts_mut(d_q.at(query * q_width + head * d), d)
+                            };
+                            to.copy_from_slice(&scratch.d_q[i * d..][..d]);
+                        }
+                        for (j, key) in rows(&sequence.keys).enumerate() {
+                            // SAFETY: `key` is a row of k and v; these columns belong to this task alone.
+                            let (to_k, to_v) = unsafe {
+                                let at = key * k_width + kv_head * d;
+                                (
+                                    std::slice::from_raw_parts_mut(d_k.at(at), d),
+                                    std::slice::from_raw_parts_mut(d_v.at(at), d),
+                                )
+                            };
+                            axpy(1.0, &scratch.d_k[j * d..][..d], to_k);
+                            axpy(1.0, &scratch.d_v[j * d..][..d], to_v);
+                        }
                     }
                 }
-            }
-        });
+            },
+        );
         scratch.give_back();
     });
 }

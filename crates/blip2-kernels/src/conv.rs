@@ -81,20 +81,24 @@ pub fn depthwise_conv2d(
     out.par_chunks_exact_mut(row_len.max(1)).enumerate().for_each(|(row, out)| {
         let (picture, y) = (row / dims.out_height, row % dims.out_height);
         let x = &x[picture * dims.height * dims.width * c..][..dims.height * dims.width * c];
-        with_isa(isa, || {
-            for (column, out) in out.chunks_exact_mut(c).enumerate() {
-                out.copy_from_slice(bias);
-                for ky in 0..dims.kernel {
-                    for kx in 0..dims.kernel {
-                        let Some(source) = dims.source(y, column, ky, kx) else { continue };
-                        let (x, w) = (&x[source * c..][..c], &weight[(ky * dims.kernel + kx) * c..][..c]);
-                        for i in 0..c {
-                            out[i] += x[i] * w[i];
+        with_isa(
+            isa,
+            #[inline(always)]
+            || {
+                for (column, out) in out.chunks_exact_mut(c).enumerate() {
+                    out.copy_from_slice(bias);
+                    for ky in 0..dims.kernel {
+                        for kx in 0..dims.kernel {
+                            let Some(source) = dims.source(y, column, ky, kx) else { continue };
+                            let (x, w) = (&x[source * c..][..c], &weight[(ky * dims.kernel + kx) * c..][..c]);
+                            for i in 0..c {
+                                out[i] += x[i] * w[i];
+                            }
                         }
                     }
                 }
-            }
-        });
+            },
+        );
     });
     if activation != Activation::Identity {
         activate_in_place(out, activation);

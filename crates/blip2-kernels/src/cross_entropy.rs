@@ -14,13 +14,17 @@ pub fn cross_entropy(logits: &[f32], n_classes: usize, targets: &[u32], smoothin
     let isa = Isa::detect();
     let rows = logits.par_chunks_exact(n_classes.max(1)).zip(targets).zip(losses);
     rows.for_each(|((row, &target), loss)| {
-        with_isa(isa, || {
-            let max = max(row);
-            let log_sum = max + sum_by(row.len(), |i| exp(row[i] - max)).ln();
-            let nll = log_sum - row[target as usize];
-            let uniform = if smoothing == 0.0 { 0.0 } else { log_sum - sum(row) / n_classes as f32 };
-            *loss = (1.0 - smoothing) * nll + smoothing * uniform;
-        });
+        with_isa(
+            isa,
+            #[inline(always)]
+            || {
+                let max = max(row);
+                let log_sum = max + sum_by(row.len(), |i| exp(row[i] - max)).ln();
+                let nll = log_sum - row[target as usize];
+                let uniform = if smoothing == 0.0 { 0.0 } else { log_sum - sum(row) / n_classes as f32 };
+                *loss = (1.0 - smoothing) * nll + smoothing * uniform;
+            },
+        );
     });
 }
 
@@ -45,14 +49,18 @@ pub fn cross_entropy_backward(
     let inputs = logits.par_chunks_exact(n_classes.max(1)).zip(targets).zip(d_losses);
     inputs.zip(d_logits.par_chunks_exact_mut(n_classes.max(1))).for_each(
         |(((row, &target), &d_loss), d_row)| {
-            with_isa(isa, || {
-                let max = max(row);
-                d_row.iter_mut().zip(row).for_each(|(d, x)| *d = exp(x - max));
-                let scale = d_loss / sum(d_row);
-                let floor = d_loss * smoothing / n_classes as f32;
-                d_row.iter_mut().for_each(|d| *d = *d * scale - floor);
-                d_row[target as usize] -= d_loss * (1.0 - smoothing);
-            });
+            with_isa(
+                isa,
+                #[inline(always)]
+                || {
+                    let max = max(row);
+                    d_row.iter_mut().zip(row).for_each(|(d, x)| *d = exp(x - max));
+                    let scale = d_loss / sum(d_row);
+                    let floor = d_loss * smoothing / n_classes as f32;
+                    d_row.iter_mut().for_each(|d| *d = *d * scale - floor);
+                    d_row[target as usize] -= d_loss * (1.0 - smoothing);
+                },
+            );
         },
     );
 }

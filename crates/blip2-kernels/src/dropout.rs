@@ -38,12 +38,16 @@ pub fn dropout(x: &[f32], d: Dropout, out: &mut [f32]) {
     assert_eq!(x.len(), out.len(), "lengths differ");
     let isa = Isa::detect();
     x.par_chunks(CHUNK).zip(out.par_chunks_mut(CHUNK)).enumerate().for_each(|(chunk, (x, out))| {
-        with_isa(isa, || {
-            let first = (chunk * CHUNK) as u32;
-            for i in 0..x.len() {
-                out[i] = x[i] * d.factor(first.wrapping_add(i as u32));
-            }
-        });
+        with_isa(
+            isa,
+            #[inline(always)]
+            || {
+                let first = (chunk * CHUNK) as u32;
+                for i in 0..x.len() {
+                    out[i] = x[i] * d.factor(first.wrapping_add(i as u32));
+                }
+            },
+        );
     });
 }
 

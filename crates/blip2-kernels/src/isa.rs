@@ -68,6 +68,8 @@ impl Isa {
 /// Runs `body`, which must be `#[inline(always)]` code, compiled for `isa`.
 ///
 /// Loops over fixed-size lanes are written once in plain Rust; this lets the compiler use the wide registers.
+/// The closure must be `#[inline(always)] || …`: it is called from three places, and a closure that the compiler does not
+/// inline into each is compiled once, for the baseline registers.
 #[inline]
 pub(crate) fn with_isa<R>(isa: Isa, body: impl FnOnce() -> R) -> R {
     #[cfg(target_arch = "x86_64")]

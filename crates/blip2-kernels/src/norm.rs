@@ -25,16 +25,20 @@ pub fn layer_norm(
     assert_eq!(bias.len(), width, "weight and bias differ in length");
     let isa = Isa::detect();
     out.par_chunks_mut(ROWS_A_TASK * width).enumerate().for_each(|(task, out)| {
-        with_isa(isa, || {
-            for (i, out) in out.chunks_exact_mut(width).enumerate() {
-                let at = (task * ROWS_A_TASK + i) * width;
-                add(&x[at..at + width], residual.map(|r| &r[at..at + width]), out);
-                let (mean, scale) = statistics(out, eps);
-                for j in 0..width {
-                    out[j] = (out[j] - mean) * scale * weight[j] + bias[j];
+        with_isa(
+            isa,
+            #[inline(always)]
+            || {
+                for (i, out) in out.chunks_exact_mut(width).enumerate() {
+                    let at = (task * ROWS_A_TASK + i) * width;
+                    add(&x[at..at + width], residual.map(|r| &r[at..at + width]), out);
+                    let (mean, scale) = statistics(out, eps);
+                    for j in 0..width {
+                        out[j] = (out[j] - mean) * scale * weight[j] + bias[j];
+                    }
                 }
-            }
-        });
+            },
+        );
     });
 }
 
@@ -61,24 +65,28 @@ pub fn layer_norm_backward(
     let sums: Vec<(Vec<f32>, Vec<f32>)> = tasks
         .map(|(task, d_x)| {
             let (mut d_weight, mut d_bias) = (vec![0.0; width], vec![0.0; width]);
-            with_isa(isa, || {
-                for (i, d_x) in d_x.chunks_exact_mut(width).enumerate() {
-                    let at = (task * ROWS_A_TASK + i) * width;
-                    let d_out = &d_out[at..at + width];
-                    add(&x[at..at + width], residual.map(|r| &r[at..at + width]), d_x);
-                    let (mean, scale) = statistics(d_x, eps);
-                    for j in 0..width {
-                        d_x[j] = (d_x[j] - mean) * scale; // the normalised input
-                        d_weight[j] += d_out[j] * d_x[j];
-                        d_bias[j] += d_out[j];
+            with_isa(
+                isa,
+                #[inline(always)]
+                || {
+                    for (i, d_x) in d_x.chunks_exact_mut(width).enumerate() {
+                        let at = (task * ROWS_A_TASK + i) * width;
+                        let d_out = &d_out[at..at + width];
+                        add(&x[at..at + width], residual.map(|r| &r[at..at + width]), d_x);
+                        let (mean, scale) = statistics(d_x, eps);
+                        for j in 0..width {
+                            d_x[j] = (d_x[j] - mean) * scale; // the normalised input
+                            d_weight[j] += d_out[j] * d_x[j];
+                            d_bias[j] += d_out[j];
+                        }
+                        let mean_d = sum_by(width, |j| d_out[j] * weight[j]) / width as f32;
+                        let mean_dx = sum_by(width, |j| d_out[j] * weight[j] * d_x[j]) / width as f32;
+                        for j in 0..width {
+                            d_x[j] = scale * (d_out[j] * weight[j] - mean_d - d_x[j] * mean_dx);
+                        }
                     }
-                    let mean_d = sum_by(width, |j| d_out[j] * weight[j]) / width as f32;
-                    let mean_dx = sum_by(width, |j| d_out[j] * weight[j] * d_x[j]) / width as f32;
-                    for j in 0..width {
-                        d_x[j] = scale * (d_out[j] * weight[j] - mean_d - d_x[j] * mean_dx);
-                    }
-                }
-            });
+                },
+            );
             (d_weight, d_bias)
         })
         .collect();
@@ -99,14 +107,18 @@ pub fn rms_norm(x: &[f32], weight: &[f32], eps: f32, out: &mut [f32]) {
     check(x.len(), width, &[out.len()]);
     let isa = Isa::detect();
     x.par_chunks(ROWS_A_TASK * width).zip(out.par_chunks_mut(ROWS_A_TASK * width)).for_each(|(x, out)| {
-        with_isa(isa, || {
-            for (x, out) in x.chunks_exact(width).zip(out.chunks_exact_mut(width)) {
-                let scale = 1.0 / (sum_by(width, |j| x[j] * x[j]) / width as f32 + eps).sqrt();
-                for j in 0..width {
-                    out[j] = x[j] * scale * weight[j];
+        with_isa(
+            isa,
+            #[inline(always)]
+            || {
+                for (x, out) in x.chunks_exact(width).zip(out.chunks_exact_mut(width)) {
+                    let scale = 1.0 / (sum_by(width, |j| x[j] * x[j]) / width as f32 + eps).sqrt();
+                    for j in 0..width {
+                        out[j] = x[j] * scale * weight[j];
+                    }
                 }
-            }
-        });
+            },
+        );
     });
 }
 
@@ -130,20 +142,24 @@ pub fn rms_norm_backward(
     let sums: Vec<Vec<f32>> = tasks
         .map(|(task, d_x)| {
             let mut d_weight = vec![0.0; if wants_weight { width } else { 0 }];
-            with_isa(isa, || {
-                for (i, d_x) in d_x.chunks_exact_mut(width).enumerate() {
-                    let at = (task * ROWS_A_TASK + i) * width;
-                    let (x, d_out) = (&x[at..at + width], &d_out[at..at + width]);
-                    let scale = 1.0 / (sum_by(width, |j| x[j] * x[j]) / width as f32 + eps).sqrt();
-                    let mean = sum_by(width, |j| d_out[j] * weight[j] * x[j]) / width as f32;
-                    for j in 0..width {
-                        d_x[j] = scale * (d_out[j] * weight[j] - x[j] * scale * scale * mean);
+            with_isa(
+                isa,
+                #[inline(always)]
+                || {
+                    for (i, d_x) in d_x.chunks_exact_mut(width).enumerate() {
+                        let at = (task * ROWS_A_TASK + i) * width;
+                        let (x, d_out) = (&x[at..at + width], &d_out[at..at + width]);
+                        let scale = 1.0 / (sum_by(width, |j| x[j] * x[j]) / width as f32 + eps).sqrt();
+                        let mean = sum_by(width, |j| d_out[j] * weight[j] * x[j]) / width as f32;
+                        for j in 0..width {
+                            d_x[j] = scale * (d_out[j] * weight[j] - x[j] * scale * scale * mean);
+                        }
+                        for (j, sum) in d_weight.iter_mut().enumerate() {
+                            *sum += d_out[j] * x[j] * scale;
+                        }
                     }
-                    for (j, sum) in d_weight.iter_mut().enumerate() {
-                        *sum += d_out[j] * x[j] * scale;
-                    }
-                }
-            });
+                },
+            );
             d_weight
         })
         .collect();

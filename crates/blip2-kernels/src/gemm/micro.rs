@@ -60,8 +60,16 @@ pub(super) unsafe fn tile(
         // SAFETY: row `first` lies in c.
         let c = unsafe { c.add(first * ldc) };
         match precision {
-            Precision::F32 => with_isa(isa, || rows!(portable_f32(n_rows, a, c): 1 2 3)),
-            Precision::Bf16 => with_isa(isa, || rows!(portable_bf16(n_rows, a, c): 1 2 3)),
+            Precision::F32 => with_isa(
+                isa,
+                #[inline(always)]
+                || rows!(portable_f32(n_rows, a, c): 1 2 3),
+            ),
+            Precision::Bf16 => with_isa(
+                isa,
+                #[inline(always)]
+                || rows!(portable_bf16(n_rows, a, c): 1 2 3),
+            ),
         }
     }
 }

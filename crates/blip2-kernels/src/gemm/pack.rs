@@ -55,7 +55,11 @@ pub(crate) fn pack_panels<'a>(
     words.par_chunks_mut(n_words * NR).with_min_len(4).enumerate().for_each(|(i, panel)| {
         let width = NR.min(n - i * NR);
         let data = &b.data[(i * NR * b.col_stride).min(b.data.len())..];
-        with_isa(isa, || pack_panel(precision, k_len, width, MatrixRef { data, ..b }, panel));
+        with_isa(
+            isa,
+            #[inline(always)]
+            || pack_panel(precision, k_len, width, MatrixRef { data, ..b }, panel),
+        );
     });
     Panels { words, precision, k_len, n }
 }
@@ -117,58 +121,62 @@ pub(super) fn pack_rows(
     stride: usize,
     packed: &mut [u32],
 ) {
-    with_isa(isa, || {
-        if a.col_stride == 1 {
-            for (i, out) in packed.chunks_exact_mut(stride).take(m).enumerate() {
-                let row = &a.data[i * a.row_stride..][..k_len];
-                match precision {
-                    Precision::F32 => out.iter_mut().zip(row).for_each(|(o, x)| *o = x.to_bits()),
-                    Precision::Bf16 => {
-                        let (pairs, rest) = row.as_chunks::<2>();
-                        out.iter_mut().zip(pairs).for_each(|(o, p)| *o = pair(p[0], p[1]));
-                        if let [last] = rest {
-                            out[pairs.len()] = bf16_bits(*last);
+    with_isa(
+        isa,
+        #[inline(always)]
+        || {
+            if a.col_stride == 1 {
+                for (i, out) in packed.chunks_exact_mut(stride).take(m).enumerate() {
+                    let row = &a.data[i * a.row_stride..][..k_len];
+                    match precision {
+                        Precision::F32 => out.iter_mut().zip(row).for_each(|(o, x)| *o = x.to_bits()),
+                        Precision::Bf16 => {
+                            let (pairs, rest) = row.as_chunks::<2>();
+                            out.iter_mut().zip(pairs).for_each(|(o, p)| *o = pair(p[0], p[1]));
+                            if let [last] = rest {
+                                out[pairs.len()] = bf16_bits(*last);
+                            }
                         }
                     }
                 }
+                return;
             }
-            return;
-        }
-        let at = |i: usize, k: usize| a.data[i * a.row_stride + k * a.col_stride];
-        let n_words = k_len.div_ceil(precision.per_word());
-        let word = |i: usize, p: usize| match precision {
-            Precision::F32 => at(i, p).to_bits(),
-            Precision::Bf16 if 2 * p + 1 < k_len => pair(at(i, 2 * p), at(i, 2 * p + 1)),
-            Precision::Bf16 => bf16_bits(at(i, 2 * p)),
-        };
-        // Sixteen rows at a time: where rows are contiguous (a transposed operand) they are one register.
-        const ROWS: usize = 16;
-        for start in (0..m).step_by(ROWS) {
-            let rows = ROWS.min(m - start);
-            let whole = if a.row_stride == 1 && rows == ROWS { k_len / precision.per_word() } else { 0 };
-            for p in 0..whole {
-                let column = |k: usize| -> &[f32; ROWS] {
-                    let at = start + k * a.col_stride;
-                    a.data[at..at + ROWS].first_chunk().expect("sixteen elements")
-                };
-                let words: [u32; ROWS] = match precision {
-                    Precision::F32 => column(p).map(f32::to_bits),
-                    Precision::Bf16 => {
-                        let (low, high) = (column(2 * p), column(2 * p + 1));
-                        std::array::from_fn(|i| pair(low[i], high[i]))
+            let at = |i: usize, k: usize| a.data[i * a.row_stride + k * a.col_stride];
+            let n_words = k_len.div_ceil(precision.per_word());
+            let word = |i: usize, p: usize| match precision {
+                Precision::F32 => at(i, p).to_bits(),
+                Precision::Bf16 if 2 * p + 1 < k_len => pair(at(i, 2 * p), at(i, 2 * p + 1)),
+                Precision::Bf16 => bf16_bits(at(i, 2 * p)),
+            };
+            // Sixteen rows at a time: where rows are contiguous (a transposed operand) they are one register.
+            const ROWS: usize = 16;
+            for start in (0..m).step_by(ROWS) {
+                let rows = ROWS.min(m - start);
+                let whole = if a.row_stride == 1 && rows == ROWS { k_len / precision.per_word() } else { 0 };
+                for p in 0..whole {
+                    let column = |k: usize| -> &[f32; ROWS] {
+                        let at = start + k * a.col_stride;
+                        a.data[at..at + ROWS].first_chunk().expect("sixteen elements")
+                    };
+                    let words: [u32; ROWS] = match precision {
+                        Precision::F32 => column(p).map(f32::to_bits),
+                        Precision::Bf16 => {
+                            let (low, high) = (column(2 * p), column(2 * p + 1));
+                            std::array::from_fn(|i| pair(low[i], high[i]))
+                        }
+                    };
+                    for (out, word) in packed[start * stride..].chunks_exact_mut(stride).zip(words) {
+                        out[p] = word;
                     }
-                };
-                for (out, word) in packed[start * stride..].chunks_exact_mut(stride).zip(words) {
-                    out[p] = word;
+                }
+                for p in whole..n_words {
+                    for i in start..start + rows {
+                        packed[i * stride + p] = word(i, p);
+                    }
                 }
             }
-            for p in whole..n_words {
-                for i in start..start + rows {
-                    packed[i * stride + p] = word(i, p);
-                }
-            }
-        }
-    });
+        },
+    );
 }
 
 #[cfg(test)]
