@@ -3,7 +3,7 @@
 
 use std::time::Instant;
 
-use blip2_kernels::gemm::{MatrixRef, Precision, gemm};
+use blip2_kernels::gemm::{MatrixRef, Precision, Start, gemm};
 
 fn main() {
     // (m, n, k, a is transposed, b is transposed)
@@ -28,7 +28,16 @@ fn main() {
             let mut times: Vec<f64> = (0..7)
                 .map(|_| {
                     let start = Instant::now();
-                    gemm(m, n, k, view(&a[..], m, k, a_t), view(&b[..], k, n, b_t), &mut c, false, precision);
+                    gemm(
+                        m,
+                        n,
+                        k,
+                        view(&a[..], m, k, a_t),
+                        view(&b[..], k, n, b_t),
+                        Start::Zero,
+                        &mut c,
+                        precision,
+                    );
                     start.elapsed().as_secs_f64()
                 })
                 .collect();

@@ -4,6 +4,7 @@
 
 use rayon::prelude::*;
 
+use crate::buffer::{fill, in_chunks, one_in_chunks};
 use crate::isa::{Isa, with_isa};
 use crate::lanes::{erf, exp, sigmoid};
 
@@ -102,20 +103,24 @@ macro_rules! for_each_activation {
     };
 }
 
-/// `out = activation(x)`.
-///
-/// # Panics
-/// When the lengths differ.
-pub fn activate(x: &[f32], activation: Activation, out: &mut [f32]) {
-    assert_eq!(x.len(), out.len(), "lengths differ");
+/// `activation(x)`.
+pub fn activate(x: &[f32], activation: Activation) -> Vec<f32> {
     let isa = Isa::detect();
-    x.par_chunks(CHUNK).zip(out.par_chunks_mut(CHUNK)).for_each(|(x, out)| {
-        with_isa(isa, #[inline(always)] || for_each_activation!(activation, A => out.iter_mut().zip(x).for_each(|(o, x)| *o = value(*x, A))));
-    });
+    one_in_chunks(x.len(), CHUNK, |start, out| {
+        let x = &x[start..][..out.len()];
+        with_isa(
+            isa,
+            #[inline(always)]
+            || for_each_activation!(activation, A => fill(out, #[inline(always)] |i| value(x[i], A))),
+        )
+    })
 }
 
 /// `x = activation(x)`.
 pub(crate) fn activate_in_place(x: &mut [f32], activation: Activation) {
+    if activation == Activation::Identity {
+        return;
+    }
     let isa = Isa::detect();
     x.par_chunks_mut(CHUNK).for_each(|x| {
         with_isa(
@@ -126,49 +131,41 @@ pub(crate) fn activate_in_place(x: &mut [f32], activation: Activation) {
     });
 }
 
-/// `d_x = activation'(x) d_out`.
+/// `activation'(x) d_out`, the gradient of [`activate`].
 ///
 /// # Panics
 /// When the lengths differ.
-pub fn activate_backward(x: &[f32], activation: Activation, d_out: &[f32], d_x: &mut [f32]) {
-    assert!(x.len() == d_out.len() && x.len() == d_x.len(), "lengths differ");
+pub fn activate_backward(x: &[f32], activation: Activation, d_out: &[f32]) -> Vec<f32> {
+    assert_eq!(x.len(), d_out.len(), "lengths differ");
     let isa = Isa::detect();
-    let chunks = x.par_chunks(CHUNK).zip(d_out.par_chunks(CHUNK)).zip(d_x.par_chunks_mut(CHUNK));
-    chunks.for_each(|((x, d_out), d_x)| {
+    one_in_chunks(x.len(), CHUNK, |start, d_x| {
+        let (x, d_out) = (&x[start..][..d_x.len()], &d_out[start..][..d_x.len()]);
         with_isa(
             isa,
             #[inline(always)]
-            || {
-                for_each_activation!(activation, A => for i in 0..x.len() {
-                    d_x[i] = derivative(x[i], A) * d_out[i];
-                });
-            },
-        );
-    });
+            || for_each_activation!(activation, A => fill(d_x, #[inline(always)] |i| derivative(x[i], A) * d_out[i])),
+        )
+    })
 }
 
-/// `out = activation(gate) * up`.
+/// `activation(gate) * up`.
 ///
 /// # Panics
 /// When the lengths differ.
-pub fn gated(gate: &[f32], up: &[f32], activation: Activation, out: &mut [f32]) {
-    assert!(gate.len() == up.len() && gate.len() == out.len(), "lengths differ");
+pub fn gated(gate: &[f32], up: &[f32], activation: Activation) -> Vec<f32> {
+    assert_eq!(gate.len(), up.len(), "lengths differ");
     let isa = Isa::detect();
-    let chunks = gate.par_chunks(CHUNK).zip(up.par_chunks(CHUNK)).zip(out.par_chunks_mut(CHUNK));
-    chunks.for_each(|((gate, up), out)| {
+    one_in_chunks(gate.len(), CHUNK, |start, out| {
+        let (gate, up) = (&gate[start..][..out.len()], &up[start..][..out.len()]);
         with_isa(
             isa,
             #[inline(always)]
-            || {
-                for_each_activation!(activation, A => for i in 0..gate.len() {
-                    out[i] = value(gate[i], A) * up[i];
-                });
-            },
-        );
-    });
+            || for_each_activation!(activation, A => fill(out, #[inline(always)] |i| value(gate[i], A) * up[i])),
+        )
+    })
 }
 
-/// The gradients of [`gated`].
+/// The gradients of [`gated`]: of `gate`, and of `up`.
 ///
 /// # Panics
 /// When the lengths differ.
@@ -177,26 +174,24 @@ pub fn gated_backward(
     up: &[f32],
     activation: Activation,
     d_out: &[f32],
-    d_gate: &mut [f32],
-    d_up: &mut [f32],
-) {
-    let n = gate.len();
-    assert!(up.len() == n && d_out.len() == n && d_gate.len() == n && d_up.len() == n, "lengths differ");
+) -> (Vec<f32>, Vec<f32>) {
+    assert!(up.len() == gate.len() && d_out.len() == gate.len(), "lengths differ");
     let isa = Isa::detect();
-    let inputs = gate.par_chunks(CHUNK).zip(up.par_chunks(CHUNK)).zip(d_out.par_chunks(CHUNK));
-    let outputs = d_gate.par_chunks_mut(CHUNK).zip(d_up.par_chunks_mut(CHUNK));
-    inputs.zip(outputs).for_each(|(((gate, up), d_out), (d_gate, d_up))| {
+    let ([d_gate, d_up], _) = in_chunks(gate.len(), CHUNK, |start, [d_gate, d_up]| {
+        let n = d_gate.len();
+        let (gate, up, d_out) = (&gate[start..][..n], &up[start..][..n], &d_out[start..][..n]);
         with_isa(
             isa,
             #[inline(always)]
             || {
-                for_each_activation!(activation, A => for i in 0..gate.len() {
-                    d_gate[i] = derivative(gate[i], A) * up[i] * d_out[i];
-                    d_up[i] = value(gate[i], A) * d_out[i];
-                });
+                for_each_activation!(activation, A => {
+                    let d_gate = fill(d_gate, #[inline(always)] |i| derivative(gate[i], A) * up[i] * d_out[i]);
+                    ([d_gate, fill(d_up, #[inline(always)] |i| value(gate[i], A) * d_out[i])], ())
+                })
             },
-        );
+        )
     });
+    (d_gate, d_up)
 }
 
 #[cfg(test)]
@@ -223,8 +218,7 @@ mod tests {
             (Activation::Silu, -0.273_638_8, 0.467_731_6),
         ];
         for (activation, at_negative, at_positive) in expected {
-            let mut out = [0.0; 2];
-            activate(&[-1.5, 0.7], activation, &mut out);
+            let out = activate(&[-1.5, 0.7], activation);
             assert!(
                 (out[0] - at_negative).abs() < 2e-6 && (out[1] - at_positive).abs() < 2e-6,
                 "{activation:?} {out:?}"
@@ -237,14 +231,9 @@ mod tests {
         let x: Vec<f32> = (0..67).map(|i| (i as f32 - 33.0) * 0.21 + 0.013).collect();
         let (h, ones) = (1e-2f32, vec![1.0; 67]);
         for activation in ALL {
-            let shifted = |by: f32| {
-                let mut out = vec![0.0; 67];
-                activate(&x.iter().map(|x| x + by).collect::<Vec<_>>(), activation, &mut out);
-                out
-            };
+            let shifted = |by: f32| activate(&x.iter().map(|x| x + by).collect::<Vec<_>>(), activation);
             let (above, below) = (shifted(h), shifted(-h));
-            let mut d_x = vec![0.0; 67];
-            activate_backward(&x, activation, &ones, &mut d_x);
+            let d_x = activate_backward(&x, activation, &ones);
             for i in 0..67 {
                 let kink = |at: f32| (x[i] - at).abs() < 2.0 * h;
                 if matches!(activation, Activation::Relu | Activation::Relu6) && (kink(0.0) || kink(6.0)) {
@@ -259,12 +248,10 @@ mod tests {
     #[test]
     fn the_gated_unit_is_the_product() {
         let (gate, up, d_out) = (vec![0.3; 40], vec![-2.0; 40], vec![0.5; 40]);
-        let (mut out, mut a, mut d_a) = (vec![0.0; 40], vec![0.0; 40], vec![0.0; 40]);
-        gated(&gate, &up, Activation::Silu, &mut out);
-        activate(&gate, Activation::Silu, &mut a);
-        activate_backward(&gate, Activation::Silu, &d_out, &mut d_a);
-        let (mut d_gate, mut d_up) = (vec![0.0; 40], vec![0.0; 40]);
-        gated_backward(&gate, &up, Activation::Silu, &d_out, &mut d_gate, &mut d_up);
+        let out = gated(&gate, &up, Activation::Silu);
+        let a = activate(&gate, Activation::Silu);
+        let d_a = activate_backward(&gate, Activation::Silu, &d_out);
+        let (d_gate, d_up) = gated_backward(&gate, &up, Activation::Silu, &d_out);
         assert!((out[39] - a[39] * -2.0).abs() < 1e-6);
         assert!((d_gate[39] - d_a[39] * -2.0).abs() < 1e-6);
         assert!((d_up[39] - a[39] * 0.5).abs() < 1e-6);

@@ -1,7 +1,6 @@
 //! Dropout as a function: whether an element is kept is a hash of the seed and its index.
 
-use rayon::prelude::*;
-
+use crate::buffer::{fill, one_in_chunks};
 use crate::isa::{Isa, with_isa};
 
 /// A dropout mask.
@@ -29,26 +28,24 @@ impl Dropout {
     }
 }
 
-/// `out = mask(x)`; the gradient is the same function of the gradient.
-///
-/// # Panics
-/// When the lengths differ.
-pub fn dropout(x: &[f32], d: Dropout, out: &mut [f32]) {
+/// `mask(x)`; the gradient is the same function of the gradient.
+pub fn dropout(x: &[f32], d: Dropout) -> Vec<f32> {
     const CHUNK: usize = 1 << 14;
-    assert_eq!(x.len(), out.len(), "lengths differ");
     let isa = Isa::detect();
-    x.par_chunks(CHUNK).zip(out.par_chunks_mut(CHUNK)).enumerate().for_each(|(chunk, (x, out))| {
+    one_in_chunks(x.len(), CHUNK, |start, out| {
+        let x = &x[start..][..out.len()];
         with_isa(
             isa,
             #[inline(always)]
             || {
-                let first = (chunk * CHUNK) as u32;
-                for i in 0..x.len() {
-                    out[i] = x[i] * d.factor(first.wrapping_add(i as u32));
-                }
+                fill(
+                    out,
+                    #[inline(always)]
+                    |i| x[i] * d.factor((start as u32).wrapping_add(i as u32)),
+                )
             },
-        );
-    });
+        )
+    })
 }
 
 #[cfg(test)]
@@ -59,8 +56,7 @@ mod tests {
     fn drops_the_asked_share_and_keeps_the_mean() {
         let n = 200_000;
         for p in [0.1, 0.5] {
-            let mut out = vec![0.0; n];
-            dropout(&vec![1.0; n], Dropout { p, seed: 42 }, &mut out);
+            let out = dropout(&vec![1.0; n], Dropout { p, seed: 42 });
             let dropped = out.iter().filter(|&&x| x == 0.0).count() as f32 / n as f32;
             assert!((dropped - p).abs() < 0.005, "{dropped}");
             assert!((out.iter().sum::<f32>() / n as f32 - 1.0).abs() < 0.01);
@@ -70,11 +66,7 @@ mod tests {
     #[test]
     fn masks_of_different_seeds_are_independent() {
         let n = 100_000;
-        let mask = |seed| {
-            let mut out = vec![0.0; n];
-            dropout(&vec![1.0; n], Dropout { p: 0.5, seed }, &mut out);
-            out
-        };
+        let mask = |seed| dropout(&vec![1.0; n], Dropout { p: 0.5, seed });
         assert_eq!(mask(1), mask(1));
         for other in [2, 1 << 32, 1 << 63] {
             let both = mask(1).iter().zip(mask(other)).filter(|(a, b)| **a == 0.0 && *b == 0.0).count();

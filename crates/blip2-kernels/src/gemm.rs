@@ -69,10 +69,21 @@ const A_STRIDE: usize = KW + 16;
 /// Rows of `A` that a task packs at once.
 const ROWS_A_TASK: usize = 8 * MR;
 
-/// `c = a b` (or `c += a b`), `a`: `m × k`, `b`: `k × n`, `c`: `m × n` row-major.
+/// What a product is added to.
+#[derive(Debug, Clone, Copy)]
+pub enum Start<'a> {
+    /// Nothing: the result is the product.
+    Zero,
+    /// This row, to every row of the product.
+    Row(&'a [f32]),
+    /// What the result holds.
+    Result,
+}
+
+/// `c = a b`, or added to what `start` says; `a`: `m × k`, `b`: `k × n`, `c`: `m × n` row-major.
 ///
 /// # Panics
-/// When a view does not hold its elements or `c` is not of length `m * n`.
+/// When a view does not hold its elements, `c` is not of length `m * n` or a row is not of length `n`.
 #[allow(clippy::too_many_arguments, reason = "the operands of a matrix product")]
 pub fn gemm(
     m: usize,
@@ -80,11 +91,34 @@ pub fn gemm(
     k: usize,
     a: MatrixRef<'_>,
     b: MatrixRef<'_>,
+    start: Start<'_>,
     c: &mut [f32],
-    accumulate: bool,
     precision: Precision,
 ) {
-    gemm_with(Isa::detect(), m, n, k, a, b, c, accumulate, precision);
+    gemm_with(Isa::detect(), m, n, k, a, b, start, c, precision);
+}
+
+/// [`gemm`] into a new vector: `a b`, plus `row` in every row.
+///
+/// # Panics
+/// As [`gemm`].
+pub fn product(
+    m: usize,
+    n: usize,
+    k: usize,
+    a: MatrixRef<'_>,
+    b: MatrixRef<'_>,
+    row: Option<&[f32]>,
+    precision: Precision,
+) -> Vec<f32> {
+    let mut c = Vec::with_capacity(m * n);
+    let start = row.map_or(Start::Zero, Start::Row);
+    // SAFETY: the capacity is m * n, and all of it is written: `start` is not `Result`.
+    unsafe {
+        gemm_to(Isa::detect(), m, n, k, a, b, start, Output(c.as_mut_ptr()), precision);
+        c.set_len(m * n);
+    }
+    c
 }
 
 #[allow(clippy::too_many_arguments, reason = "the operands of a matrix product")]
@@ -95,36 +129,68 @@ fn gemm_with(
     k: usize,
     a: MatrixRef<'_>,
     b: MatrixRef<'_>,
+    start: Start<'_>,
     c: &mut [f32],
-    accumulate: bool,
+    precision: Precision,
+) {
+    assert_eq!(c.len(), m * n, "c must be m * n");
+    // SAFETY: `c` has m * n elements.
+    unsafe { gemm_to(isa, m, n, k, a, b, start, Output(c.as_mut_ptr()), precision) };
+}
+
+/// # Safety
+/// `c` must point to `m * n` elements; they are read where `start` is `Result`, and all written otherwise.
+#[allow(clippy::too_many_arguments, reason = "the operands of a matrix product")]
+unsafe fn gemm_to(
+    isa: Isa,
+    m: usize,
+    n: usize,
+    k: usize,
+    a: MatrixRef<'_>,
+    b: MatrixRef<'_>,
+    start: Start<'_>,
+    c: Output,
     precision: Precision,
 ) {
     a.check(m, k);
     b.check(k, n);
-    assert_eq!(c.len(), m * n, "c must be m * n");
-    if !accumulate {
-        c.fill(0.0);
-    }
-    if m == 0 || n == 0 || k == 0 {
+    if m == 0 || n == 0 {
         return;
     }
     thread_local!(static PANELS: RefCell<Vec<u32>> = const { RefCell::new(Vec::new()) });
     // Taken, not borrowed: a waiting thread may run another task that multiplies too.
     let mut buffer = PANELS.take();
     let block = KW * precision.per_word();
-    for k_start in (0..k).step_by(block) {
+    // An empty `k` is one empty block, which writes what `start` says.
+    for k_start in (0..k.max(1)).step_by(block) {
         let k_len = block.min(k - k_start);
         let b_block = MatrixRef { data: &b.data[(k_start * b.row_stride).min(b.data.len())..], ..b };
         let panels = pack_panels(isa, precision, k_len, n, b_block, &mut buffer);
         let a_block = MatrixRef { data: &a.data[(k_start * a.col_stride).min(a.data.len())..], ..a };
-        multiply(isa, m, a_block, panels, c);
+        let start = if k_start == 0 { start } else { Start::Result };
+        // SAFETY: the caller's promise; from the second block on the first has written all of `c`.
+        unsafe { multiply(isa, m, a_block, panels, start, c) };
     }
     PANELS.set(buffer);
 }
 
-/// `c += a * panels` for one block of `k`.
-pub(crate) fn multiply(isa: Isa, m: usize, a: MatrixRef<'_>, panels: Panels<'_>, c: &mut [f32]) {
+/// `c = a * panels` for one block of `k`, added to what `start` says.
+///
+/// # Safety
+/// `c` must point to `m * panels.n` elements; they are read where `start` is `Result`, and all written otherwise.
+pub(crate) unsafe fn multiply(
+    isa: Isa,
+    m: usize,
+    a: MatrixRef<'_>,
+    panels: Panels<'_>,
+    start: Start<'_>,
+    out: Output,
+) {
+    static ZEROS: [f32; NR] = [0.0; NR];
     let n = panels.n;
+    if let Start::Row(row) = start {
+        assert_eq!(row.len(), n, "the row that is added must have n elements");
+    }
     let n_panels = n.div_ceil(NR);
     // Enough tasks for the threads: few rows are cut along the columns.
     let row_blocks = m.div_ceil(ROWS_A_TASK);
@@ -132,7 +198,6 @@ pub(crate) fn multiply(isa: Isa, m: usize, a: MatrixRef<'_>, panels: Panels<'_>,
     let column_groups = if row_blocks >= wanted { 1 } else { wanted.div_ceil(row_blocks).min(n_panels) };
     let panels_a_group = n_panels.div_ceil(column_groups);
     let column_groups = n_panels.div_ceil(panels_a_group);
-    let out = Output(c.as_mut_ptr());
     (0..row_blocks * column_groups).into_par_iter().for_each(|task| {
         thread_local!(static ROWS: RefCell<Vec<u32>> = const { RefCell::new(Vec::new()) });
         let (row_block, group) = (task / column_groups, task % column_groups);
@@ -157,9 +222,18 @@ pub(crate) fn multiply(isa: Isa, m: usize, a: MatrixRef<'_>, panels: Panels<'_>,
                 // SAFETY: rows `rows.start + tile ..+ n_rows` and columns `panel * NR ..+ width` lie in `c`, which is
                 // m * n; no other task has this row block and column group.
                 let c = unsafe { out.at((rows.start + tile) * n + panel * NR) };
+                let (from, from_stride) = match start {
+                    Start::Zero => (ZEROS.as_ptr(), 0),
+                    Start::Row(row) => (row[panel * NR..].as_ptr(), 0),
+                    Start::Result => (c.cast_const(), n),
+                };
                 let a = &packed[tile * A_STRIDE..];
-                // SAFETY: as above; `a` holds `n_rows` rows of A_STRIDE words and `words` is a whole panel.
-                unsafe { micro::tile(isa, panels.precision, n_rows, a, A_STRIDE, words, c, n, width) };
+                // SAFETY: as above; `a` holds `n_rows` rows of A_STRIDE words and `words` is a whole panel; `from` has `width`
+                // elements, in the same row again or in the rows of `c`, which hold something where `start` is `Result`.
+                unsafe {
+                    let tile = micro::Tile { n_rows, width, from, from_stride, c, c_stride: n };
+                    micro::tile(isa, panels.precision, a, A_STRIDE, words, tile);
+                }
             }
         }
         ROWS.set(packed);
@@ -215,7 +289,7 @@ mod tests {
         let (a, b) = (view(&a[..], k, m, transposed.0), view(&b[..], n, k, transposed.1));
         let mut c = numbers(m * n, 3);
         let before = c.clone();
-        gemm_with(isa, m, n, k, a, b, &mut c, true, precision);
+        gemm_with(isa, m, n, k, a, b, Start::Result, &mut c, precision);
         for i in 0..m {
             for j in 0..n {
                 let (mut expected, mut magnitude) = (f64::from(before[i * n + j]), 1.0);
@@ -260,6 +334,21 @@ mod tests {
     }
 
     #[test]
+    fn a_product_starts_from_nothing_or_from_a_row() {
+        for (m, n, k) in [(13, 31, 5), (25, 64, 1030), (3, 40, 0)] {
+            let (a, b, row) = (numbers(m * k, 1), numbers(k * n, 2), numbers(n, 3));
+            let a = MatrixRef { data: &a, row_stride: k, col_stride: 1 };
+            let b = MatrixRef { data: &b, row_stride: n, col_stride: 1 };
+            let mut onto = row.repeat(m);
+            gemm(m, n, k, a, b, Start::Result, &mut onto, Precision::F32);
+            assert_eq!(product(m, n, k, a, b, Some(&row), Precision::F32), onto);
+            let mut from_zero = vec![0.0; m * n];
+            gemm(m, n, k, a, b, Start::Result, &mut from_zero, Precision::F32);
+            assert_eq!(product(m, n, k, a, b, None, Precision::F32), from_zero);
+        }
+    }
+
+    #[test]
     fn not_a_number_and_infinity_reach_the_result() {
         for isa in Isa::all_available() {
             for precision in [Precision::F32, Precision::Bf16] {
@@ -267,7 +356,7 @@ mod tests {
                 let b = [1.0; 4];
                 let mut c = [0.0; 4];
                 let view = |data| MatrixRef { data, row_stride: 2, col_stride: 1 };
-                gemm_with(isa, 2, 2, 2, view(&a), view(&b), &mut c, false, precision);
+                gemm_with(isa, 2, 2, 2, view(&a), view(&b), Start::Zero, &mut c, precision);
                 assert!(c[0].is_nan() && c[1].is_nan(), "{isa:?} {precision:?} {c:?}");
                 assert_eq!((c[2], c[3]), (f32::INFINITY, f32::INFINITY), "{isa:?} {precision:?}");
             }
@@ -278,6 +367,6 @@ mod tests {
     #[should_panic(expected = "reaches beyond")]
     fn a_view_that_is_too_short_is_refused() {
         let view = MatrixRef { data: &[0.0; 5], row_stride: 3, col_stride: 1 };
-        gemm(2, 3, 3, view, view, &mut [0.0; 6], false, Precision::F32);
+        gemm(2, 3, 3, view, view, Start::Zero, &mut [0.0; 6], Precision::F32);
     }
 }

@@ -1,4 +1,4 @@
-//! SIMD kernels of blip2: slices in, slices out.
+//! SIMD kernels of blip2: slices in, vectors out.
 //!
 //! The only crate of the workspace with `unsafe` code; it knows no tensor type. One operation is one file, with its
 //! tests. Results do not depend on the number of threads, and the result for a row does not depend on the rows
@@ -11,6 +11,8 @@
 pub mod activation;
 pub mod adamw;
 pub mod attention;
+mod buffer;
+pub mod column_sums;
 pub mod conv;
 pub mod cross_entropy;
 pub mod dropout;

@@ -3,7 +3,7 @@
 use rayon::prelude::*;
 
 use crate::activation::{Activation, activate_in_place};
-use crate::gemm::{KW, MatrixRef, NR, Panels, Precision, gemm, multiply, pack_panels};
+use crate::gemm::{KW, MatrixRef, NR, Output, Panels, Precision, Start, gemm, multiply, pack_panels};
 use crate::isa::Isa;
 
 /// Output rows unpacked at a time by the input gradient: a megabyte or so, not the whole matrix.
@@ -63,9 +63,9 @@ impl PackedWeight {
         Self { blocks, out_features, in_features, precision }
     }
 
-    /// `y = activation(x Wᵀ + bias)`; `x` is `[n_rows, in]`, `y` `[n_rows, out]`.
+    /// `activation(x Wᵀ + bias)`; `x` is `[n_rows, in]`, the result `[n_rows, out]`.
     ///
-    /// A row of `y` is the same, bit for bit, whatever `n_rows` is.
+    /// A row of the result is the same, bit for bit, whatever `n_rows` is.
     ///
     /// # Panics
     /// When the lengths do not fit.
@@ -75,24 +75,42 @@ impl PackedWeight {
         n_rows: usize,
         bias: Option<&[f32]>,
         activation: Activation,
-        y: &mut [f32],
-    ) {
-        assert_eq!(x.len(), n_rows * self.in_features, "x must be [n_rows, in]");
-        assert_eq!(y.len(), n_rows * self.out_features, "y must be [n_rows, out]");
-        match bias {
-            Some(bias) => y.chunks_exact_mut(self.out_features).for_each(|row| row.copy_from_slice(bias)),
-            None => y.fill(0.0),
+    ) -> Vec<f32> {
+        let n = n_rows * self.out_features;
+        let mut y = Vec::with_capacity(n);
+        // SAFETY: the capacity is n_rows * out, and all of it is written.
+        unsafe {
+            self.affine(x, n_rows, bias, Output(y.as_mut_ptr()));
+            y.set_len(n);
         }
+        activate_in_place(&mut y, activation);
+        y
+    }
+
+    /// [`Self::forward`] without activation into `y`.
+    ///
+    /// # Panics
+    /// When the lengths do not fit.
+    pub fn forward_into(&self, x: &[f32], n_rows: usize, bias: Option<&[f32]>, y: &mut [f32]) {
+        assert_eq!(y.len(), n_rows * self.out_features, "y must be [n_rows, out]");
+        // SAFETY: `y` has n_rows * out elements.
+        unsafe { self.affine(x, n_rows, bias, Output(y.as_mut_ptr())) };
+    }
+
+    /// # Safety
+    /// `y` must point to `n_rows * out_features` elements, which are all written.
+    unsafe fn affine(&self, x: &[f32], n_rows: usize, bias: Option<&[f32]>, y: Output) {
+        assert_eq!(x.len(), n_rows * self.in_features, "x must be [n_rows, in]");
         if n_rows == 0 {
             return;
         }
+        let mut start = bias.map_or(Start::Zero, Start::Row);
         for (i, block) in self.blocks.iter().enumerate() {
             let a =
                 MatrixRef { data: &x[i * self.block_len()..], row_stride: self.in_features, col_stride: 1 };
-            multiply(Isa::detect(), n_rows, a, self.panels(i, block), y);
-        }
-        if activation != Activation::Identity {
-            activate_in_place(y, activation);
+            // SAFETY: the caller's promise; from the second block on the first has written all of `y`.
+            unsafe { multiply(Isa::detect(), n_rows, a, self.panels(i, block), start, y) };
+            start = Start::Result;
         }
     }
 
@@ -107,15 +125,16 @@ impl PackedWeight {
             return;
         }
         let mut rows = vec![0.0; ROWS_A_GRADIENT_BLOCK.min(self.out_features) * self.in_features];
-        for start in (0..self.out_features).step_by(ROWS_A_GRADIENT_BLOCK) {
-            let n = ROWS_A_GRADIENT_BLOCK.min(self.out_features - start);
+        for first in (0..self.out_features).step_by(ROWS_A_GRADIENT_BLOCK) {
+            let n = ROWS_A_GRADIENT_BLOCK.min(self.out_features - first);
             let rows = &mut rows[..n * self.in_features];
             rows.par_chunks_exact_mut(self.in_features)
                 .enumerate()
-                .for_each(|(i, row)| self.row(start + i, row));
-            let a = MatrixRef { data: &d_y[start..], row_stride: self.out_features, col_stride: 1 };
+                .for_each(|(i, row)| self.row(first + i, row));
+            let a = MatrixRef { data: &d_y[first..], row_stride: self.out_features, col_stride: 1 };
             let b = MatrixRef { data: rows, row_stride: self.in_features, col_stride: 1 };
-            gemm(n_rows, self.in_features, n, a, b, d_x, start > 0, self.precision);
+            let start = if first == 0 { Start::Zero } else { Start::Result };
+            gemm(n_rows, self.in_features, n, a, b, start, d_x, self.precision);
         }
     }
 
@@ -205,11 +224,9 @@ mod tests {
             let packed = weight(out, inn, precision);
             let x: Vec<f32> = (0..n * inn).map(|i| number(i + 7)).collect();
             let bias: Vec<f32> = (0..out).map(number).collect();
-            let mut all = vec![0.0; n * out];
-            packed.forward(&x, n, Some(&bias), Activation::GeluErf, &mut all);
+            let all = packed.forward(&x, n, Some(&bias), Activation::GeluErf);
             for n_rows in [1, 2, 5, 13, 97] {
-                let mut some = vec![0.0; n_rows * out];
-                packed.forward(&x[..n_rows * inn], n_rows, Some(&bias), Activation::GeluErf, &mut some);
+                let some = packed.forward(&x[..n_rows * inn], n_rows, Some(&bias), Activation::GeluErf);
                 assert_eq!(some, all[..n_rows * out], "{precision:?} {n_rows}");
             }
         }

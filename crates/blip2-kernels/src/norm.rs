@@ -1,128 +1,113 @@
 //! Layer norm and RMS norm with their gradients.
 
-use rayon::prelude::*;
-
+use crate::buffer::{Unwritten, fill, in_chunks, one_in_chunks};
 use crate::isa::{Isa, with_isa};
 use crate::lanes::{sum, sum_by};
 
 /// Rows a task works on; weight gradients are summed over such chunks in order, whatever the number of threads.
 const ROWS_A_TASK: usize = 64;
 
-/// `out = (y - mean) / sqrt(variance + eps) * weight + bias` with `y = x + residual`, over rows of `weight.len()`.
+/// `(y - mean) / sqrt(variance + eps) * weight + bias` with `y = x + residual`, over rows of `weight.len()`.
 ///
 /// # Panics
 /// When the lengths do not fit.
-pub fn layer_norm(
-    x: &[f32],
-    residual: Option<&[f32]>,
-    weight: &[f32],
-    bias: &[f32],
-    eps: f32,
-    out: &mut [f32],
-) {
+pub fn layer_norm(x: &[f32], residual: Option<&[f32]>, weight: &[f32], bias: &[f32], eps: f32) -> Vec<f32> {
     let width = weight.len();
-    check(x.len(), width, &[out.len(), residual.map_or(x.len(), <[f32]>::len)]);
+    check(x.len(), width, &[residual.map_or(x.len(), <[f32]>::len)]);
     assert_eq!(bias.len(), width, "weight and bias differ in length");
     let isa = Isa::detect();
-    out.par_chunks_mut(ROWS_A_TASK * width).enumerate().for_each(|(task, out)| {
+    one_in_chunks(x.len(), ROWS_A_TASK * width, |start, out| {
         with_isa(
             isa,
             #[inline(always)]
             || {
-                for (i, out) in out.chunks_exact_mut(width).enumerate() {
-                    let at = (task * ROWS_A_TASK + i) * width;
-                    add(&x[at..at + width], residual.map(|r| &r[at..at + width]), out);
+                let out = add(x, residual, start, out);
+                for out in out.chunks_exact_mut(width) {
                     let (mean, scale) = statistics(out, eps);
                     for j in 0..width {
                         out[j] = (out[j] - mean) * scale * weight[j] + bias[j];
                     }
                 }
+                out
             },
-        );
-    });
+        )
+    })
 }
 
-/// The gradients of [`layer_norm`]; `d_x` is the residual's gradient too.
+/// The gradients of [`layer_norm`]: of `x`, which is the residual's too, of the weight and of the bias.
 ///
 /// # Panics
 /// When the lengths do not fit.
-#[allow(clippy::too_many_arguments, reason = "three gradients of four operands")]
 pub fn layer_norm_backward(
     x: &[f32],
     residual: Option<&[f32]>,
     weight: &[f32],
     eps: f32,
     d_out: &[f32],
-    d_x: &mut [f32],
-    d_weight: &mut [f32],
-    d_bias: &mut [f32],
-) {
+) -> (Vec<f32>, Vec<f32>, Vec<f32>) {
     let width = weight.len();
-    check(x.len(), width, &[d_out.len(), d_x.len(), residual.map_or(x.len(), <[f32]>::len)]);
-    assert!(d_weight.len() == width && d_bias.len() == width, "weight gradients differ in length");
+    check(x.len(), width, &[d_out.len(), residual.map_or(x.len(), <[f32]>::len)]);
     let isa = Isa::detect();
-    let tasks = d_x.par_chunks_mut(ROWS_A_TASK * width).enumerate();
-    let sums: Vec<(Vec<f32>, Vec<f32>)> = tasks
-        .map(|(task, d_x)| {
-            let (mut d_weight, mut d_bias) = (vec![0.0; width], vec![0.0; width]);
-            with_isa(
-                isa,
-                #[inline(always)]
-                || {
-                    for (i, d_x) in d_x.chunks_exact_mut(width).enumerate() {
-                        let at = (task * ROWS_A_TASK + i) * width;
-                        let d_out = &d_out[at..at + width];
-                        add(&x[at..at + width], residual.map(|r| &r[at..at + width]), d_x);
-                        let (mean, scale) = statistics(d_x, eps);
-                        for j in 0..width {
-                            d_x[j] = (d_x[j] - mean) * scale; // the normalised input
-                            d_weight[j] += d_out[j] * d_x[j];
-                            d_bias[j] += d_out[j];
-                        }
-                        let mean_d = sum_by(width, |j| d_out[j] * weight[j]) / width as f32;
-                        let mean_dx = sum_by(width, |j| d_out[j] * weight[j] * d_x[j]) / width as f32;
-                        for j in 0..width {
-                            d_x[j] = scale * (d_out[j] * weight[j] - mean_d - d_x[j] * mean_dx);
-                        }
-                    }
-                },
-            );
-            (d_weight, d_bias)
-        })
-        .collect();
-    d_weight.fill(0.0);
-    d_bias.fill(0.0);
-    for (w, b) in sums {
-        d_weight.iter_mut().zip(w).for_each(|(sum, w)| *sum += w);
-        d_bias.iter_mut().zip(b).for_each(|(sum, b)| *sum += b);
-    }
-}
-
-/// `out = x / sqrt(mean(x²) + eps) * weight`, over rows of `weight.len()`.
-///
-/// # Panics
-/// When the lengths do not fit.
-pub fn rms_norm(x: &[f32], weight: &[f32], eps: f32, out: &mut [f32]) {
-    let width = weight.len();
-    check(x.len(), width, &[out.len()]);
-    let isa = Isa::detect();
-    x.par_chunks(ROWS_A_TASK * width).zip(out.par_chunks_mut(ROWS_A_TASK * width)).for_each(|(x, out)| {
+    let ([d_x], sums) = in_chunks(x.len(), ROWS_A_TASK * width, |start, [d_x]| {
+        let (mut d_weight, mut d_bias) = (vec![0.0; width], vec![0.0; width]);
         with_isa(
             isa,
             #[inline(always)]
             || {
-                for (x, out) in x.chunks_exact(width).zip(out.chunks_exact_mut(width)) {
-                    let scale = 1.0 / (sum_by(width, |j| x[j] * x[j]) / width as f32 + eps).sqrt();
+                let d_x = add(x, residual, start, d_x);
+                let d_out = &d_out[start..][..d_x.len()];
+                for (d_x, d_out) in d_x.chunks_exact_mut(width).zip(d_out.chunks_exact(width)) {
+                    let (mean, scale) = statistics(d_x, eps);
                     for j in 0..width {
-                        out[j] = x[j] * scale * weight[j];
+                        d_x[j] = (d_x[j] - mean) * scale; // the normalised input
+                        d_weight[j] += d_out[j] * d_x[j];
+                        d_bias[j] += d_out[j];
+                    }
+                    let mean_d = sum_by(width, |j| d_out[j] * weight[j]) / width as f32;
+                    let mean_dx = sum_by(width, |j| d_out[j] * weight[j] * d_x[j]) / width as f32;
+                    for j in 0..width {
+                        d_x[j] = scale * (d_out[j] * weight[j] - mean_d - d_x[j] * mean_dx);
                     }
                 }
+                ([d_x], (d_weight, d_bias))
             },
-        );
+        )
     });
+    let (mut d_weight, mut d_bias) = (vec![0.0; width], vec![0.0; width]);
+    for (w, b) in sums {
+        d_weight.iter_mut().zip(w).for_each(|(sum, w)| *sum += w);
+        d_bias.iter_mut().zip(b).for_each(|(sum, b)| *sum += b);
+    }
+    (d_x, d_weight, d_bias)
 }
 
-/// The gradients of [`rms_norm`]; that of the weight only where it is asked for.
+/// `x / sqrt(mean(x²) + eps) * weight`, over rows of `weight.len()`.
+///
+/// # Panics
+/// When the lengths do not fit.
+pub fn rms_norm(x: &[f32], weight: &[f32], eps: f32) -> Vec<f32> {
+    let width = weight.len();
+    check(x.len(), width, &[]);
+    let isa = Isa::detect();
+    one_in_chunks(x.len(), ROWS_A_TASK * width, |start, out| {
+        with_isa(
+            isa,
+            #[inline(always)]
+            || {
+                let out = add(x, None, start, out);
+                for out in out.chunks_exact_mut(width) {
+                    let scale = 1.0 / (sum_by(width, |j| out[j] * out[j]) / width as f32 + eps).sqrt();
+                    for j in 0..width {
+                        out[j] = out[j] * scale * weight[j];
+                    }
+                }
+                out
+            },
+        )
+    })
+}
+
+/// The gradients of [`rms_norm`]: of `x`, and of the weight where that is asked for.
 ///
 /// # Panics
 /// When the lengths do not fit.
@@ -131,45 +116,41 @@ pub fn rms_norm_backward(
     weight: &[f32],
     eps: f32,
     d_out: &[f32],
-    d_x: &mut [f32],
-    d_weight: Option<&mut [f32]>,
-) {
+    wants_weight: bool,
+) -> (Vec<f32>, Option<Vec<f32>>) {
     let width = weight.len();
-    check(x.len(), width, &[d_out.len(), d_x.len()]);
+    check(x.len(), width, &[d_out.len()]);
     let isa = Isa::detect();
-    let wants_weight = d_weight.is_some();
-    let tasks = d_x.par_chunks_mut(ROWS_A_TASK * width).enumerate();
-    let sums: Vec<Vec<f32>> = tasks
-        .map(|(task, d_x)| {
-            let mut d_weight = vec![0.0; if wants_weight { width } else { 0 }];
-            with_isa(
-                isa,
-                #[inline(always)]
-                || {
-                    for (i, d_x) in d_x.chunks_exact_mut(width).enumerate() {
-                        let at = (task * ROWS_A_TASK + i) * width;
-                        let (x, d_out) = (&x[at..at + width], &d_out[at..at + width]);
-                        let scale = 1.0 / (sum_by(width, |j| x[j] * x[j]) / width as f32 + eps).sqrt();
-                        let mean = sum_by(width, |j| d_out[j] * weight[j] * x[j]) / width as f32;
-                        for j in 0..width {
-                            d_x[j] = scale * (d_out[j] * weight[j] - x[j] * scale * scale * mean);
-                        }
-                        for (j, sum) in d_weight.iter_mut().enumerate() {
-                            *sum += d_out[j] * x[j] * scale;
-                        }
+    let ([d_x], sums) = in_chunks(x.len(), ROWS_A_TASK * width, |start, [d_x]| {
+        let mut d_weight = vec![0.0; if wants_weight { width } else { 0 }];
+        with_isa(
+            isa,
+            #[inline(always)]
+            || {
+                let d_x = add(x, None, start, d_x);
+                let d_out = &d_out[start..][..d_x.len()];
+                for (d_x, d_out) in d_x.chunks_exact_mut(width).zip(d_out.chunks_exact(width)) {
+                    let scale = 1.0 / (sum_by(width, |j| d_x[j] * d_x[j]) / width as f32 + eps).sqrt();
+                    let mean = sum_by(width, |j| d_out[j] * weight[j] * d_x[j]) / width as f32;
+                    for (j, sum) in d_weight.iter_mut().enumerate() {
+                        *sum += d_out[j] * d_x[j] * scale;
                     }
-                },
-            );
-            d_weight
-        })
-        .collect();
-    if let Some(d_weight) = d_weight {
-        assert_eq!(d_weight.len(), width, "the weight gradient differs in length");
-        d_weight.fill(0.0);
+                    for j in 0..width {
+                        d_x[j] = scale * (d_out[j] * weight[j] - d_x[j] * scale * scale * mean);
+                    }
+                }
+                ([d_x], d_weight)
+            },
+        )
+    });
+    let d_weight = wants_weight.then(|| {
+        let mut d_weight = vec![0.0; width];
         for w in sums {
             d_weight.iter_mut().zip(w).for_each(|(sum, w)| *sum += w);
         }
-    }
+        d_weight
+    });
+    (d_x, d_weight)
 }
 
 fn check(len: usize, width: usize, others: &[usize]) {
@@ -177,15 +158,24 @@ fn check(len: usize, width: usize, others: &[usize]) {
     assert!(others.iter().all(|&other| other == len), "lengths differ");
 }
 
+/// Writes the rows of `x + residual` that begin at element `start`.
 #[inline(always)]
-fn add(x: &[f32], residual: Option<&[f32]>, out: &mut [f32]) {
+fn add<'a>(x: &[f32], residual: Option<&[f32]>, start: usize, out: &'a mut Unwritten) -> &'a mut [f32] {
+    let x = &x[start..][..out.len()];
     match residual {
         Some(residual) => {
-            for (i, out) in out.iter_mut().enumerate() {
-                *out = x[i] + residual[i];
-            }
+            let residual = &residual[start..][..out.len()];
+            fill(
+                out,
+                #[inline(always)]
+                |i| x[i] + residual[i],
+            )
         }
-        None => out.copy_from_slice(x),
+        None => fill(
+            out,
+            #[inline(always)]
+            |i| x[i],
+        ),
     }
 }
 
@@ -235,10 +225,8 @@ mod tests {
             let (x, residual, d_out) =
                 (numbers(rows * width, 0.0), numbers(rows * width, 5.0), numbers(rows * width, 9.0));
             let (weight, bias) = (numbers(width, 2.0), numbers(width, 3.0));
-            let mut out = vec![0.0; x.len()];
-            layer_norm(&x, Some(&residual), &weight, &bias, 1e-5, &mut out);
-            let (mut d_x, mut d_w, mut d_b) = (vec![0.0; x.len()], vec![0.0; width], vec![0.0; width]);
-            layer_norm_backward(&x, Some(&residual), &weight, 1e-5, &d_out, &mut d_x, &mut d_w, &mut d_b);
+            let out = layer_norm(&x, Some(&residual), &weight, &bias, 1e-5);
+            let (d_x, d_w, d_b) = layer_norm_backward(&x, Some(&residual), &weight, 1e-5, &d_out);
             let y: Vec<f64> = wide(&x).iter().zip(wide(&residual)).map(|(a, b)| a + b).collect();
             let (w, b, d) = (wide(&weight), wide(&bias), wide(&d_out));
             let total: f64 = wide(&out).iter().zip(&d).map(|(o, d)| o * d).sum();
@@ -277,10 +265,9 @@ mod tests {
         for (rows, width) in [(1, 1), (3, 15), (130, 18), (2, 67)] {
             let (x, d_out, weight) =
                 (numbers(rows * width, 0.5), numbers(rows * width, 9.0), numbers(width, 2.0));
-            let mut out = vec![0.0; x.len()];
-            rms_norm(&x, &weight, 1e-5, &mut out);
-            let (mut d_x, mut d_w) = (vec![0.0; x.len()], vec![0.0; width]);
-            rms_norm_backward(&x, &weight, 1e-5, &d_out, &mut d_x, Some(&mut d_w));
+            let out = rms_norm(&x, &weight, 1e-5);
+            let (d_x, d_w) = rms_norm_backward(&x, &weight, 1e-5, &d_out, true);
+            let d_w = d_w.expect("it was asked for");
             let (y, w, d) = (wide(&x), wide(&weight), wide(&d_out));
             let total: f64 = wide(&out).iter().zip(&d).map(|(o, d)| o * d).sum();
             assert!((total - objective(&y, &w, None, &d, 1e-5)).abs() < 1e-3);
@@ -309,11 +296,7 @@ mod tests {
         let (x, d_out, weight) = (numbers(500 * 48, 0.0), numbers(500 * 48, 1.0), numbers(48, 2.0));
         let run = |n_threads| {
             let pool = rayon::ThreadPoolBuilder::new().num_threads(n_threads).build().expect("threads");
-            let (mut d_x, mut d_w, mut d_b) = (vec![0.0; x.len()], vec![0.0; 48], vec![0.0; 48]);
-            pool.install(|| {
-                layer_norm_backward(&x, None, &weight, 1e-5, &d_out, &mut d_x, &mut d_w, &mut d_b)
-            });
-            (d_x, d_w, d_b)
+            pool.install(|| layer_norm_backward(&x, None, &weight, 1e-5, &d_out))
         };
         assert_eq!(run(1), run(3));
     }

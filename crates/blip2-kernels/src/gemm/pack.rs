@@ -52,7 +52,7 @@ pub(crate) fn pack_panels<'a>(
         buffer.resize(n_panels * n_words * NR, 0);
     }
     let words = &mut buffer[..n_panels * n_words * NR];
-    words.par_chunks_mut(n_words * NR).with_min_len(4).enumerate().for_each(|(i, panel)| {
+    words.par_chunks_mut((n_words * NR).max(1)).with_min_len(4).enumerate().for_each(|(i, panel)| {
         let width = NR.min(n - i * NR);
         let data = &b.data[(i * NR * b.col_stride).min(b.data.len())..];
         with_isa(

@@ -30,17 +30,12 @@ impl CustomOp1 for Activate {
     }
 
     fn cpu_fwd(&self, s: &CpuStorage, l: &Layout) -> Result<(CpuStorage, Shape)> {
-        let x = slice(s, l)?;
-        let mut out = vec![0.0; x.len()];
-        kernels::activate(x, self.0, &mut out);
-        Ok((CpuStorage::F32(out), l.shape().clone()))
+        Ok((CpuStorage::F32(kernels::activate(slice(s, l)?, self.0)), l.shape().clone()))
     }
 
     fn bwd(&self, x: &Tensor, _: &Tensor, d_out: &Tensor) -> Result<Option<Tensor>> {
         let d_x = with_slices([x, &d_out.contiguous()?], |[x, d_out]| {
-            let mut d_x = vec![0.0; x.len()];
-            kernels::activate_backward(x, self.0, d_out, &mut d_x);
-            d_x
+            kernels::activate_backward(x, self.0, d_out)
         })?;
         tensor(d_x, x).map(Some)
     }
@@ -60,9 +55,7 @@ impl CustomOp2 for Gated {
         s2: &CpuStorage,
         l2: &Layout,
     ) -> Result<(CpuStorage, Shape)> {
-        let (gate, up) = (slice(s1, l1)?, slice(s2, l2)?);
-        let mut out = vec![0.0; gate.len()];
-        kernels::gated(gate, up, self.0, &mut out);
+        let out = kernels::gated(slice(s1, l1)?, slice(s2, l2)?, self.0);
         Ok((CpuStorage::F32(out), l1.shape().clone()))
     }
 
@@ -74,9 +67,7 @@ impl CustomOp2 for Gated {
         d_out: &Tensor,
     ) -> Result<(Option<Tensor>, Option<Tensor>)> {
         let (d_gate, d_up) = with_slices([gate, up, &d_out.contiguous()?], |[g, u, d_out]| {
-            let (mut d_gate, mut d_up) = (vec![0.0; g.len()], vec![0.0; g.len()]);
-            kernels::gated_backward(g, u, self.0, d_out, &mut d_gate, &mut d_up);
-            (d_gate, d_up)
+            kernels::gated_backward(g, u, self.0, d_out)
         })?;
         Ok((Some(tensor(d_gate, gate)?), Some(tensor(d_up, up)?)))
     }

@@ -59,18 +59,11 @@ impl CustomOp1 for Mask {
     }
 
     fn cpu_fwd(&self, s: &CpuStorage, l: &Layout) -> Result<(CpuStorage, Shape)> {
-        let x = slice(s, l)?;
-        let mut out = vec![0.0; x.len()];
-        kernels::dropout(x, self.0, &mut out);
-        Ok((CpuStorage::F32(out), l.shape().clone()))
+        Ok((CpuStorage::F32(kernels::dropout(slice(s, l)?, self.0)), l.shape().clone()))
     }
 
     fn bwd(&self, x: &Tensor, _: &Tensor, d_out: &Tensor) -> Result<Option<Tensor>> {
-        let d_x = with_slices([&d_out.contiguous()?], |[d_out]| {
-            let mut d_x = vec![0.0; d_out.len()];
-            kernels::dropout(d_out, self.0, &mut d_x);
-            d_x
-        })?;
+        let d_x = with_slices([&d_out.contiguous()?], |[d_out]| kernels::dropout(d_out, self.0))?;
         tensor(d_x, x).map(Some)
     }
 }

@@ -2,7 +2,8 @@
 
 use std::sync::Arc;
 
-use blip2_kernels::gemm::{MatrixRef, Precision, gemm};
+use blip2_kernels::column_sums::add_column_sums;
+use blip2_kernels::gemm::{MatrixRef, Precision, Start, gemm, product};
 use blip2_kernels::linear::PackedWeight;
 use candle_core::{CpuStorage, CustomOp1, CustomOp3, Layout, Result, Shape, Tensor};
 
@@ -71,8 +72,16 @@ impl Linear {
     }
 }
 
-/// `y = x Wᵀ (+ b)` on slices; an empty bias is none.
-pub(super) fn dense_forward(
+/// `x Wᵀ (+ b)` on slices; an empty bias is none.
+fn dense_forward(x: &[f32], w: &[f32], bias: &[f32], n_in: usize, precision: Precision) -> Vec<f32> {
+    let (n_rows, n_out) = (x.len() / n_in, w.len() / n_in);
+    let a = MatrixRef { data: x, row_stride: n_in, col_stride: 1 };
+    let b = MatrixRef { data: w, row_stride: 1, col_stride: n_in };
+    product(n_rows, n_out, n_in, a, b, (!bias.is_empty()).then_some(bias), precision)
+}
+
+/// `x Wᵀ (+ b)` into `y`.
+pub(super) fn dense_forward_into(
     x: &[f32],
     w: &[f32],
     bias: &[f32],
@@ -81,16 +90,22 @@ pub(super) fn dense_forward(
     y: &mut [f32],
 ) {
     let (n_rows, n_out) = (x.len() / n_in, w.len() / n_in);
-    if !bias.is_empty() {
-        y.chunks_exact_mut(n_out).for_each(|row| row.copy_from_slice(bias));
-    }
     let a = MatrixRef { data: x, row_stride: n_in, col_stride: 1 };
     let b = MatrixRef { data: w, row_stride: 1, col_stride: n_in };
-    gemm(n_rows, n_out, n_in, a, b, y, !bias.is_empty(), precision);
+    let start = if bias.is_empty() { Start::Zero } else { Start::Row(bias) };
+    gemm(n_rows, n_out, n_in, a, b, start, y, precision);
 }
 
-/// `d_x = d_y W` on slices.
-pub(super) fn dense_input_gradient(
+/// `d_y W` on slices.
+fn dense_input_gradient(d_y: &[f32], w: &[f32], n_in: usize, precision: Precision) -> Vec<f32> {
+    let n_out = w.len() / n_in;
+    let a = MatrixRef { data: d_y, row_stride: n_out, col_stride: 1 };
+    let b = MatrixRef { data: w, row_stride: n_in, col_stride: 1 };
+    product(d_y.len() / n_out, n_in, n_out, a, b, None, precision)
+}
+
+/// `d_y W` into `d_x`.
+pub(super) fn dense_input_gradient_into(
     d_y: &[f32],
     w: &[f32],
     n_in: usize,
@@ -100,7 +115,7 @@ pub(super) fn dense_input_gradient(
     let n_out = w.len() / n_in;
     let a = MatrixRef { data: d_y, row_stride: n_out, col_stride: 1 };
     let b = MatrixRef { data: w, row_stride: n_in, col_stride: 1 };
-    gemm(d_y.len() / n_out, n_in, n_out, a, b, d_x, false, precision);
+    gemm(d_y.len() / n_out, n_in, n_out, a, b, Start::Zero, d_x, precision);
 }
 
 /// `d_w (+)= d_yᵀ x` on slices.
@@ -115,14 +130,8 @@ pub(super) fn dense_weight_gradient(
     let n_out = d_w.len() / n_in;
     let a = MatrixRef { data: d_y, row_stride: 1, col_stride: n_out };
     let b = MatrixRef { data: x, row_stride: n_in, col_stride: 1 };
-    gemm(n_out, n_in, x.len() / n_in, a, b, d_w, accumulate, precision);
-}
-
-/// `d_b += ` the column sums of `d_y`.
-pub(super) fn add_column_sums(d_y: &[f32], d_b: &mut [f32]) {
-    for row in d_y.chunks_exact(d_b.len()) {
-        d_b.iter_mut().zip(row).for_each(|(sum, d)| *sum += d);
-    }
+    let start = if accumulate { Start::Result } else { Start::Zero };
+    gemm(n_out, n_in, x.len() / n_in, a, b, start, d_w, precision);
 }
 
 fn check_width(x: &Layout, n_in: usize) -> Result<()> {
@@ -161,8 +170,7 @@ impl CustomOp3 for DenseLinear {
         let (x, w, bias) = (slice(s1, l1)?, slice(s2, l2)?, slice(s3, l3)?);
         let (n_out, n_in) = l2.shape().dims2()?;
         check_width(l1, n_in)?;
-        let mut y = vec![0.0; x.len() / n_in * n_out];
-        dense_forward(x, w, bias, n_in, self.precision, &mut y);
+        let y = dense_forward(x, w, bias, n_in, self.precision);
         Ok((CpuStorage::F32(y), output_shape(l1, n_out)))
     }
 
@@ -176,8 +184,7 @@ impl CustomOp3 for DenseLinear {
     ) -> Result<(Option<Tensor>, Option<Tensor>, Option<Tensor>)> {
         let (_, n_in) = w.dims2()?;
         let (d_x, d_w, d_b) = with_slices([x, w, bias, &d_y.contiguous()?], |[xs, ws, bs, d_y]| {
-            let mut d_x = vec![0.0; xs.len()];
-            dense_input_gradient(d_y, ws, n_in, self.precision, &mut d_x);
+            let d_x = dense_input_gradient(d_y, ws, n_in, self.precision);
             let d_w = w.is_variable().then(|| {
                 let mut d_w = vec![0.0; ws.len()];
                 dense_weight_gradient(d_y, xs, n_in, false, self.precision, &mut d_w);
@@ -210,8 +217,7 @@ impl CustomOp1 for PackedLinear {
         let (x, n_in, n_out) = (slice(s, l)?, self.weight.in_features(), self.weight.out_features());
         check_width(l, n_in)?;
         let n_rows = x.len() / n_in;
-        let mut y = vec![0.0; n_rows * n_out];
-        self.weight.forward(x, n_rows, self.bias.as_deref(), Activation::Identity, &mut y);
+        let y = self.weight.forward(x, n_rows, self.bias.as_deref(), Activation::Identity);
         Ok((CpuStorage::F32(y), output_shape(l, n_out)))
     }
 

@@ -2,14 +2,15 @@
 
 use std::sync::Arc;
 
+use blip2_kernels::column_sums::add_column_sums;
 use blip2_kernels::cross_entropy as kernels;
 use blip2_kernels::gemm::Precision;
 use blip2_kernels::linear::PackedWeight;
 use candle_core::{CpuStorage, CustomOp1, CustomOp3, Layout, Result, Shape, Tensor};
 
-use super::linear::{add_column_sums, dense_forward, dense_input_gradient, dense_weight_gradient};
+use super::linear::{dense_forward_into, dense_input_gradient_into, dense_weight_gradient};
 use super::view::{slice, tensor, with_slices};
-use super::{Activation, Linear, Weight};
+use super::{Linear, Weight};
 
 /// Rows of logits held at a time: a vocabulary of 50,000 makes each row 200 kB.
 const ROWS_AT_A_TIME: usize = 512;
@@ -118,7 +119,7 @@ impl CustomOp3 for DenseCrossEntropy {
         let chunks = x.chunks(ROWS_AT_A_TIME * n_in).zip(self.targets.chunks(ROWS_AT_A_TIME));
         for ((x, targets), losses) in chunks.zip(losses.chunks_mut(ROWS_AT_A_TIME)) {
             let logits = &mut logits[..targets.len() * n_classes];
-            dense_forward(x, w, bias, n_in, self.precision, logits);
+            dense_forward_into(x, w, bias, n_in, self.precision, logits);
             kernels::cross_entropy(logits, n_classes, targets, self.smoothing, losses);
         }
         Ok((CpuStorage::F32(losses), Shape::from(self.targets.len())))
@@ -145,7 +146,7 @@ impl CustomOp3 for DenseCrossEntropy {
                     let (x, targets) = (&x[elements.clone()], &self.targets[rows.clone()]);
                     let logits = &mut logits[..rows.len() * n_classes];
                     let d_logits = &mut d_logits[..rows.len() * n_classes];
-                    dense_forward(x, w, bias, n_in, self.precision, logits);
+                    dense_forward_into(x, w, bias, n_in, self.precision, logits);
                     let d_losses = &d_losses[rows];
                     kernels::cross_entropy_backward(
                         logits,
@@ -155,7 +156,7 @@ impl CustomOp3 for DenseCrossEntropy {
                         d_losses,
                         d_logits,
                     );
-                    dense_input_gradient(d_logits, w, n_in, self.precision, &mut d_x[elements]);
+                    dense_input_gradient_into(d_logits, w, n_in, self.precision, &mut d_x[elements]);
                     dense_weight_gradient(d_logits, x, n_in, start > 0, self.precision, &mut d_w);
                     if !d_b.is_empty() {
                         add_column_sums(d_logits, &mut d_b);
@@ -187,7 +188,7 @@ impl CustomOp1 for PackedCrossEntropy {
         let chunks = x.chunks(ROWS_AT_A_TIME * n_in).zip(self.targets.chunks(ROWS_AT_A_TIME));
         for ((x, targets), losses) in chunks.zip(losses.chunks_mut(ROWS_AT_A_TIME)) {
             let logits = &mut logits[..targets.len() * n_classes];
-            self.weight.forward(x, targets.len(), self.bias.as_deref(), Activation::Identity, logits);
+            self.weight.forward_into(x, targets.len(), self.bias.as_deref(), logits);
             kernels::cross_entropy(logits, n_classes, targets, self.smoothing, losses);
         }
         Ok((CpuStorage::F32(losses), Shape::from(self.targets.len())))
@@ -205,7 +206,7 @@ impl CustomOp1 for PackedCrossEntropy {
                 let logits = &mut logits[..rows.len() * n_classes];
                 let d_logits = &mut d_logits[..rows.len() * n_classes];
                 let bias = self.bias.as_deref();
-                self.weight.forward(&x[elements.clone()], rows.len(), bias, Activation::Identity, logits);
+                self.weight.forward_into(&x[elements.clone()], rows.len(), bias, logits);
                 let (targets, d_losses) = (&self.targets[rows.clone()], &d_losses[rows.clone()]);
                 kernels::cross_entropy_backward(
                     logits,

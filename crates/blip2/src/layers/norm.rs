@@ -54,9 +54,7 @@ struct Norm {
 impl Norm {
     fn forward(&self, x: &[f32], residual: Option<&[f32]>, weight_and_bias: &[f32]) -> CpuStorage {
         let (weight, bias) = weight_and_bias.split_at(weight_and_bias.len() / 2);
-        let mut out = vec![0.0; x.len()];
-        kernels::layer_norm(x, residual, weight, bias, self.eps, &mut out);
-        CpuStorage::F32(out)
+        CpuStorage::F32(kernels::layer_norm(x, residual, weight, bias, self.eps))
     }
 
     /// The gradients of `x` (which is the residual's too) and of weight and bias.
@@ -68,11 +66,8 @@ impl Norm {
         d_out: &[f32],
     ) -> (Vec<f32>, Vec<f32>) {
         let weight = &weight_and_bias[..weight_and_bias.len() / 2];
-        let mut d_x = vec![0.0; x.len()];
-        let mut d_weight_and_bias = vec![0.0; weight_and_bias.len()];
-        let (d_weight, d_bias) = d_weight_and_bias.split_at_mut(weight.len());
-        kernels::layer_norm_backward(x, residual, weight, self.eps, d_out, &mut d_x, d_weight, d_bias);
-        (d_x, d_weight_and_bias)
+        let (d_x, d_weight, d_bias) = kernels::layer_norm_backward(x, residual, weight, self.eps, d_out);
+        (d_x, [d_weight, d_bias].concat())
     }
 }
 
@@ -176,9 +171,7 @@ impl CustomOp2 for Rms {
         s2: &CpuStorage,
         l2: &Layout,
     ) -> Result<(CpuStorage, Shape)> {
-        let (x, weight) = (slice(s1, l1)?, slice(s2, l2)?);
-        let mut out = vec![0.0; x.len()];
-        kernels::rms_norm(x, weight, self.eps, &mut out);
+        let out = kernels::rms_norm(slice(s1, l1)?, slice(s2, l2)?, self.eps);
         Ok((CpuStorage::F32(out), l1.shape().clone()))
     }
 
@@ -190,10 +183,7 @@ impl CustomOp2 for Rms {
         d_out: &Tensor,
     ) -> Result<(Option<Tensor>, Option<Tensor>)> {
         let (d_x, d_weight) = with_slices([x, weight, &d_out.contiguous()?], |[x, w, d_out]| {
-            let mut d_x = vec![0.0; x.len()];
-            let mut d_weight = weight.is_variable().then(|| vec![0.0; w.len()]);
-            kernels::rms_norm_backward(x, w, self.eps, d_out, &mut d_x, d_weight.as_deref_mut());
-            (d_x, d_weight)
+            kernels::rms_norm_backward(x, w, self.eps, d_out, weight.is_variable())
         })?;
         Ok((Some(tensor(d_x, x)?), d_weight.map(|d| tensor(d, weight)).transpose()?))
     }

@@ -262,9 +262,7 @@ impl Pointwise {
     /// `[N, in]` to `[N, out]`.
     fn apply(&self, rows: &[f32]) -> Vec<f32> {
         let n_rows = rows.len() / self.weight.in_features();
-        let mut out = vec![0.0; n_rows * self.weight.out_features()];
-        self.weight.forward(rows, n_rows, Some(&self.bias), self.activation, &mut out);
-        out
+        self.weight.forward(rows, n_rows, Some(&self.bias), self.activation)
     }
 
     fn n_parameters(&self) -> usize {

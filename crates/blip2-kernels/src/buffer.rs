@@ -1,0 +1,90 @@
+//! Results that are written once: no pass zeroes them first.
+
+use std::mem::MaybeUninit;
+
+use rayon::prelude::*;
+
+/// Memory that is to be written.
+pub(crate) type Unwritten = [MaybeUninit<f32>];
+
+/// Writes `value(i)` to every element. Inside `with_isa`, `value` must be `#[inline(always)]` too.
+#[inline(always)]
+pub(crate) fn fill(to: &mut Unwritten, value: impl Fn(usize) -> f32) -> &mut [f32] {
+    for (i, to) in to.iter_mut().enumerate() {
+        to.write(value(i));
+    }
+    // SAFETY: the loop wrote every element, and `MaybeUninit<f32>` is laid out as `f32`.
+    unsafe { &mut *(std::ptr::from_mut(to) as *mut [f32]) }
+}
+
+/// Vectors of `n` elements that `write` fills chunk by chunk, in parallel; what it returns beside, in the order of the
+/// chunks. It is given the index of a chunk's first element and, of each vector, the chunk.
+///
+/// # Panics
+/// When `write` returns other memory than it was given; that it returns it as `f32` shows that it wrote it.
+pub(crate) fn in_chunks<const N: usize, R: Send>(
+    n: usize,
+    chunk: usize,
+    write: impl for<'a> Fn(usize, [&'a mut Unwritten; N]) -> ([&'a mut [f32]; N], R) + Sync,
+) -> ([Vec<f32>; N], Vec<R>) {
+    let mut vectors: [Vec<f32>; N] = std::array::from_fn(|_| Vec::with_capacity(n));
+    let mut chunks: Vec<[&mut Unwritten; N]> = Vec::with_capacity(n.div_ceil(chunk));
+    let mut rest = vectors.each_mut().map(|vector| &mut vector.spare_capacity_mut()[..n]);
+    while !rest[0].is_empty() {
+        let mid = chunk.min(rest[0].len());
+        chunks.push(rest.each_mut().map(|rest| {
+            let (head, tail) = std::mem::take(rest).split_at_mut(mid);
+            *rest = tail;
+            head
+        }));
+    }
+    let results = chunks
+        .into_par_iter()
+        .enumerate()
+        .map(|(i, mut to)| {
+            let given = to.each_mut().map(|to| (to.as_ptr().cast::<f32>(), to.len()));
+            let (written, result) = write(i * chunk, to);
+            let written = written.map(|written| (written.as_ptr(), written.len()));
+            assert!(written == given, "a kernel did not write the memory it was given");
+            result
+        })
+        .collect();
+    for vector in &mut vectors {
+        // SAFETY: each of the chunks, which together are the first `n` elements, came back initialised.
+        unsafe { vector.set_len(n) };
+    }
+    (vectors, results)
+}
+
+/// One vector of `n` elements that `write` fills chunk by chunk, in parallel; see [`in_chunks`].
+pub(crate) fn one_in_chunks(
+    n: usize,
+    chunk: usize,
+    write: impl for<'a> Fn(usize, &'a mut Unwritten) -> &'a mut [f32] + Sync,
+) -> Vec<f32> {
+    let ([vector], _) = in_chunks(n, chunk, |start, [to]| ([write(start, to)], ()));
+    vector
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_element_is_written_at_its_place() {
+        for n in [0, 1, 6, 7, 8, 50] {
+            let ([a, b], starts) = in_chunks(n, 7, |start, [a, b]| {
+                ([fill(a, |i| (start + i) as f32), fill(b, |i| -((start + i) as f32))], start)
+            });
+            assert!(a.iter().enumerate().all(|(i, x)| *x == i as f32) && a.len() == n);
+            assert!(b.iter().enumerate().all(|(i, x)| *x == -(i as f32)) && b.len() == n);
+            assert_eq!(starts, (0..n).step_by(7).collect::<Vec<_>>());
+        }
+    }
+
+    #[test]
+    #[should_panic(expected = "did not write")]
+    fn other_memory_is_refused() {
+        one_in_chunks(5, 5, |_, _| vec![0.0; 5].leak());
+    }
+}
