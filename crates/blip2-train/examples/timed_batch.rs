@@ -134,6 +134,7 @@ impl Stage1 {
                 seed: 0,
                 step: 0,
                 decoder_start: serde_json::from_str(&file.metadata()["dec_token_id"])?,
+                matching: true,
             },
         })
     }

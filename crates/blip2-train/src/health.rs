@@ -3,6 +3,8 @@
 use std::fmt;
 use std::ops::RangeInclusive;
 
+use blip2::layers::DropoutRng;
+use blip2::qformer::QFormer;
 use candle_core::Tensor;
 
 use crate::Result;
@@ -136,14 +138,22 @@ fn ordered_pair_sum(rows: &[f32], width: usize) -> f64 {
     total.iter().map(|x| x * x).sum::<f64>() - own
 }
 
-/// [`mean_query_cosine`] of the Q-Former's output `[B * Q, D]`.
+/// Pictures that [`query_cosine`] looks at.
+const PICTURES_LOOKED_AT: usize = 4;
+
+/// [`mean_query_cosine`] of the first pictures of a batch, from a pass of its own without dropout: dropout's noise alone
+/// keeps collapsed queries at 0.9.
 ///
 /// # Errors
 /// Those of the tensor engine.
-pub(crate) fn query_cosine(query_output: &Tensor, n_queries: usize) -> Result<f32> {
-    let (_, width) = query_output.dims2()?;
-    let rows = query_output.flatten_all()?.to_vec1::<f32>()?;
-    Ok(mean_query_cosine(&rows, n_queries, width) as f32)
+pub(crate) fn query_cosine(qformer: &QFormer, image_embeds: &Tensor, n_images: usize) -> Result<f32> {
+    let n_tokens = image_embeds.dim(0)? / n_images.max(1);
+    let n = PICTURES_LOOKED_AT.min(n_images);
+    let image = qformer.image_keys(&image_embeds.narrow(0, 0, n * n_tokens)?, n)?;
+    let (queries, _) = qformer.encode_queries(&image, &mut DropoutRng::off())?;
+    let (_, width) = queries.dims2()?;
+    let rows = queries.flatten_all()?.to_vec1::<f32>()?;
+    Ok(mean_query_cosine(&rows, qformer.config().num_query_tokens, width) as f32)
 }
 
 #[cfg(test)]

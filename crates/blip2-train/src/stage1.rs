@@ -44,6 +44,8 @@ pub struct StepOptions {
     pub step: u64,
     /// The id of `[DEC]`, which starts a text to generate in place of `[CLS]`.
     pub decoder_start: u32,
+    /// Whether the step learns matching too; it is half of the work.
+    pub matching: bool,
 }
 
 /// The values a step reports.
@@ -51,7 +53,7 @@ pub struct StepOptions {
 pub struct Values {
     /// Contrastive loss.
     pub itc: f32,
-    /// Matching loss.
+    /// Matching loss; 0 in a step without matching, like the accuracy.
     pub itm: f32,
     /// Captioning loss.
     pub itg: f32,
@@ -147,7 +149,6 @@ struct Step<'a> {
 struct Features {
     image: Tensor,
     text: Tensor,
-    query_output: Tensor,
     query_keys: blip2::qformer::QueryKeys,
     image_keys: blip2::qformer::ImageKeys,
 }
@@ -158,7 +159,6 @@ impl Step<'_> {
         let sims = similarities(&features.image, &features.text, self.qformer.config().num_query_tokens)?;
         let itc = contrastive_loss(&sims, self.qformer.temperature()?, &self.batch.image_ids)?;
         let (mut values, negatives) = self.measure(&sims, &itc)?;
-        values.query_cosine = query_cosine(&features.query_output, self.qformer.config().num_query_tokens)?;
         let (rest, itm, itg, correct) =
             self.match_and_caption(part, &features, &negatives, self.n_tokens())?;
         (values.itm, values.itg, values.itm_accuracy) = (itm, itg, correct);
@@ -169,10 +169,9 @@ impl Step<'_> {
 
     fn two_pass(&self, variables: &BTreeMap<String, Var>, parts: &[Part]) -> Result<(Gradients, Values)> {
         let n_queries = self.qformer.config().num_query_tokens;
-        let (mut images, mut texts, mut cosine) = (Vec::new(), Vec::new(), 0.0);
+        let (mut images, mut texts) = (Vec::new(), Vec::new());
         for part in parts {
             let features = self.features(part)?;
-            cosine += query_cosine(&features.query_output, n_queries)? * part.rows.len() as f32;
             images.push(features.image.detach());
             texts.push(features.text.detach());
         }
@@ -181,7 +180,6 @@ impl Step<'_> {
         let sims = similarities(image.as_tensor(), text.as_tensor(), n_queries)?;
         let itc = contrastive_loss(&sims, self.qformer.temperature()?, &self.batch.image_ids)?;
         let (mut values, negatives) = self.measure(&sims, &itc)?;
-        values.query_cosine = cosine / self.batch.texts.len() as f32;
         let mut store = itc.backward()?;
         let missing = || candle_core::Error::Msg("the contrastive loss gave its features no gradient".into());
         let d_image = store.remove(image.as_tensor()).ok_or_else(missing)?;
@@ -221,7 +219,7 @@ impl Step<'_> {
         let text = self.qformer.encode_text(&part.texts, &mut self.dropout(part, Purpose::TextDropout))?;
         let (image, text) =
             (self.qformer.project_image(&query_output)?, self.qformer.project_text(&text, &part.texts)?);
-        Ok(Features { image, text, query_output, query_keys, image_keys })
+        Ok(Features { image, text, query_keys, image_keys })
     }
 
     fn image_keys(&self, rows: Range<usize>) -> Result<blip2::qformer::ImageKeys> {
@@ -239,11 +237,6 @@ impl Step<'_> {
         negatives: &HardNegatives,
         n_tokens: usize,
     ) -> Result<(Tensor, f32, f32, f32)> {
-        let n_pairs = 3 * self.batch.texts.len();
-        let (logits, labels) = self.match_logits(part, features, negatives)?;
-        let itm = (matching_loss_sum(&logits, &labels)? / n_pairs as f64)?;
-        let correct = count_correct(&logits, &labels)? as f32 / n_pairs as f32;
-
         let texts = (0..part.texts.len()).map(|i| {
             let mut ids = part.texts.text(i).to_vec();
             ids[0] = self.options.decoder_start;
@@ -254,7 +247,15 @@ impl Step<'_> {
         let hidden = self.qformer.decode_text(&features.query_keys, &texts, &mut dropout)?;
         let (itg, _) = captioning_loss_sum(self.qformer, &hidden, &texts)?;
         let itg = (itg / n_tokens as f64)?;
-        let (itm_value, itg_value) = (itm.to_scalar()?, itg.to_scalar()?);
+        let itg_value = itg.to_scalar()?;
+        if !self.options.matching {
+            return Ok((itg, 0.0, itg_value, 0.0));
+        }
+        let n_pairs = 3 * self.batch.texts.len();
+        let (logits, labels) = self.match_logits(part, features, negatives)?;
+        let itm = (matching_loss_sum(&logits, &labels)? / n_pairs as f64)?;
+        let correct = count_correct(&logits, &labels)? as f32 / n_pairs as f32;
+        let itm_value = itm.to_scalar()?;
         Ok(((itm + itg)?, itm_value, itg_value, correct))
     }
 
@@ -307,6 +308,7 @@ impl Step<'_> {
         let values = Values {
             itc: itc.to_scalar()?,
             temperature,
+            query_cosine: query_cosine(self.qformer, &self.batch.image_embeds, ids.len())?,
             recall_at_1: recall_at_1(&sims, ids),
             ..Values::default()
         };

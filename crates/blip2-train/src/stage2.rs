@@ -4,7 +4,8 @@
 //! belongs; the loss is that of the answers' tokens alone. What is trained is the query path and the projection: the
 //! gradient passes through the language model and leaves it as it is.
 //!
-//! Several texts about one picture share its vectors: they are computed, and read by the language model, once.
+//! Several texts about one picture share its vectors, and as much as they have in common after it: these rows are
+//! computed, and read by the language model, once.
 
 use std::collections::BTreeMap;
 use std::ops::Range;
@@ -96,14 +97,13 @@ pub fn gradients(
     }
     let (mut gradients, mut values) = (Gradients::default(), Values { n_tokens, ..Values::default() });
     let n = batch.prompts.len();
+    values.query_cosine = query_cosine(bridge.qformer, &batch.image_embeds, n)?;
     for start in (0..n).step_by(options.micro_batch.max(1)) {
         let part = start..(start + options.micro_batch.max(1)).min(n);
         let seed = Random::new(&[options.seed, options.step, start as u64]).next_u64();
-        let share = part.len() as f32 / n as f32;
         let pass = bridge.forward(batch, part, &mut DropoutRng::new(options.dropout, seed))?;
         let loss = (pass.loss_sum / n_tokens as f64)?;
         values.loss += loss.to_scalar::<f32>()?;
-        values.query_cosine += share * query_cosine(&pass.queries, n_queries)?;
         gradients.add(variables, &mut loss.backward()?)?;
     }
     Ok((gradients, values))
@@ -154,9 +154,11 @@ impl Rows {
                 return Err(Error::Training("a picture has no text to learn".into()));
             };
             let start = rows.table_rows.len();
+            let common = common_length(prompts);
             rows.push_words(first.before_image(), n_soft_tokens);
             let soft = picture * n_queries..(picture + 1) * n_queries;
             rows.table_rows.extend(soft.map(|row| row as u32));
+            rows.push_words(&first.after_image()[..common], n_soft_tokens);
             let shared = rows.table_rows.len() - start;
             let mut continuations = Vec::with_capacity(prompts.len());
             for prompt in prompts {
@@ -166,7 +168,7 @@ impl Rows {
                     ));
                 }
                 let own_start = rows.table_rows.len();
-                rows.push_words(prompt.after_image(), n_soft_tokens);
+                rows.push_words(&prompt.after_image()[common..], n_soft_tokens);
                 continuations.push(rows.table_rows.len() - own_start);
                 for (row, token) in prompt.targets(n_queries) {
                     let row = if row < shared { start + row } else { own_start + row - shared };
@@ -184,6 +186,13 @@ impl Rows {
         self.table_rows.extend((first..first + ids.len()).map(|row| row as u32));
         self.words.extend_from_slice(ids);
     }
+}
+
+/// How many tokens after the picture all `prompts` have in common, leaving each one of its own: the instruction, or more.
+fn common_length(prompts: &[Prompt]) -> usize {
+    let texts = || prompts.iter().map(Prompt::after_image);
+    let most = texts().map(<[u32]>::len).min().unwrap_or(0).saturating_sub(1);
+    (0..most).take_while(|&i| texts().all(|ids| ids[i] == prompts[0].after_image()[i])).count()
 }
 
 fn index(rows: &[u32]) -> candle_core::Result<Tensor> {

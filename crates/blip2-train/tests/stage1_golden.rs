@@ -50,9 +50,38 @@ fn open() -> (Golden, Stage1) {
 
 impl Stage1 {
     fn gradients(&self, micro_batch: usize) -> (Gradients, Values) {
-        let options = StepOptions { micro_batch, dropout: 0.0, seed: 0, step: 0, decoder_start: self.dec };
+        self.gradients_with(StepOptions {
+            micro_batch,
+            dropout: 0.0,
+            seed: 0,
+            step: 0,
+            decoder_start: self.dec,
+            matching: true,
+        })
+    }
+
+    fn gradients_with(&self, options: StepOptions) -> (Gradients, Values) {
         gradients_with_negatives(&self.qformer, &self.variables, &self.batch, &self.negatives, options)
             .expect("gradients")
+    }
+}
+
+/// A step without matching learns the rest as it was, and leaves the matching head alone.
+#[test]
+fn matching_can_wait() {
+    let (_, stage1) = open();
+    for micro_batch in [usize::MAX, 2] {
+        let (_, with) = stage1.gradients(micro_batch);
+        let (gradients, without) = stage1.gradients_with(StepOptions {
+            micro_batch,
+            dropout: 0.0,
+            seed: 0,
+            step: 0,
+            decoder_start: stage1.dec,
+            matching: false,
+        });
+        assert_eq!((without.itc, without.itg, without.itm), (with.itc, with.itg, 0.0));
+        assert_eq!(gradients.missing(&stage1.variables), ["itm_head.bias", "itm_head.weight"]);
     }
 }
 

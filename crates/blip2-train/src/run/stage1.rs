@@ -47,6 +47,10 @@ pub struct Stage1Config {
     pub dropout: f32,
     /// Precision of the matrix products; master weights and sums are f32.
     pub precision: RunPrecision,
+    /// The first step that learns matching; 0 for all, as in the paper. Matching is half of a step's work, and learns
+    /// nothing before contrast has told pictures apart (some hundred steps).
+    #[serde(default)]
+    pub matching_from_step: u64,
     /// The loop's settings.
     pub run: LoopConfig,
     /// The Q-Former's sizes.
@@ -192,6 +196,7 @@ impl Objective for Stage1<'_> {
             step,
             // [DEC] is the last entry of the vocabulary (BLIP-2 adds it to BERT's).
             decoder_start: self.config.qformer.vocab_size as u32 - 1,
+            matching: step >= self.config.matching_from_step,
         };
         let (gradients, values) =
             stage1::gradients(&self.qformer, &self.variables, &self.batch(batch)?, options)?;

@@ -45,8 +45,9 @@ pub struct Stage2Config {
     pub batch_size: usize,
     /// Pictures computed at once; smaller needs less memory and gives the same gradients.
     pub micro_batch: usize,
-    /// Texts of one picture that a step learns from: the dealt one, and others drawn from all that is said about the
-    /// picture. Its vectors are computed once for all of them.
+    /// Texts of one picture that a step learns from: the dealt one, and others of its kind (captions, or questions) drawn
+    /// from all that is said about the picture. Its vectors are computed once for all of them, and one instruction asks
+    /// for all captions, so that the language model reads both once.
     pub texts_per_picture: usize,
     /// Longest prompt with picture and answer, in rows of the language model's input.
     pub max_rows: usize,
@@ -189,12 +190,16 @@ impl<'a> Stage2<'a> {
         for (number, item) in batch.items.iter().enumerate() {
             let mut random = Random::new(&[self.config.seed, TEXTS, step, number as u64]);
             let dealt = (item.sample, item.choice);
-            let mut texts: Vec<_> =
-                self.texts_of[item.image].iter().copied().filter(|text| *text != dealt).collect();
+            let mut texts: Vec<_> = self.texts_of[item.image]
+                .iter()
+                .copied()
+                .filter(|&text| text != dealt && self.is_caption(text.0) == self.is_caption(item.sample))
+                .collect();
             random.shuffle(&mut texts);
             texts.truncate(self.config.texts_per_picture - 1);
             texts.insert(0, dealt);
-            let of_picture = texts.into_iter().map(|text| self.prompt(text, &mut random));
+            let instruction = &self.config.instructions[random.below(self.config.instructions.len())];
+            let of_picture = texts.into_iter().map(|text| self.prompt(text, instruction));
             prompts.push(of_picture.collect::<Result<_>>()?);
         }
         let views: Vec<(usize, u32)> = batch.items.iter().map(|item| (item.image, item.view)).collect();
@@ -203,11 +208,13 @@ impl<'a> Stage2<'a> {
         Ok(stage2::Batch { image_embeds: Tensor::from_vec(features, shape, &Device::Cpu)?, prompts })
     }
 
-    fn prompt(&self, (sample, choice): (usize, usize), random: &mut Random) -> Result<Prompt> {
+    fn is_caption(&self, sample: usize) -> bool {
+        matches!(self.dataset.samples()[sample].text, Text::Captions(_))
+    }
+
+    fn prompt(&self, (sample, choice): (usize, usize), instruction: &str) -> Result<Prompt> {
         let turns = match &self.dataset.samples()[sample].text {
             Text::Captions(captions) => {
-                let instructions = &self.config.instructions;
-                let instruction = &instructions[random.below(instructions.len())];
                 vec![PromptTurn::answered(instruction, tidy_caption(&captions[choice]))]
             }
             Text::QuestionAnswer { question, answers } => {
