@@ -12,7 +12,7 @@ output is cached in training), the weights are random (the time does not depend 
 - stage 2: batch 32 through a frozen Llama of SmolLM2-135M's size, soft tokens in a chat prompt, loss on the
   answers; logits are computed for the rows that predict an answer token only.
 
-Stage 2 is timed in PyTorch alone so far. PyTorch runs its usual way, on padded batches. bf16 is autocast; the frozen language model is then held in bf16.
+PyTorch runs its usual way, on padded batches. bf16 is autocast; the frozen language model is then held in bf16.
 Both engines start from the same weights and see the same batch: the first losses must agree, or the comparison
 means nothing and the script says so. `speedup` is PyTorch's median over this project's. Every measurement has a
 process of its own; nothing else should run on the machine meanwhile.
@@ -58,8 +58,6 @@ CONFIG = QFormerConfig(
     num_query_tokens=32,
     image_text_hidden_size=256,
 )
-STAGES_HERE = (1,)
-"""The stages that the example `timed_batch` runs."""
 LOSS_AGREES = {"f32": 1e-4, "bf16": 1e-2}
 """How far the first losses of the two engines may differ, relatively."""
 N_IMAGE_TOKENS = 49
@@ -221,7 +219,7 @@ def compare(stage: int, precision: str, arguments: argparse.Namespace) -> dict:
     result = {"stage": stage, "precision": precision, "batch": STAGE1_BATCH if stage == 1 else STAGE2_BATCH}
     settings = (stage, precision, arguments.threads, arguments.warmup, arguments.steps)
     with tempfile.TemporaryDirectory() as folder:
-        both = arguments.engine == "both" and stage in STAGES_HERE
+        both = arguments.engine == "both"
         export = Path(folder, "batch.safetensors") if both else None
         # A fresh process, so that its peak memory is its own and its memory is free again afterwards.
         with multiprocessing.get_context("spawn").Pool(1) as pool:

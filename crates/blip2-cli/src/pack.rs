@@ -7,6 +7,7 @@ use anyhow::{Context, bail};
 use blip2::generate::GenerationConfig;
 use blip2::model::{FILE_NAME, ModelConfig, Stage1Config, Stage2Config, VisionConfig};
 use blip2::weights::int8::{Storage, write_trained};
+use blip2::weights::{MappedFile, sha256};
 use blip2_train::checkpoint;
 use blip2_train::run::{Stage1Config as Stage1Run, Stage2Config as Stage2Run};
 
@@ -51,6 +52,11 @@ pub(crate) fn run(args: &PackArgs) -> anyhow::Result<Done> {
         }
         stage2 = Some(Stage2Config {
             weights,
+            language_model_sha256: if run.language_model.is_file() {
+                Some(sha256(MappedFile::open(&run.language_model)?.bytes()))
+            } else {
+                None
+            },
             language_model: name_of(&run.language_model)?,
             prompt: run.prompt,
             instruction: run.instructions.into_iter().next().unwrap_or_default(),
@@ -61,7 +67,10 @@ pub(crate) fn run(args: &PackArgs) -> anyhow::Result<Done> {
     let (encoder, qformer) = shared.context("no checkpoint was given")?;
     let config = ModelConfig {
         name: args.name.clone(),
-        vision: VisionConfig::EfficientnetLite0 { file: name_of(&encoder)? },
+        vision: VisionConfig::EfficientnetLite0 {
+            file: name_of(&encoder)?,
+            sha256: Some(sha256(MappedFile::open(&encoder)?.bytes())),
+        },
         qformer,
         stage1,
         stage2,

@@ -15,13 +15,16 @@ use std::error::Error;
 use std::time::Instant;
 
 use blip2::config::QFormerConfig;
-use blip2::layers::{Loader, Precision, Trainable};
+use blip2::language::LanguageModel;
+use blip2::layers::{Linear, Loader, Precision, Trainable};
 use blip2::qformer::QFormer;
+use blip2::text::Prompt;
 use blip2::weights::safetensors::Safetensors;
 use blip2_train::gradients::Gradients;
 use blip2_train::losses::HardNegatives;
 use blip2_train::optimizer::{Optimizer, OptimizerConfig};
 use blip2_train::stage1::{Batch, StepOptions, gradients_with_negatives};
+use blip2_train::stage2;
 use candle_core::{Device, Tensor, Var};
 
 #[global_allocator]
@@ -48,6 +51,10 @@ fn main() -> Result<()> {
         "1" => {
             let stage1 = Stage1::load(&file, precision)?;
             measure(&stage1.variables, n_warmup, n_steps, || stage1.gradients())
+        }
+        "2" => {
+            let stage2 = Stage2::load(&file, precision)?;
+            measure(&stage2.variables, n_warmup, n_steps, || stage2.gradients())
         }
         other => Err(format!("no stage `{other}`").into()),
     }
@@ -144,6 +151,65 @@ impl Stage1 {
         let (gradients, values) =
             gradients_with_negatives(qformer, variables, &self.batch, &self.negatives, self.options)?;
         Ok((gradients, values.loss()))
+    }
+}
+
+struct Stage2 {
+    qformer: QFormer,
+    language_projection: Linear,
+    language_model: LanguageModel,
+    variables: BTreeMap<String, Var>,
+    batch: stage2::Batch,
+}
+
+impl Stage2 {
+    fn load(file: &Safetensors, precision: Precision) -> Result<Self> {
+        let config: QFormerConfig = serde_json::from_str(&file.metadata()["config"])?;
+        let language_config = serde_json::from_str(&file.metadata()["language_config"])?;
+        let language_model =
+            LanguageModel::from_safetensors(&language_config, file, "language_model.", precision)?;
+        let trainable = Trainable::default();
+        let loader = Loader::trainable(file, &trainable, precision);
+        let qformer = QFormer::load(&config, &loader, false)?;
+        let width = language_model.hidden_size();
+        let language_projection = loader.linear("language_projection", config.hidden_size, width)?;
+        let ids = file.read_f32("in.ids")?;
+        let is_target = integers(file, "in.is_target")?;
+        let mut start = 0;
+        let prompts = integers(file, "in.lengths")?.into_iter().map(|n| {
+            let rows = start..start + n as usize;
+            start = rows.end;
+            vec![prompt(&ids[rows.clone()], &is_target[rows])]
+        });
+        Ok(Self {
+            batch: stage2::Batch { image_embeds: image_embeds(file, &config)?, prompts: prompts.collect() },
+            qformer,
+            language_projection,
+            language_model,
+            variables: trainable.into_variables(),
+        })
+    }
+
+    fn gradients(&self) -> Result<(Gradients, f32)> {
+        let bridge = stage2::Bridge {
+            qformer: &self.qformer,
+            language_projection: &self.language_projection,
+            language_model: &self.language_model,
+        };
+        let options = stage2::StepOptions { micro_batch: usize::MAX, dropout: 0.0, seed: 0, step: 0 };
+        let (gradients, values) = stage2::gradients(&bridge, &self.variables, &self.batch, options)?;
+        Ok((gradients, values.loss))
+    }
+}
+
+/// The other engine's rows, in which a negative number is the place of a query.
+fn prompt(ids: &[f32], is_target: &[u32]) -> Prompt {
+    let words = || ids.iter().zip(is_target).filter(|(id, _)| **id >= 0.0);
+    let targets = words().enumerate().filter(|(_, (_, target))| **target == 1);
+    Prompt {
+        image_at: ids.iter().position(|id| *id < 0.0),
+        answers: targets.map(|(idx, _)| idx..idx + 1).collect(),
+        ids: words().map(|(id, _)| *id as u32).collect(),
     }
 }
 

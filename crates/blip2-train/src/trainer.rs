@@ -28,6 +28,11 @@ pub trait Objective {
     /// # Errors
     /// When the batch cannot be used or the tensor engine fails.
     fn gradients(&self, batch: &Batch, step: u64) -> Result<(Gradients, Vec<Value>)>;
+
+    /// Whether a variable is meant to have no gradient in this step.
+    fn waits(&self, _name: &str, _step: u64) -> bool {
+        false
+    }
 }
 
 /// A named number of a step, as it appears in progress lines, logs and plots.
@@ -154,7 +159,8 @@ pub fn train(
             return Err(Error::NotFinite { step, what: (*name).to_owned() });
         }
         // A part of the graph that no gradient reaches would silently stay untrained.
-        if let (0, [name, ..]) = (step, &gradients.missing(objective.variables())[..]) {
+        let missing = gradients.missing(objective.variables());
+        if let Some(name) = missing.into_iter().find(|name| !objective.waits(name, step)) {
             return Err(Error::Training(format!("no gradient reaches `{name}`")));
         }
         let learning_rate = config.learning_rate.at(step, n_steps);

@@ -47,7 +47,7 @@ fn folder() -> tempfile::TempDir {
     std::fs::write(dir.path().join("vocab.txt"), vocabulary.join("\n")).expect("written");
     let config = ModelConfig {
         name: "tiny".into(),
-        vision: VisionConfig::EfficientnetLite0 { file: "absent.pth".into() },
+        vision: VisionConfig::EfficientnetLite0 { file: "absent.pth".into(), sha256: None },
         qformer,
         stage1: Some(Stage1Config {
             weights: vec!["stage1.safetensors".into()],
@@ -56,6 +56,7 @@ fn folder() -> tempfile::TempDir {
         stage2: Some(Stage2Config {
             weights: vec!["stage2.safetensors".into()],
             language_model: "language".into(),
+            language_model_sha256: None,
             prompt: PromptFormat::ChatMl,
             instruction: "Describe it.".into(),
             generation: GenerationConfig { max_new_tokens: 8, ..GenerationConfig::default() },
@@ -208,4 +209,25 @@ fn a_wrong_folder_is_refused_by_name() {
     assert!(with_vision.contains("absent.pth"), "{with_vision}");
     let error = open(dir.path()).encode(&[]).expect_err("no encoder").to_string();
     assert!(error.contains("image encoder"), "{error}");
+}
+
+/// A model opens with the frozen file it was trained with, and with no other; it names no file outside its folder.
+#[test]
+fn other_frozen_files_and_other_folders_are_refused() {
+    let dir = folder();
+    let path = dir.path().join("config.json");
+    let mut config: serde_json::Value =
+        serde_json::from_slice(&std::fs::read(&path).expect("a configuration")).expect("JSON");
+    std::fs::write(dir.path().join("absent.pth"), b"no weights").expect("written");
+    let message = || Blip2::open(dir.path(), &OpenOptions::default()).expect_err("no encoder").to_string();
+    config["vision"]["sha256"] = "00".repeat(32).into();
+    write_config(dir.path(), &config);
+    assert!(message().contains("not the file that the model was trained with"), "{}", message());
+    // SHA-256 of "no weights": now the file itself is the trouble.
+    config["vision"]["sha256"] = "c814b209e96a87cf0ca1fed24208a969aec4e530546fc4b7ddf194c72c0fe650".into();
+    write_config(dir.path(), &config);
+    assert!(!message().contains("SHA-256"), "{}", message());
+    config["stage1"]["vocabulary"] = "../vocab.txt".into();
+    write_config(dir.path(), &config);
+    assert!(message().contains("stage1.vocabulary"), "{}", message());
 }

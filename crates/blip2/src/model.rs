@@ -21,6 +21,7 @@ use crate::image::RgbImage;
 use crate::layers::Precision;
 use crate::qformer::ImageKeys;
 use crate::vision::VisionEncoder;
+use crate::weights::{MappedFile, sha256};
 use crate::{Error, Result};
 
 /// How to open a model.
@@ -88,8 +89,13 @@ impl Blip2 {
         let folder = folder.as_ref();
         let config = ModelConfig::read(folder)?;
         let find = |file: &Path| find_frozen(folder, &options.frozen, file);
-        let VisionConfig::EfficientnetLite0 { file } = &config.vision;
-        let vision = options.vision.then(|| VisionEncoder::efficientnet_lite0(find(file)?)).transpose()?;
+        let VisionConfig::EfficientnetLite0 { file, sha256: expected } = &config.vision;
+        let open_vision = || -> Result<VisionEncoder> {
+            let path = find(file)?;
+            check_sha256(&path, expected.as_deref())?;
+            VisionEncoder::efficientnet_lite0(path)
+        };
+        let vision = options.vision.then(open_vision).transpose()?;
         if let Some(vision) = vision.as_ref().filter(|v| v.width() != config.qformer.encoder_hidden_size) {
             return Err(Error::Config {
                 field: "qformer.encoder_hidden_size".into(),
@@ -104,6 +110,7 @@ impl Blip2 {
         let stage2 = stage2
             .map(|stage2| {
                 let language_model = find(&stage2.language_model)?;
+                check_sha256(&language_model, stage2.language_model_sha256.as_deref())?;
                 stage2::Stage2::open(folder, &config, stage2, &language_model, options.precision)
             })
             .transpose()?;
@@ -197,6 +204,22 @@ fn find_frozen(folder: &Path, frozen: &[PathBuf], file: &Path) -> Result<PathBuf
             "this frozen part of the model is in none of: {}; put it there or set BLIP2_FROZEN to its folder (for \
              the default model's parts: blip2 fetch)",
             looked.join(", ")
+        ),
+    })
+}
+
+/// The frozen parts are what the trained part was trained with, or the model says nonsense.
+fn check_sha256(path: &Path, expected: Option<&str>) -> Result<()> {
+    let Some(expected) = expected else { return Ok(()) };
+    let found = sha256(MappedFile::open(path)?.bytes());
+    if found.eq_ignore_ascii_case(expected) {
+        return Ok(());
+    }
+    Err(Error::File {
+        path: path.into(),
+        reason: format!(
+            "this is not the file that the model was trained with: its SHA-256 is {found}, not {expected}; delete it and \
+             fetch the right one (for the default model's parts: blip2 fetch)"
         ),
     })
 }

@@ -6,14 +6,13 @@
 
 pub mod efficientnet;
 
-use std::fmt::Write as _;
 use std::path::Path;
 
 use candle_core::{Device, Tensor};
-use sha2::{Digest, Sha256};
 
 use self::efficientnet::{EfficientNet, EfficientNetConfig};
 use crate::image::ImageProcessor;
+use crate::weights::sha256;
 use crate::weights::torch_pickle::TorchCheckpoint;
 use crate::{Error, Result};
 
@@ -37,7 +36,7 @@ impl VisionEncoder {
     /// When the file cannot be read, is damaged, or holds another network.
     pub fn efficientnet_lite0(path: impl AsRef<Path>) -> Result<Self> {
         let checkpoint = TorchCheckpoint::open(path)?;
-        let fingerprint = hex(&Sha256::digest(checkpoint.bytes()));
+        let fingerprint = sha256(checkpoint.bytes());
         let network = EfficientNet::load(EfficientNetConfig::lite0(), &checkpoint)?;
         Ok(Self { tower: Tower::EfficientNet(network), fingerprint })
     }
@@ -112,13 +111,6 @@ impl VisionEncoder {
             Tower::EfficientNet(network) => network.forward(pixels),
         }
     }
-}
-
-fn hex(bytes: &[u8]) -> String {
-    bytes.iter().fold(String::new(), |mut text, byte| {
-        let _ = write!(text, "{byte:02x}"); // writing to a String cannot fail
-        text
-    })
 }
 
 #[cfg(test)]

@@ -6,6 +6,7 @@
 //! checkpoint of another model is noticed instead of half used.
 
 use std::{
+    fmt::Write as _,
     fs::{self, File},
     io::{self, BufWriter},
     path::{Path, PathBuf},
@@ -14,6 +15,8 @@ use std::{
         atomic::{AtomicBool, AtomicU64, Ordering},
     },
 };
+
+use sha2::{Digest, Sha256};
 
 use crate::{Error, Result};
 
@@ -69,6 +72,14 @@ impl MappedFile {
     pub fn bytes(&self) -> &[u8] {
         &self.map
     }
+}
+
+/// SHA-256 in hexadecimal, by which frozen files are known.
+pub fn sha256(bytes: &[u8]) -> String {
+    Sha256::digest(bytes).iter().fold(String::new(), |mut text, byte| {
+        let _ = write!(text, "{byte:02x}"); // writing to a String cannot fail
+        text
+    })
 }
 
 /// The rows of one stored tensor, decoded to f32 on request.

@@ -162,6 +162,10 @@ impl<'a> Stage1<'a> {
         Ok(Self { qformer, variables: trainable.into_variables(), dataset, features, tokenize, config })
     }
 
+    fn learns_matching(&self, step: u64) -> bool {
+        step >= self.config.matching_from_step
+    }
+
     fn batch(&self, batch: &Batch) -> Result<stage1::Batch> {
         let mut texts = Vec::with_capacity(batch.items.len());
         for item in &batch.items {
@@ -196,7 +200,7 @@ impl Objective for Stage1<'_> {
             step,
             // [DEC] is the last entry of the vocabulary (BLIP-2 adds it to BERT's).
             decoder_start: self.config.qformer.vocab_size as u32 - 1,
-            matching: step >= self.config.matching_from_step,
+            matching: self.learns_matching(step),
         };
         let (gradients, values) =
             stage1::gradients(&self.qformer, &self.variables, &self.batch(batch)?, options)?;
@@ -211,5 +215,9 @@ impl Objective for Stage1<'_> {
             ("query_cosine", values.query_cosine),
         ];
         Ok((gradients, values.map(|(name, value)| (name, f64::from(value))).to_vec()))
+    }
+
+    fn waits(&self, name: &str, step: u64) -> bool {
+        name.starts_with("itm_head.") && !self.learns_matching(step)
     }
 }

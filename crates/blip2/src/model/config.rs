@@ -1,6 +1,6 @@
 //! A model folder's `config.json`.
 
-use std::path::{Path, PathBuf};
+use std::path::{Component, Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
 
@@ -12,7 +12,8 @@ use crate::{Error, Result};
 /// The name of the configuration in a model folder.
 pub const FILE_NAME: &str = "config.json";
 
-/// What a model is made of. Paths are relative to its folder.
+/// What a model is made of. Files are named without their folder: a model names nothing outside its own and the folders of
+/// frozen parts.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct ModelConfig {
@@ -39,6 +40,9 @@ pub enum VisionConfig {
     EfficientnetLite0 {
         /// The file's name, in the model's folder or in one of the folders of frozen parts.
         file: PathBuf,
+        /// SHA-256 of the file that the model was trained with, in hexadecimal; another file is refused.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        sha256: Option<String>,
     },
 }
 
@@ -60,6 +64,9 @@ pub struct Stage2Config {
     pub weights: Vec<PathBuf>,
     /// The frozen language model's GGUF file or folder, in the model's folder or in one of the folders of frozen parts.
     pub language_model: PathBuf,
+    /// SHA-256 of the GGUF file that the model was trained with, in hexadecimal; another file is refused.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub language_model_sha256: Option<String>,
     /// How it is spoken to.
     pub prompt: PromptFormat,
     /// What is asked for a caption.
@@ -91,6 +98,19 @@ impl ModelConfig {
         if self.stage1.is_none() && self.stage2.is_none() {
             return wrong("stage1", "and `stage2` are both missing: a model has at least one");
         }
+        let VisionConfig::EfficientnetLite0 { file, .. } = &self.vision;
+        let mut files = vec![("vision.file", file)];
+        if let Some(stage1) = &self.stage1 {
+            files.extend(stage1.weights.iter().map(|file| ("stage1.weights", file)));
+            files.push(("stage1.vocabulary", &stage1.vocabulary));
+        }
+        if let Some(stage2) = &self.stage2 {
+            files.extend(stage2.weights.iter().map(|file| ("stage2.weights", file)));
+            files.push(("stage2.language_model", &stage2.language_model));
+        }
+        if let Some((field, file)) = files.into_iter().find(|(_, file)| !is_plain_name(file)) {
+            return wrong(field, &format!("is `{}`: it must be a name without a folder", file.display()));
+        }
         if let Some(stage2) = &self.stage2 {
             if stage2.instruction.trim().is_empty() {
                 return wrong("stage2.instruction", "is empty: it is what asks for a caption");
@@ -98,5 +118,25 @@ impl ModelConfig {
             stage2.generation.validate()?;
         }
         Ok(())
+    }
+}
+
+fn is_plain_name(file: &Path) -> bool {
+    let mut components = file.components();
+    matches!((components.next(), components.next()), (Some(Component::Normal(_)), None))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_model_names_nothing_outside_its_folder() {
+        for name in ["weights.safetensors", "a b", ".hidden"] {
+            assert!(is_plain_name(Path::new(name)), "{name}");
+        }
+        for name in ["", ".", "..", "../vocab.txt", "/etc/passwd", "a/b", "a/.."] {
+            assert!(!is_plain_name(Path::new(name)), "{name}");
+        }
     }
 }

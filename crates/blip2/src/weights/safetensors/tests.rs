@@ -1,0 +1,163 @@
+use std::fs;
+
+use super::*;
+
+fn sample(n_rows: usize) -> (Vec<f32>, Vec<f16>, Vec<i8>) {
+    let floats: Vec<f32> = (0..n_rows * 3).map(|i| i as f32 * 0.37 - 100.0).collect();
+    let halves = floats[..6].iter().map(|&x| f16::from_f32(x)).collect();
+    (floats, halves, vec![-128, -1, 0, 1, 127])
+}
+
+fn write_sample(path: &Path, n_rows: usize) {
+    let (floats, halves, bytes) = sample(n_rows);
+    let tensor =
+        |name: &str, shape: &[usize], values| NamedTensor { name: name.into(), shape: shape.into(), values };
+    let tensors = [
+        tensor("bytes", &[5], Values::I8(&bytes)),
+        tensor("floats", &[n_rows, 3], Values::F32(&floats)),
+        tensor("rounded", &[2, 3], Values::F32AsF16(&floats[..6])),
+        tensor("halves", &[2, 3], Values::F16(&halves)),
+        tensor("step", &[], Values::U64(&[123_456])),
+    ];
+    let metadata = BTreeMap::from([("recipe".into(), "a = \"b\"\n".into()), ("format".into(), "pt".into())]);
+    write_safetensors(path, &tensors, &metadata).unwrap();
+}
+
+#[test]
+fn what_is_written_is_read_back_here_and_by_the_formats_own_crate() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("a.safetensors");
+    write_sample(&path, 5000);
+    let (floats, halves, bytes) = sample(5000);
+    let file = Safetensors::open(&path).unwrap();
+    assert_eq!(file.read_f32("floats").unwrap(), floats);
+    let halves: Vec<f32> = halves.iter().map(|x| x.to_f32()).collect();
+    assert_eq!(file.read_f32("halves").unwrap(), halves);
+    assert_eq!(file.read_f32("rounded").unwrap(), halves);
+    assert_eq!(file.tensor("bytes").unwrap().bytes(), [128, 255, 0, 1, 127]);
+    assert_eq!(file.read_f32("bytes").unwrap(), bytes.iter().map(|&b| f32::from(b)).collect::<Vec<_>>());
+    assert_eq!(file.read_f32("step").unwrap(), [123_456.0]);
+    assert_eq!(file.metadata()["recipe"], "a = \"b\"\n");
+    let mut row = [0.0; 3];
+    file.read_row_f32("floats", 4999, &mut row).unwrap();
+    assert_eq!(row, floats[4999 * 3..]);
+    file.finish().unwrap();
+
+    let stored = fs::read(&path).unwrap();
+    let theirs = SafeTensors::deserialize(&stored).unwrap();
+    assert_eq!(theirs.tensor("floats").unwrap().shape(), [5000, 3]);
+    assert_eq!(theirs.tensor("floats").unwrap().data()[4..8], floats[1].to_le_bytes());
+    assert_eq!(
+        theirs.tensor("floats").unwrap().data().as_ptr().align_offset(4),
+        stored.as_ptr().align_offset(4)
+    );
+    write_sample(&path, 5000);
+    assert_eq!(fs::read(&path).unwrap(), stored, "the same arguments gave other bytes");
+}
+
+#[test]
+fn unused_missing_and_misshapen_tensors_are_named() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("a.safetensors");
+    write_sample(&path, 5000);
+    let file = Safetensors::open(&path).unwrap();
+    let error = file.tensor("floats").unwrap().expect_shape("floats", &[3, 5000]).unwrap_err();
+    assert!(matches!(error, Error::TensorShape { ref name, .. } if name == "floats"), "{error}");
+    assert!(file.contains("step") && file.shape("step").unwrap().is_empty());
+    file.ignore(|name| name == "step");
+    let Err(Error::UnusedTensors { names }) = file.finish() else { panic!("nothing was missed") };
+    assert_eq!(names, ["bytes", "halves", "rounded"]);
+    assert!(matches!(file.read_f32("absent"), Err(Error::MissingTensor { name }) if name == "absent"));
+}
+
+#[test]
+fn shards_are_one_checkpoint() {
+    let folder = tempfile::tempdir().unwrap();
+    let at = |name: &str| folder.path().join(name);
+    for (name, value) in [("one", 1.0), ("two", 2.0)] {
+        let tensor = NamedTensor { name: name.into(), shape: vec![1], values: Values::F32(&[value]) };
+        write_safetensors(at(&format!("{name}.safetensors")), &[tensor], &BTreeMap::new()).unwrap();
+    }
+    let index = r#"{"metadata": {}, "weight_map": {"one": "one.safetensors", "two": "two.safetensors"}}"#;
+    fs::write(at("model.safetensors.index.json"), index).unwrap();
+    for path in [folder.path().into(), at("model.safetensors.index.json")] {
+        let checkpoint = Safetensors::open(&path).unwrap();
+        assert_eq!(checkpoint.read_f32("one").unwrap(), [1.0]);
+        assert_eq!(checkpoint.read_f32("two").unwrap(), [2.0]);
+    }
+    let twice = Safetensors::open_files(&[at("one.safetensors"), at("one.safetensors")]).unwrap_err();
+    assert!(twice.to_string().contains("`one` is also in"), "{twice}");
+    let outside = r#"{"weight_map": {"one": "../one.safetensors"}}"#;
+    fs::write(at("model.safetensors.index.json"), outside).unwrap();
+    assert!(Safetensors::open(folder.path()).unwrap_err().to_string().contains("not a plain file name"));
+    fs::remove_file(at("model.safetensors.index.json")).unwrap();
+    assert!(Safetensors::open(folder.path()).unwrap_err().to_string().contains("neither model.safetensors"));
+}
+
+fn header(json: &str, n_data: usize) -> Vec<u8> {
+    let mut file = (json.len() as u64).to_le_bytes().to_vec();
+    file.extend(json.as_bytes());
+    file.resize(file.len() + n_data, 0);
+    file
+}
+
+#[test]
+fn what_is_not_a_sound_file_is_refused_by_name_and_reason() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("model.bin");
+    let mut huge = u64::MAX.to_le_bytes().to_vec();
+    huge.extend(b"{\"a\":1}");
+    let overlap = r#"{"a":{"dtype":"F32","shape":[2],"data_offsets":[0,8]},"b":{"dtype":"F32","shape":[2],"data_offsets":[4,12]}}"#;
+    let overflow = r#"{"a":{"dtype":"F32","shape":[4294967296,4294967296,4],"data_offsets":[0,8]}}"#;
+    let misfit = r#"{"a":{"dtype":"F32","shape":[3],"data_offsets":[0,8]}}"#;
+    for (bytes, expected) in [
+        (b"<!DOCTYPE html>\n<html>".to_vec(), "web page"),
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:00".to_vec(), "git lfs pull"),
+        (b"PK\x03\x04\x00\x00\x00\x00\x00\x00\x00\x00".to_vec(), "zip archive"),
+        (b"\x80\x02\x8a\x0al\xfc\x9cF\xf9 j\xa8P\x19.".to_vec(), "pickle"),
+        (b"GGUF\x03\x00\x00\x00\x00\x00\x00\x00".to_vec(), "GGUF"),
+        (b"{\"architectures\": []}".to_vec(), "JSON text"),
+        (b"abc".to_vec(), "cut short"),
+        (b"some other text altogether".to_vec(), "not a safetensors file"),
+        (huge, "the header claims"),
+        (header(misfit, 8)[..20].to_vec(), "cut short inside the header"),
+        (header(misfit, 8), "invalid shape"),
+        (header(overlap, 12), "offset"),
+        (header(overflow, 8), "overflow"),
+        (header("{nonsense", 8), "JSON"),
+        (header(r#"{"a":{"dtype":"F32","shape":[2],"data_offsets":[0,8]}}"#, 7), "cut short or overlong"),
+        (header(r#"{"a":{"dtype":"F32","shape":[2],"data_offsets":[0,8]}}"#, 9), "cut short or overlong"),
+    ] {
+        fs::write(&path, bytes).unwrap();
+        let error = Safetensors::open(&path).unwrap_err().to_string();
+        assert!(error.contains("model.bin: ") && error.contains(expected), "expected {expected:?}: {error}");
+    }
+    fs::write(&path, header(r#"{"a":{"dtype":"F8_E4M3","shape":[2],"data_offsets":[0,2]}}"#, 2)).unwrap();
+    let error = Safetensors::open(&path).unwrap().read_f32("a").unwrap_err().to_string();
+    assert!(error.contains("tensor `a` holds F8_E4M3"), "{error}");
+}
+
+#[test]
+fn a_cut_file_is_refused_and_a_flipped_bit_never_panics() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("a.safetensors");
+    write_sample(&path, 20);
+    let bytes = fs::read(&path).unwrap();
+    let header_len = 8 + u64::from_le_bytes(*bytes.first_chunk().unwrap()) as usize;
+    let cut = folder.path().join("cut.safetensors");
+    for len in 1..bytes.len() {
+        fs::write(&cut, &bytes[..len]).unwrap();
+        assert!(Safetensors::open(&cut).is_err(), "accepted {len} of {} bytes", bytes.len());
+    }
+    for bit in 0..header_len * 8 {
+        let mut damaged = bytes.clone();
+        damaged[bit / 8] ^= 1 << (bit % 8);
+        fs::write(&cut, &damaged).unwrap();
+        if let Ok(file) = Safetensors::open(&cut) {
+            let names: Vec<_> = file.names().map(String::from).collect();
+            for name in names {
+                let _ = file.read_f32(&name); // a value or an error, not a panic
+            }
+        }
+    }
+}
