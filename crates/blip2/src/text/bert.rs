@@ -140,7 +140,7 @@ mod tests {
 
     fn bert() -> BertTokenizer {
         let root = concat!(env!("CARGO_MANIFEST_DIR"), "/../..");
-        BertTokenizer::from_vocab(format!("{root}/assets/bert-base-uncased/vocab.txt")).unwrap()
+        BertTokenizer::from_vocab(format!("{root}/assets/default-model/vocab.txt")).unwrap()
     }
 
     #[test]
