@@ -5,6 +5,7 @@
 //! slices; their output may be kept on disk under [`VisionEncoder::fingerprint`].
 
 pub mod efficientnet;
+pub mod vit;
 
 use std::path::Path;
 

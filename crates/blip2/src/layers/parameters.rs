@@ -87,6 +87,11 @@ impl<'a> Loader<'a> {
         self.source.shape(&self.full_name(name)).is_some()
     }
 
+    /// The shape of the tensor `name`, if the checkpoint has it here.
+    pub fn shape(&self, name: &str) -> Option<Vec<usize>> {
+        self.source.shape(&self.full_name(name))
+    }
+
     /// The tensor `name` of exactly this shape.
     ///
     /// # Errors
@@ -121,10 +126,20 @@ impl<'a> Loader<'a> {
     /// # Errors
     /// When it is missing or has another shape.
     pub fn weight(&self, name: &str, n_in: usize, n_out: usize) -> Result<Weight> {
+        self.weight_of_shape(name, &[n_out, n_in])
+    }
+
+    /// The matrix `name` whose rows are stored in further dimensions, `[n_out, …]`, such as the kernel of a convolution.
+    ///
+    /// # Errors
+    /// When it is missing or has another shape.
+    pub fn weight_of_shape(&self, name: &str, shape: &[usize]) -> Result<Weight> {
+        let (n_out, n_in) = (shape[0], shape[1..].iter().product());
         if self.trainable.is_some() {
-            return Ok(Weight::Dense(self.tensor(name, &[n_out, n_in])?, self.precision));
+            let matrix = self.tensor(name, shape)?.reshape((n_out, n_in))?;
+            return Ok(Weight::Dense(matrix, self.precision));
         }
-        let data = self.read(&self.full_name(name), &[n_out, n_in])?;
+        let data = self.read(&self.full_name(name), shape)?;
         let row = |i: usize, out: &mut [f32]| out.copy_from_slice(&data[i * n_in..(i + 1) * n_in]);
         Ok(Weight::Packed(Arc::new(PackedWeight::pack(n_out, n_in, self.precision, &row))))
     }
