@@ -6,6 +6,8 @@
 
 mod config;
 mod llama;
+mod loading;
+mod opt;
 
 use std::path::Path;
 use std::sync::Arc;
@@ -14,6 +16,7 @@ use candle_core::Tensor;
 
 pub use config::LlamaConfig;
 pub use llama::Llama;
+pub use opt::{Opt, OptConfig};
 
 use crate::cache::{CachedSequence, KvCache};
 use crate::layers::{Linear, Plan, Precision, Sequence, Span};
@@ -28,6 +31,8 @@ use crate::{Error, Result};
 pub enum LanguageModel {
     /// LLaMA and its relatives of the same structure, SmolLM2 among them.
     Llama(Llama),
+    /// OPT.
+    Opt(Opt),
 }
 
 impl LanguageModel {
@@ -51,8 +56,17 @@ impl LanguageModel {
         prefix: &str,
         precision: Precision,
     ) -> Result<Self> {
-        let config = LlamaConfig::from_hugging_face(config)?;
-        Llama::from_safetensors(config, file, prefix, precision).map(Self::Llama)
+        match config["model_type"].as_str() {
+            Some("opt") => {
+                Opt::from_safetensors(OptConfig::from_hugging_face(config)?, file, prefix, precision)
+                    .map(Self::Opt)
+            }
+            Some("llama") | None => {
+                let config = LlamaConfig::from_hugging_face(config)?;
+                Llama::from_safetensors(config, file, prefix, precision).map(Self::Llama)
+            }
+            Some(other) => Err(config::unsupported("model_type", &other, "llama or opt")),
+        }
     }
 
     /// Loads a model with its tokenizer from a GGUF file, or from a Hugging Face folder with `config.json`,
@@ -94,6 +108,7 @@ impl LanguageModel {
     pub fn hidden_size(&self) -> usize {
         match self {
             Self::Llama(model) => model.config().hidden_size,
+            Self::Opt(model) => model.config().word_embed_proj_dim,
         }
     }
 
@@ -101,6 +116,7 @@ impl LanguageModel {
     pub fn vocab_size(&self) -> usize {
         match self {
             Self::Llama(model) => model.config().vocab_size,
+            Self::Opt(model) => model.config().vocab_size,
         }
     }
 
@@ -108,6 +124,7 @@ impl LanguageModel {
     pub fn context_len(&self) -> usize {
         match self {
             Self::Llama(model) => model.config().max_position_embeddings,
+            Self::Opt(model) => model.config().max_position_embeddings,
         }
     }
 
@@ -115,6 +132,7 @@ impl LanguageModel {
     pub fn n_parameters(&self) -> usize {
         match self {
             Self::Llama(model) => model.n_parameters(),
+            Self::Opt(model) => model.n_parameters(),
         }
     }
 
@@ -122,6 +140,7 @@ impl LanguageModel {
     pub fn n_bytes(&self) -> usize {
         match self {
             Self::Llama(model) => model.n_bytes(),
+            Self::Opt(model) => model.n_bytes(),
         }
     }
 
@@ -132,6 +151,7 @@ impl LanguageModel {
     pub fn embed(&self, ids: &[u32]) -> Result<Tensor> {
         match self {
             Self::Llama(model) => model.embed(ids),
+            Self::Opt(model) => model.embed(ids),
         }
     }
 
@@ -144,6 +164,7 @@ impl LanguageModel {
         let (positions, plan) = causal_texts(lengths);
         match self {
             Self::Llama(model) => model.forward(embeds, &positions, &plan),
+            Self::Opt(model) => model.forward(embeds, &positions, &plan),
         }
     }
 
@@ -157,6 +178,7 @@ impl LanguageModel {
         let (positions, plan) = branched_texts(texts);
         match self {
             Self::Llama(model) => model.forward(embeds, &positions, &plan),
+            Self::Opt(model) => model.forward(embeds, &positions, &plan),
         }
     }
 
@@ -174,6 +196,7 @@ impl LanguageModel {
     ) -> Result<Tensor> {
         match self {
             Self::Llama(model) => model.forward_cached(embeds, cache, sequences, lengths),
+            Self::Opt(model) => model.forward_cached(embeds, cache, sequences, lengths),
         }
     }
 
@@ -190,6 +213,7 @@ impl LanguageModel {
     pub fn head(&self) -> &Linear {
         match self {
             Self::Llama(model) => model.head(),
+            Self::Opt(model) => model.head(),
         }
     }
 
@@ -197,6 +221,7 @@ impl LanguageModel {
     pub fn new_cache(&self) -> KvCache {
         match self {
             Self::Llama(model) => model.new_cache(),
+            Self::Opt(model) => model.new_cache(),
         }
     }
 }

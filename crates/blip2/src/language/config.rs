@@ -205,7 +205,7 @@ impl LlamaConfig {
     }
 }
 
-fn unsupported(field: &str, found: &dyn std::fmt::Display, expected: &str) -> Error {
+pub(super) fn unsupported(field: &str, found: &dyn std::fmt::Display, expected: &str) -> Error {
     Error::Config { field: format!("language.{field}"), reason: format!("is {found}, expected {expected}") }
 }
 
@@ -221,24 +221,28 @@ fn field<'a, T>(
     }
 }
 
-fn text<'a>(json: &'a Json, name: &str) -> Result<Option<&'a str>> {
+pub(super) fn text<'a>(json: &'a Json, name: &str) -> Result<Option<&'a str>> {
     field(json, name, "a text", Json::as_str)
 }
 
-fn number(json: &Json, name: &str) -> Result<Option<f64>> {
+pub(super) fn number(json: &Json, name: &str) -> Result<Option<f64>> {
     field(json, name, "a number", Json::as_f64)
 }
 
 fn boolean(json: &Json, name: &str) -> Result<bool> {
-    Ok(field(json, name, "true or false", Json::as_bool)?.unwrap_or(false))
+    boolean_or(json, name, false)
 }
 
-fn size_or(json: &Json, name: &str, default: usize) -> Result<usize> {
+pub(super) fn boolean_or(json: &Json, name: &str, default: bool) -> Result<bool> {
+    Ok(field(json, name, "true or false", Json::as_bool)?.unwrap_or(default))
+}
+
+pub(super) fn size_or(json: &Json, name: &str, default: usize) -> Result<usize> {
     let convert = |value: &Json| usize::try_from(value.as_u64()?).ok();
     Ok(field(json, name, "a whole number", convert)?.unwrap_or(default))
 }
 
-fn size(json: &Json, name: &str) -> Result<usize> {
+pub(super) fn size(json: &Json, name: &str) -> Result<usize> {
     if json[name].is_null() {
         return Err(unsupported(name, &"missing", "a whole number"));
     }

@@ -3,16 +3,15 @@
 
 use std::sync::Arc;
 
-use blip2_kernels::linear::PackedWeight;
-use candle_core::{Device, Tensor};
+use candle_core::Tensor;
 
 use super::LlamaConfig;
+use super::loading::{File, Loader, Table, on_a_worker};
 use crate::cache::{CachedSequence, KvCache};
 use crate::layers::{
     Activation, AttentionShape, Linear, Plan, Precision, RmsNorm, Weight, attention, attention_cached, gated,
     rope,
 };
-use crate::weights::TensorRows;
 use crate::weights::gguf::Gguf;
 use crate::weights::safetensors::Safetensors;
 use crate::{Error, Result};
@@ -28,16 +27,6 @@ pub struct Llama {
     lm_head: Linear,
     n_parameters: usize,
     n_bytes: usize,
-}
-
-/// Embeddings in the packed format of a linear layer, read row by row.
-#[derive(Clone)]
-struct Table(Arc<PackedWeight>);
-
-impl std::fmt::Debug for Table {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        write!(f, "Table([{}, {}])", self.0.out_features(), self.0.in_features())
-    }
 }
 
 #[derive(Debug)]
@@ -89,7 +78,7 @@ impl Llama {
     }
 
     fn load(config: LlamaConfig, file: &File<'_>, precision: Precision) -> Result<Self> {
-        let mut loader = Loader { file, precision, n_parameters: 0, n_bytes: 0 };
+        let mut loader = Loader::new(file, precision);
         let (d, ffn) = (config.hidden_size, config.intermediate_size);
         let (n_heads, n_kv_heads) = (config.num_attention_heads, config.num_key_value_heads);
         let (q, kv) = (n_heads * config.head_dim, n_kv_heads * config.head_dim);
@@ -163,17 +152,7 @@ impl Llama {
     /// # Errors
     /// [`Error::Request`] when a token is not in the vocabulary.
     pub fn embed(&self, ids: &[u32]) -> Result<Tensor> {
-        let (table, width) = (&self.embed_tokens.0, self.config.hidden_size);
-        let mut rows = vec![0.0; ids.len() * width];
-        for (&id, row) in ids.iter().zip(rows.chunks_exact_mut(width)) {
-            if id as usize >= self.config.vocab_size {
-                let reason =
-                    format!("token {id} is not in the vocabulary of {} tokens", self.config.vocab_size);
-                return Err(Error::Request(reason));
-            }
-            table.row(id as usize, row);
-        }
-        Ok(Tensor::from_vec(rows, (ids.len(), width), &Device::Cpu)?)
+        self.embed_tokens.rows(ids)
     }
 
     /// Reads packed rows; `plan` names each text's rows, `positions` each row's place in its text.
@@ -258,165 +237,5 @@ impl Llama {
             x = (x + layer.down_proj.forward(&gated(&gate, &up, Activation::Silu)?)?)?;
         }
         Ok(self.norm.forward(&x)?)
-    }
-}
-
-/// Runs `pass` on one of rayon's threads. The hundreds of kernels in a pass then hand work to their neighbours; from a
-/// thread outside, each would first wake one and wait, which costs a decode step more than its arithmetic.
-fn on_a_worker<T: Send>(pass: impl FnOnce() -> T + Send) -> T {
-    rayon::scope(|_| pass())
-}
-
-/// Where tensors come from; names are those of Hugging Face.
-enum File<'a> {
-    Gguf(&'a Gguf),
-    HuggingFace { file: &'a Safetensors, prefix: &'a str },
-}
-
-impl File<'_> {
-    /// The rows of a tensor, with the name that the file has for it.
-    fn tensor(&self, name: &str) -> Result<(TensorRows<'_>, String)> {
-        match self {
-            Self::Gguf(file) => {
-                let name = gguf_name(name);
-                Ok((file.tensor(&name)?, name))
-            }
-            Self::HuggingFace { file, prefix } => {
-                let name = format!("{prefix}{name}");
-                Ok((file.tensor(&name)?, name))
-            }
-        }
-    }
-}
-
-/// The name in a GGUF file of the tensor that Hugging Face calls `name`.
-fn gguf_name(name: &str) -> String {
-    let name = name.strip_prefix("model.").unwrap_or(name);
-    let Some((i, name)) = name.strip_prefix("layers.").and_then(|rest| rest.split_once('.')) else {
-        return match name {
-            "embed_tokens.weight" => "token_embd.weight",
-            "norm.weight" => "output_norm.weight",
-            "lm_head.weight" => "output.weight",
-            other => other,
-        }
-        .into();
-    };
-    let (module, kind) = name.rsplit_once('.').unwrap_or((name, "weight"));
-    let module = match module {
-        "input_layernorm" => "attn_norm",
-        "self_attn.q_proj" => "attn_q",
-        "self_attn.k_proj" => "attn_k",
-        "self_attn.v_proj" => "attn_v",
-        "self_attn.o_proj" => "attn_output",
-        "post_attention_layernorm" => "ffn_norm",
-        "mlp.gate_proj" => "ffn_gate",
-        "mlp.up_proj" => "ffn_up",
-        "mlp.down_proj" => "ffn_down",
-        other => other,
-    };
-    format!("blk.{i}.{module}.{kind}")
-}
-
-/// Where a GGUF file keeps row `row` of a query or key projection. Files of the architecture `llama` store the rows of each
-/// head in the order that rotates neighbours (0, d/2, 1, d/2 + 1, …), this project as Hugging Face rotates halves.
-fn interleaved_row(row: usize, head_dim: usize) -> usize {
-    let (head, within) = (row / head_dim, row % head_dim);
-    let (half, pair) = (within / (head_dim / 2), within % (head_dim / 2));
-    head * head_dim + 2 * pair + half
-}
-
-struct Loader<'a> {
-    file: &'a File<'a>,
-    precision: Precision,
-    n_parameters: usize,
-    n_bytes: usize,
-}
-
-impl Loader<'_> {
-    /// Packs a matrix straight from the file's rows, never holding it in f32. `rotary_head_dim` is given for projections
-    /// whose outputs are rotated.
-    fn packed(
-        &mut self,
-        name: &str,
-        n_out: usize,
-        n_in: usize,
-        rotary_head_dim: Option<usize>,
-    ) -> Result<Arc<PackedWeight>> {
-        let (rows, name) = self.file.tensor(name)?;
-        let rows = rows.expect_shape(&name, &[n_out, n_in])?;
-        let stored_row = self.stored_row(rotary_head_dim);
-        let read = |row: usize, into: &mut [f32]| rows.read_row(stored_row(row), into);
-        let packed = PackedWeight::pack(n_out, n_in, self.precision, &read);
-        self.n_parameters += n_out * n_in;
-        self.n_bytes += packed.n_bytes();
-        Ok(Arc::new(packed))
-    }
-
-    fn linear(
-        &mut self,
-        name: &str,
-        n_out: usize,
-        n_in: usize,
-        has_bias: bool,
-        rotary_head_dim: Option<usize>,
-    ) -> Result<Linear> {
-        let weight = self.packed(&format!("{name}.weight"), n_out, n_in, rotary_head_dim)?;
-        let bias = if has_bias {
-            let stored = self.vector(&format!("{name}.bias"), n_out)?;
-            let stored_row = self.stored_row(rotary_head_dim);
-            let values: Vec<f32> = (0..n_out).map(|row| stored[stored_row(row)]).collect();
-            Some(Tensor::from_vec(values, n_out, &Device::Cpu)?)
-        } else {
-            None
-        };
-        Ok(Linear::new(Weight::Packed(weight), bias))
-    }
-
-    fn norm(&mut self, name: &str, size: usize, eps: f64) -> Result<RmsNorm> {
-        let weight = self.vector(&format!("{name}.weight"), size)?;
-        Ok(RmsNorm::new(Tensor::from_vec(weight, size, &Device::Cpu)?, eps))
-    }
-
-    fn vector(&mut self, name: &str, len: usize) -> Result<Vec<f32>> {
-        let (rows, name) = self.file.tensor(name)?;
-        let values = rows.expect_shape(&name, &[len])?.to_vec();
-        self.n_parameters += len;
-        self.n_bytes += size_of_val(values.as_slice());
-        Ok(values)
-    }
-
-    fn stored_row(&self, rotary_head_dim: Option<usize>) -> impl Fn(usize) -> usize + Sync + use<> {
-        let head_dim = rotary_head_dim.filter(|_| matches!(self.file, File::Gguf(_)));
-        move |row| head_dim.map_or(row, |head_dim| interleaved_row(row, head_dim))
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn interleaved_rows_are_those_of_llama_cpp() {
-        // llama.cpp stores reshape(heads, 2, d / 2).swapaxes(1, 2) of Hugging Face's rows.
-        let stored_as: Vec<usize> = (0..2)
-            .flat_map(|head| (0..4).flat_map(move |pair| [head * 8 + pair, head * 8 + 4 + pair]))
-            .collect();
-        for row in 0..16 {
-            assert_eq!(stored_as[interleaved_row(row, 8)], row);
-        }
-    }
-
-    #[test]
-    fn names_are_translated() {
-        for (name, expected) in [
-            ("model.embed_tokens.weight", "token_embd.weight"),
-            ("model.norm.weight", "output_norm.weight"),
-            ("lm_head.weight", "output.weight"),
-            ("model.layers.12.self_attn.q_proj.bias", "blk.12.attn_q.bias"),
-            ("model.layers.0.mlp.down_proj.weight", "blk.0.ffn_down.weight"),
-            ("model.layers.0.post_attention_layernorm.weight", "blk.0.ffn_norm.weight"),
-        ] {
-            assert_eq!(gguf_name(name), expected);
-        }
     }
 }

@@ -15,13 +15,18 @@ pub struct LayerNorm {
 }
 
 impl LayerNorm {
+    /// From `weight` and `bias`, both `[size]`.
+    pub fn new(weight: Tensor, bias: Tensor, eps: f64) -> Self {
+        Self { weight, bias, eps: eps as f32 }
+    }
+
     /// Loads `weight` and `bias`, both `[size]`.
     ///
     /// # Errors
     /// When a tensor is missing or has another shape.
     pub fn load(loader: &Loader<'_>, size: usize, eps: f64) -> crate::Result<Self> {
         let (weight, bias) = (loader.tensor("weight", &[size])?, loader.tensor("bias", &[size])?);
-        Ok(Self { weight, bias, eps: eps as f32 })
+        Ok(Self::new(weight, bias, eps))
     }
 
     /// Normalises the rows of `x`, `[N, D]`.

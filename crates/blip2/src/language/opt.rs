@@ -1,0 +1,337 @@
+//! OPT (arXiv 2205.01068; HF `OPTForCausalLM`): learned positions with an offset of 2, biases everywhere, ReLU, norm before
+//! each sublayer, or after it in the one size (350m) that also has embeddings of another width.
+
+use std::sync::Arc;
+
+use candle_core::{Device, Tensor};
+use serde_json::Value as Json;
+
+use super::config::{boolean_or, number, size, size_or, text, unsupported};
+use super::loading::{File, Loader, Table, on_a_worker};
+use crate::cache::{CachedSequence, KvCache};
+use crate::layers::{
+    Activation, AttentionShape, LayerNorm, Linear, Plan, Precision, Weight, activate, attention,
+    attention_cached,
+};
+use crate::weights::safetensors::Safetensors;
+use crate::{Error, Result};
+
+/// Rows of the position table before position 0.
+const POSITION_OFFSET: usize = 2;
+
+/// The structure of an OPT model. Field names are those of Hugging Face's `config.json`.
+#[derive(Debug, Clone, PartialEq)]
+pub struct OptConfig {
+    /// Tokens of the vocabulary.
+    pub vocab_size: usize,
+    /// Width of the layers.
+    pub hidden_size: usize,
+    /// Width of an embedding; projected where it is not the layers'.
+    pub word_embed_proj_dim: usize,
+    /// Width inside the feed-forward layers.
+    pub ffn_dim: usize,
+    /// Transformer layers.
+    pub num_hidden_layers: usize,
+    /// Attention heads.
+    pub num_attention_heads: usize,
+    /// The longest text, in tokens.
+    pub max_position_embeddings: usize,
+    /// Whether the norms stand before the sublayers (all sizes but 350m).
+    pub do_layer_norm_before: bool,
+    /// Whether the norm after the last layer was left out (early conversions).
+    pub remove_final_layer_norm: bool,
+    /// Whether the projections have biases.
+    pub enable_bias: bool,
+    /// The nonlinearity of the feed-forward layers.
+    pub activation: Activation,
+    /// Whether the output head is the table of embeddings.
+    pub tie_word_embeddings: bool,
+}
+
+impl OptConfig {
+    /// Reads a Hugging Face `config.json` (of the model itself, or the `text_config` of a BLIP-2 model). Fields without
+    /// influence on the computation are ignored.
+    ///
+    /// # Errors
+    /// [`Error::Config`] when a field is missing or wrong, or asks for what is not implemented.
+    pub fn from_hugging_face(json: &Json) -> Result<Self> {
+        let activation = match text(json, "activation_function")?.unwrap_or("relu") {
+            "relu" => Activation::Relu,
+            "gelu" => Activation::GeluErf,
+            other => return Err(unsupported("activation_function", &other, "relu or gelu")),
+        };
+        if !boolean_or(json, "layer_norm_elementwise_affine", true)? {
+            return Err(unsupported("layer_norm_elementwise_affine", &false, "true"));
+        }
+        let hidden_size = size(json, "hidden_size")?;
+        let config = Self {
+            vocab_size: size(json, "vocab_size")?,
+            hidden_size,
+            word_embed_proj_dim: size_or(json, "word_embed_proj_dim", hidden_size)?,
+            ffn_dim: size(json, "ffn_dim")?,
+            num_hidden_layers: size(json, "num_hidden_layers")?,
+            num_attention_heads: size(json, "num_attention_heads")?,
+            max_position_embeddings: size_or(json, "max_position_embeddings", 2048)?,
+            do_layer_norm_before: boolean_or(json, "do_layer_norm_before", true)?,
+            remove_final_layer_norm: boolean_or(json, "_remove_final_layer_norm", false)?,
+            enable_bias: boolean_or(json, "enable_bias", true)?,
+            activation,
+            tie_word_embeddings: boolean_or(json, "tie_word_embeddings", true)?,
+        };
+        if number(json, "layer_norm_eps")?.is_some_and(|eps| eps != LAYER_NORM_EPS) {
+            return Err(unsupported("layer_norm_eps", &json["layer_norm_eps"], "1e-5, which OPT always has"));
+        }
+        config.validate()?;
+        Ok(config)
+    }
+
+    /// Checks the values against each other.
+    ///
+    /// # Errors
+    /// [`Error::Config`] with the field that is wrong.
+    pub fn validate(&self) -> Result<()> {
+        for (field, value) in [
+            ("vocab_size", self.vocab_size),
+            ("hidden_size", self.hidden_size),
+            ("word_embed_proj_dim", self.word_embed_proj_dim),
+            ("ffn_dim", self.ffn_dim),
+            ("num_hidden_layers", self.num_hidden_layers),
+            ("num_attention_heads", self.num_attention_heads),
+            ("max_position_embeddings", self.max_position_embeddings),
+        ] {
+            if value == 0 || value > 1 << 24 {
+                return Err(unsupported(field, &value, "1 to 16777216"));
+            }
+        }
+        if !self.hidden_size.is_multiple_of(self.num_attention_heads) {
+            let expected = format!("a multiple of the {} attention heads", self.num_attention_heads);
+            return Err(unsupported("hidden_size", &self.hidden_size, &expected));
+        }
+        Ok(())
+    }
+}
+
+/// Epsilon of every norm: PyTorch's default.
+const LAYER_NORM_EPS: f64 = 1e-5;
+
+/// A frozen OPT model.
+#[derive(Debug, Clone)]
+pub struct Opt {
+    config: OptConfig,
+    /// `[vocab_size, word_embed_proj_dim]`; the same object as the head's weight where they are tied.
+    embed_tokens: Table,
+    /// `[max_position_embeddings + 2, hidden_size]`.
+    embed_positions: Tensor,
+    project_in: Option<Linear>,
+    layers: Arc<[Layer]>,
+    final_layer_norm: Option<LayerNorm>,
+    project_out: Option<Linear>,
+    lm_head: Linear,
+    n_parameters: usize,
+    n_bytes: usize,
+}
+
+#[derive(Debug)]
+struct Layer {
+    q_proj: Linear,
+    k_proj: Linear,
+    v_proj: Linear,
+    out_proj: Linear,
+    self_attn_layer_norm: LayerNorm,
+    fc1: Linear,
+    fc2: Linear,
+    final_layer_norm: LayerNorm,
+}
+
+impl Opt {
+    /// Loads a model from the tensors of a Hugging Face checkpoint whose names start with `prefix`.
+    ///
+    /// # Errors
+    /// When a tensor is missing or misshapen.
+    pub fn from_safetensors(
+        config: OptConfig,
+        file: &Safetensors,
+        prefix: &str,
+        precision: Precision,
+    ) -> Result<Self> {
+        config.validate()?;
+        let source = File::HuggingFace { file, prefix };
+        let mut loader = Loader::new(&source, precision);
+        let (d, width, bias) = (config.hidden_size, config.word_embed_proj_dim, config.enable_bias);
+        let decoder = |name: &str| format!("model.decoder.{name}");
+        let embed_tokens = loader.packed(&decoder("embed_tokens.weight"), config.vocab_size, width, None)?;
+        let n_positions = config.max_position_embeddings + POSITION_OFFSET;
+        let embed_positions = loader.matrix(&decoder("embed_positions.weight"), n_positions, d)?;
+        let projects = width != d;
+        let project = |loader: &mut Loader<'_>, name: &str, n_out, n_in| -> Result<Option<Linear>> {
+            projects.then(|| loader.linear(&decoder(name), n_out, n_in, false, None)).transpose()
+        };
+        let project_in = project(&mut loader, "project_in", d, width)?;
+        let project_out = project(&mut loader, "project_out", width, d)?;
+        let layers = (0..config.num_hidden_layers)
+            .map(|i| {
+                let at = |name: &str| format!("model.decoder.layers.{i}.{name}");
+                Ok(Layer {
+                    q_proj: loader.linear(&at("self_attn.q_proj"), d, d, bias, None)?,
+                    k_proj: loader.linear(&at("self_attn.k_proj"), d, d, bias, None)?,
+                    v_proj: loader.linear(&at("self_attn.v_proj"), d, d, bias, None)?,
+                    out_proj: loader.linear(&at("self_attn.out_proj"), d, d, bias, None)?,
+                    self_attn_layer_norm: loader.layer_norm(
+                        &at("self_attn_layer_norm"),
+                        d,
+                        LAYER_NORM_EPS,
+                    )?,
+                    fc1: loader.linear(&at("fc1"), config.ffn_dim, d, bias, None)?,
+                    fc2: loader.linear(&at("fc2"), d, config.ffn_dim, bias, None)?,
+                    final_layer_norm: loader.layer_norm(&at("final_layer_norm"), d, LAYER_NORM_EPS)?,
+                })
+            })
+            .collect::<Result<Vec<_>>>()?;
+        let has_final_norm = config.do_layer_norm_before && !config.remove_final_layer_norm;
+        let final_layer_norm = has_final_norm
+            .then(|| loader.layer_norm(&decoder("final_layer_norm"), d, LAYER_NORM_EPS))
+            .transpose()?;
+        let lm_head = if config.tie_word_embeddings {
+            embed_tokens.clone()
+        } else {
+            loader.packed("lm_head.weight", config.vocab_size, width, None)?
+        };
+        // A tied head may be stored all the same.
+        file.ignore(|name| config.tie_word_embeddings && name.strip_prefix(prefix) == Some("lm_head.weight"));
+        Ok(Self {
+            embed_tokens: Table(embed_tokens),
+            embed_positions,
+            project_in,
+            layers: layers.into(),
+            final_layer_norm,
+            project_out,
+            lm_head: Linear::new(Weight::Packed(lm_head), None),
+            n_parameters: loader.n_parameters,
+            n_bytes: loader.n_bytes,
+            config,
+        })
+    }
+
+    /// Its structure.
+    pub fn config(&self) -> &OptConfig {
+        &self.config
+    }
+
+    /// How many parameters it has; a tied head counts once.
+    pub fn n_parameters(&self) -> usize {
+        self.n_parameters
+    }
+
+    /// Memory of its weights, in bytes.
+    pub fn n_bytes(&self) -> usize {
+        self.n_bytes
+    }
+
+    /// The output head, `word_embed_proj_dim` to `vocab_size`.
+    pub fn head(&self) -> &Linear {
+        &self.lm_head
+    }
+
+    /// An empty cache for this model.
+    pub fn new_cache(&self) -> KvCache {
+        KvCache::new(self.layers.len(), self.config.hidden_size)
+    }
+
+    /// The embeddings of tokens, `[ids.len(), word_embed_proj_dim]`.
+    ///
+    /// # Errors
+    /// [`Error::Request`] when a token is not in the vocabulary.
+    pub fn embed(&self, ids: &[u32]) -> Result<Tensor> {
+        self.embed_tokens.rows(ids)
+    }
+
+    /// Reads packed rows; `plan` names each text's rows, `positions` each row's place in its text.
+    ///
+    /// # Shapes
+    /// - `embeds`: `[N, word_embed_proj_dim]`, `positions`: `N`
+    /// - returns the final hidden states, ready for the head, `[N, word_embed_proj_dim]`
+    ///
+    /// Differentiable to `embeds`.
+    ///
+    /// # Errors
+    /// When the shapes do not agree or a position is beyond the context.
+    pub fn forward(&self, embeds: &Tensor, positions: &Arc<[u32]>, plan: &Plan) -> Result<Tensor> {
+        let shape = self.attention_shape();
+        on_a_worker(|| self.run(embeds, positions, |_, q, k, v| attention(q, k, v, plan, shape, None)))
+    }
+
+    /// Reads packed rows that continue texts of a cache: `lengths[i]` rows for `sequences[i]`, in this order.
+    ///
+    /// # Errors
+    /// As [`forward`](Self::forward), and when a sequence is not of this cache; then nothing has changed.
+    pub fn forward_cached(
+        &self,
+        embeds: &Tensor,
+        cache: &mut KvCache,
+        sequences: &mut [CachedSequence],
+        lengths: &[usize],
+    ) -> Result<Tensor> {
+        let shape = self.attention_shape();
+        cache.append(sequences, lengths, |rows, new| {
+            on_a_worker(|| {
+                self.run(embeds, &new.positions, |layer_idx, q, k, v| {
+                    let rows = &mut rows[layer_idx];
+                    attention_cached(q, k, v, &mut rows.keys, &mut rows.values, &new.plan, shape)
+                })
+            })
+        })
+    }
+
+    fn attention_shape(&self) -> AttentionShape {
+        let n_heads = self.config.num_attention_heads;
+        let head_dim = self.config.hidden_size / n_heads;
+        AttentionShape { n_heads, n_kv_heads: n_heads, head_dim, scale: 1.0 / (head_dim as f32).sqrt() }
+    }
+
+    /// The pass itself; `attend` gets the layer's number, and queries, keys and values of the new rows.
+    fn run(
+        &self,
+        embeds: &Tensor,
+        positions: &Arc<[u32]>,
+        mut attend: impl FnMut(usize, &Tensor, &Tensor, &Tensor) -> candle_core::Result<Tensor>,
+    ) -> Result<Tensor> {
+        let config = &self.config;
+        let (n_rows, width) = embeds.dims2()?;
+        if width != config.word_embed_proj_dim || n_rows != positions.len() {
+            let (expected, n) = (config.word_embed_proj_dim, positions.len());
+            return Err(Error::Request(format!(
+                "the language model was given {n_rows} rows of {width} values for {n} positions of {expected}"
+            )));
+        }
+        let n_tokens = positions.iter().max().map_or(0, |&last| last as usize + 1);
+        if n_tokens > config.max_position_embeddings {
+            return Err(Error::TextTooLong { n_tokens, limit: config.max_position_embeddings });
+        }
+        let places: Vec<u32> = positions.iter().map(|position| position + POSITION_OFFSET as u32).collect();
+        let places =
+            self.embed_positions.index_select(&Tensor::from_vec(places, n_rows, &Device::Cpu)?, 0)?;
+        let embeds =
+            self.project_in.as_ref().map_or(Ok(embeds.clone()), |project| project.forward(embeds))?;
+        let mut x = (embeds + places)?; // [N, D]
+        let before = config.do_layer_norm_before;
+        for (layer_idx, layer) in self.layers.iter().enumerate() {
+            let input = if before { layer.self_attn_layer_norm.forward(&x)? } else { x.clone() };
+            let (q, k) = (layer.q_proj.forward(&input)?, layer.k_proj.forward(&input)?);
+            let attended = attend(layer_idx, &q, &k, &layer.v_proj.forward(&input)?)?;
+            let attended = layer.out_proj.forward(&attended)?;
+            x = if before {
+                (x + attended)?
+            } else {
+                layer.self_attn_layer_norm.forward_residual(&attended, &x)?
+            };
+            let input = if before { layer.final_layer_norm.forward(&x)? } else { x.clone() };
+            let inner = activate(&layer.fc1.forward(&input)?, config.activation)?;
+            let inner = layer.fc2.forward(&inner)?;
+            x = if before { (x + inner)? } else { layer.final_layer_norm.forward_residual(&inner, &x)? };
+        }
+        if let Some(norm) = &self.final_layer_norm {
+            x = norm.forward(&x)?;
+        }
+        Ok(self.project_out.as_ref().map_or(Ok(x.clone()), |project| project.forward(&x))?)
+    }
+}
