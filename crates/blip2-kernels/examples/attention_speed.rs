@@ -49,9 +49,9 @@ fn measure(name: &str, shape: AttentionShape, sequences: &[Sequence], dropout: O
     let (v, d_out) = (k.clone(), q.clone());
     let mut out = vec![0.0; q.len()];
     let (mut d_q, mut d_k, mut d_v) = (q.clone(), k.clone(), k.clone());
-    let forward = median(|| attention(&q, &k, &v, sequences, shape, dropout, &mut out));
+    let forward = median(|| attention(&q, &k, &v, sequences, shape, None, dropout, &mut out));
     let backward = median(|| {
-        attention_backward(&q, &k, &v, &d_out, sequences, shape, dropout, &mut d_q, &mut d_k, &mut d_v)
+        attention_backward(&q, &k, &v, &d_out, sequences, shape, None, dropout, &mut d_q, &mut d_k, &mut d_v)
     });
     #[allow(clippy::print_stdout, reason = "an example prints")]
     {

@@ -47,7 +47,33 @@ pub struct AttentionShape {
     pub scale: f32,
 }
 
-/// `softmax(q kᵀ * scale) v` for each sequence and head; rows of `out` that no sequence names are left alone.
+/// What is added to a score by how far the key stands from the query, in a sequence whose last query is its last key: T5's
+/// relative position bias.
+#[derive(Debug, Clone, Copy)]
+pub struct RelativeBias<'a> {
+    /// `[n_heads, width]`; column `n_before + key - query`.
+    pub values: &'a [f32],
+    /// Columns for keys before the query.
+    pub n_before: usize,
+}
+
+impl RelativeBias<'_> {
+    fn check(&self, sequences: &[Sequence], n_heads: usize) {
+        let width = self.values.len() / n_heads;
+        assert!(
+            self.values.len() == width * n_heads && self.n_before < width,
+            "the bias is not [heads, width]"
+        );
+        for sequence in sequences {
+            let farthest = count(&sequence.keys).saturating_sub(1);
+            assert!(farthest <= self.n_before, "the bias does not reach back to the first key");
+            let ahead = if sequence.causal { 0 } else { farthest };
+            assert!(ahead < width - self.n_before, "the bias does not reach the last key");
+        }
+    }
+}
+
+/// `softmax(q kᵀ * scale + bias) v` for each sequence and head; rows of `out` that no sequence names are left alone.
 ///
 /// `q` and `out` are `[Nq, n_heads * head_dim]`, `k` and `v` `[Nk, n_kv_heads * head_dim]`. Dropout acts on the
 /// probabilities.
@@ -55,16 +81,21 @@ pub struct AttentionShape {
 /// # Panics
 /// When a span lies outside its rows, a query row belongs to two sequences, or a causal sequence has more queries than
 /// keys.
+#[allow(clippy::too_many_arguments, reason = "the operands of attention")]
 pub fn attention(
     q: &[f32],
     k: &[f32],
     v: &[f32],
     sequences: &[Sequence],
     shape: AttentionShape,
+    bias: Option<RelativeBias<'_>>,
     dropout: Option<Dropout>,
     out: &mut [f32],
 ) {
     let offsets = check(q.len(), k.len(), v.len(), sequences, shape);
+    if let Some(bias) = bias {
+        bias.check(sequences, shape.n_heads);
+    }
     assert_eq!(out.len(), q.len(), "out must have the shape of q");
     let isa = Isa::detect();
     let d = shape.head_dim;
@@ -78,7 +109,12 @@ pub fn attention(
             #[inline(always)]
             || {
                 let sequence = &sequences[number];
-                Head::new(sequence, shape, head, offsets[number], dropout).forward(q, k, v, &mut scratch);
+                Head::new(sequence, shape, head, bias, offsets[number], dropout).forward(
+                    q,
+                    k,
+                    v,
+                    &mut scratch,
+                );
                 for (row, query) in scratch.out.chunks_exact(padded(d)).zip(rows(&sequence.queries)) {
                     // SAFETY: `check` made sure that `query` is a row of q, hence of out, and that no other sequence has it;
                     // other heads write other columns.
@@ -92,7 +128,7 @@ pub fn attention(
     });
 }
 
-/// The gradients of [`attention`]: `d_q`, `d_k` and `d_v` are overwritten; keys that sequences share get the sum.
+/// The gradients of [`attention`], but for the bias, which is frozen wherever there is one: `d_q`, `d_k` and `d_v` are overwritten; keys that sequences share get the sum.
 ///
 /// # Panics
 /// As [`attention`].
@@ -104,12 +140,16 @@ pub fn attention_backward(
     d_out: &[f32],
     sequences: &[Sequence],
     shape: AttentionShape,
+    bias: Option<RelativeBias<'_>>,
     dropout: Option<Dropout>,
     d_q: &mut [f32],
     d_k: &mut [f32],
     d_v: &mut [f32],
 ) {
     let offsets = check(q.len(), k.len(), v.len(), sequences, shape);
+    if let Some(bias) = bias {
+        bias.check(sequences, shape.n_heads);
+    }
     assert!(d_out.len() == q.len() && d_q.len() == q.len(), "gradients must have the shape of q");
     assert!(d_k.len() == k.len() && d_v.len() == k.len(), "gradients must have the shape of k and v");
     for buffer in [&mut *d_q, &mut *d_k, &mut *d_v] {
@@ -131,7 +171,7 @@ pub fn attention_backward(
                 for &number in members {
                     let sequence = &sequences[number];
                     for head in kv_head * group..(kv_head + 1) * group {
-                        let work = Head::new(sequence, shape, head, offsets[number], dropout);
+                        let work = Head::new(sequence, shape, head, bias, offsets[number], dropout);
                         work.backward(q, k, v, d_out, &mut scratch);
                         let gradients = scratch.d_q.chunks_exact(padded(d));
                         for (row, query) in gradients.zip(rows(&sequence.queries)) {

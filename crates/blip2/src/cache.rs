@@ -3,6 +3,9 @@
 //! The cache holds rows; a [`CachedSequence`] says which rows, in order, are a text. Rows are only ever appended, so
 //! sequences can share them: the beams of a search share their prompt, and reordering beams copies a few spans, never
 //! keys or values. A conversation keeps its [`CachedSequence`] from turn to turn and may cut its end off.
+//!
+//! An encoder-decoder model also keeps what its decoder reads of the encoder's output, the *memory*: its rows come when a
+//! prompt is read, and all continuations of the prompt share them.
 
 use std::sync::Arc;
 
@@ -13,8 +16,11 @@ use crate::{Error, Result};
 #[derive(Debug, Default, Clone)]
 pub struct KvCache {
     layers: Vec<LayerRows>,
+    /// Keys and values of encoded prompts, for each decoder layer; empty for decoder-only models.
+    memory: Vec<LayerRows>,
     width: usize,
     n_rows: usize,
+    n_memory_rows: usize,
 }
 
 /// One layer's rows, `[n_rows, n_kv_heads * head_dim]` each.
@@ -29,6 +35,8 @@ pub(crate) struct LayerRows {
 pub struct CachedSequence {
     spans: Vec<Span>,
     len: usize,
+    /// The rows of the cache's memory that it attends to.
+    memory: Option<Span>,
 }
 
 impl CachedSequence {
@@ -81,12 +89,52 @@ pub(crate) struct Appended {
     pub(crate) positions: Arc<[u32]>,
     /// Each sequence's new rows attend to all rows before them.
     pub(crate) plan: Plan,
+    /// Each sequence's new rows attend to all of its memory.
+    pub(crate) memory_plan: Plan,
 }
 
 impl KvCache {
     /// An empty cache for a model of `n_layers` layers with keys of `width` values.
     pub fn new(n_layers: usize, width: usize) -> Self {
-        Self { layers: vec![LayerRows::default(); n_layers], width, n_rows: 0 }
+        Self { layers: vec![LayerRows::default(); n_layers], width, ..Self::default() }
+    }
+
+    /// An empty cache with memory for the decoder of an encoder-decoder model.
+    pub(crate) fn with_memory(n_layers: usize, width: usize) -> Self {
+        Self { memory: vec![LayerRows::default(); n_layers], ..Self::new(n_layers, width) }
+    }
+
+    /// Keeps encoded prompts of `lengths` rows, whose keys and values in every layer are `layers`, as what `sequences`
+    /// attend to.
+    pub(crate) fn remember(
+        &mut self,
+        sequences: &mut [CachedSequence],
+        lengths: &[usize],
+        layers: Vec<LayerRows>,
+    ) {
+        assert_eq!(layers.len(), self.memory.len(), "one memory a layer");
+        for (memory, new) in self.memory.iter_mut().zip(layers) {
+            memory.keys.extend(new.keys);
+            memory.values.extend(new.values);
+        }
+        for (sequence, &len) in sequences.iter_mut().zip(lengths) {
+            sequence.memory = Some(Span { start: self.n_memory_rows, len });
+            self.n_memory_rows += len;
+        }
+    }
+
+    /// Rows of memory held.
+    pub(crate) fn n_memory_rows(&self) -> usize {
+        self.n_memory_rows
+    }
+
+    /// Forgets all rows of memory but the first `n_rows`.
+    pub(crate) fn rewind_memory(&mut self, n_rows: usize) {
+        self.n_memory_rows = self.n_memory_rows.min(n_rows);
+        for memory in &mut self.memory {
+            memory.keys.truncate(self.n_memory_rows * self.width);
+            memory.values.truncate(self.n_memory_rows * self.width);
+        }
     }
 
     /// Rows held, shared ones counted once.
@@ -96,15 +144,21 @@ impl KvCache {
 
     /// Memory held, in bytes.
     pub fn n_bytes(&self) -> usize {
-        let n_values: usize = self.layers.iter().map(|l| l.keys.capacity() + l.values.capacity()).sum();
+        let all = self.layers.iter().chain(&self.memory);
+        let n_values: usize = all.map(|l| l.keys.capacity() + l.values.capacity()).sum();
         n_values * size_of::<f32>()
     }
 
     /// Forgets the rows that none of `sequences` needs any more, where they are the last ones. Every other
     /// [`CachedSequence`] of this cache is invalid afterwards.
     pub fn trim<'a>(&mut self, sequences: impl IntoIterator<Item = &'a CachedSequence>) {
-        let end = sequences.into_iter().map(CachedSequence::end).max().unwrap_or(0);
+        let (mut end, mut memory_end) = (0, 0);
+        for sequence in sequences {
+            end = end.max(sequence.end());
+            memory_end = memory_end.max(sequence.memory.map_or(0, |span| span.start + span.len));
+        }
         self.rewind(end);
+        self.rewind_memory(memory_end);
     }
 
     /// Forgets all rows but the first `n_rows`.
@@ -119,7 +173,7 @@ impl KvCache {
         &mut self,
         sequences: &mut [CachedSequence],
         lengths: &[usize],
-        compute: impl FnOnce(&mut [LayerRows], &Appended) -> Result<T>,
+        compute: impl FnOnce(&mut [LayerRows], &[LayerRows], &Appended) -> Result<T>,
     ) -> Result<T> {
         assert_eq!(sequences.len(), lengths.len(), "one length a sequence");
         if sequences.iter().any(|sequence| sequence.end() > self.n_rows) {
@@ -127,7 +181,7 @@ impl KvCache {
             return Err(Error::Request(reason.into()));
         }
         let mut positions = Vec::new();
-        let mut plan = Vec::with_capacity(sequences.len());
+        let (mut plan, mut memory_plan) = (Vec::with_capacity(sequences.len()), Vec::new());
         let mut longer = Vec::with_capacity(sequences.len());
         let mut row = 0;
         for (sequence, &len) in sequences.iter().zip(lengths) {
@@ -136,14 +190,22 @@ impl KvCache {
             sequence.push(Span { start: self.n_rows + row, len });
             if len > 0 {
                 let queries = vec![Span { start: row, len }];
+                if let Some(memory) = sequence.memory {
+                    memory_plan.push(Sequence {
+                        queries: queries.clone(),
+                        keys: vec![memory],
+                        causal: false,
+                    });
+                }
                 plan.push(Sequence { queries, keys: sequence.spans.clone(), causal: true });
             }
             longer.push(sequence);
             row += len;
         }
-        let appended = Appended { positions: positions.into(), plan: plan.into() };
+        let appended =
+            Appended { positions: positions.into(), plan: plan.into(), memory_plan: memory_plan.into() };
         self.reserve(row);
-        let result = compute(&mut self.layers, &appended);
+        let result = compute(&mut self.layers, &self.memory, &appended);
         if result.is_ok() {
             let n_values = (self.n_rows + row) * self.width;
             let is_complete =
@@ -187,13 +249,17 @@ mod tests {
         let first = cache.n_rows();
         let n: usize = lengths.iter().sum();
         cache
-            .append(sequences, lengths, |layers, appended| {
+            .append(sequences, lengths, |layers, _, appended| {
                 for layer in layers {
                     let rows = (first..first + n).map(|row| row as f32);
                     layer.keys.extend(rows.clone());
                     layer.values.extend(rows);
                 }
-                Ok(Appended { positions: appended.positions.clone(), plan: appended.plan.clone() })
+                Ok(Appended {
+                    positions: appended.positions.clone(),
+                    plan: appended.plan.clone(),
+                    memory_plan: appended.memory_plan.clone(),
+                })
             })
             .unwrap()
     }
@@ -224,7 +290,7 @@ mod tests {
 
         cache.trim(&prompts);
         assert_eq!(cache.n_rows(), 5);
-        let error = cache.append(&mut beams, &[1, 1], |_, _| Ok(())).unwrap_err();
+        let error = cache.append(&mut beams, &[1, 1], |_, _, _| Ok(())).unwrap_err();
         assert!(error.to_string().contains("trimmed"), "{error}");
     }
 
@@ -249,7 +315,7 @@ mod tests {
         let mut sequences = [CachedSequence::new()];
         append(&mut cache, &mut sequences, &[2]);
         let before = sequences.clone();
-        let failed: Result<()> = cache.append(&mut sequences, &[1], |layers, _| {
+        let failed: Result<()> = cache.append(&mut sequences, &[1], |layers, _, _| {
             layers[0].keys.push(9.0);
             Err(Error::Request("cancelled".into()))
         });
@@ -267,7 +333,7 @@ mod tests {
         let mut n_moves = 0;
         for _ in 0..1000 {
             let before = cache.layers[0].keys.capacity();
-            let grow = |layers: &mut [LayerRows], _: &Appended| {
+            let grow = |layers: &mut [LayerRows], _: &[LayerRows], _: &Appended| {
                 layers[0].keys.extend([0.0; 4]);
                 layers[0].values.extend([0.0; 4]);
                 Ok(())

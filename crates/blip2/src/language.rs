@@ -8,6 +8,7 @@ mod config;
 mod llama;
 mod loading;
 mod opt;
+mod t5;
 
 use std::path::Path;
 use std::sync::Arc;
@@ -17,6 +18,7 @@ use candle_core::Tensor;
 pub use config::LlamaConfig;
 pub use llama::Llama;
 pub use opt::{Opt, OptConfig};
+pub use t5::{T5, T5Config};
 
 use crate::cache::{CachedSequence, KvCache};
 use crate::layers::{Linear, Plan, Precision, Sequence, Span};
@@ -33,6 +35,8 @@ pub enum LanguageModel {
     Llama(Llama),
     /// OPT.
     Opt(Opt),
+    /// T5, an encoder and a decoder.
+    T5(T5),
 }
 
 impl LanguageModel {
@@ -61,11 +65,13 @@ impl LanguageModel {
                 Opt::from_safetensors(OptConfig::from_hugging_face(config)?, file, prefix, precision)
                     .map(Self::Opt)
             }
+            Some("t5") => T5::from_safetensors(T5Config::from_hugging_face(config)?, file, prefix, precision)
+                .map(Self::T5),
             Some("llama") | None => {
                 let config = LlamaConfig::from_hugging_face(config)?;
                 Llama::from_safetensors(config, file, prefix, precision).map(Self::Llama)
             }
-            Some(other) => Err(config::unsupported("model_type", &other, "llama or opt")),
+            Some(other) => Err(config::unsupported("model_type", &other, "llama, opt or t5")),
         }
     }
 
@@ -109,6 +115,7 @@ impl LanguageModel {
         match self {
             Self::Llama(model) => model.config().hidden_size,
             Self::Opt(model) => model.config().word_embed_proj_dim,
+            Self::T5(model) => model.config().d_model,
         }
     }
 
@@ -117,6 +124,7 @@ impl LanguageModel {
         match self {
             Self::Llama(model) => model.config().vocab_size,
             Self::Opt(model) => model.config().vocab_size,
+            Self::T5(model) => model.config().vocab_size,
         }
     }
 
@@ -125,6 +133,7 @@ impl LanguageModel {
         match self {
             Self::Llama(model) => model.config().max_position_embeddings,
             Self::Opt(model) => model.config().max_position_embeddings,
+            Self::T5(model) => model.context_len(),
         }
     }
 
@@ -133,6 +142,7 @@ impl LanguageModel {
         match self {
             Self::Llama(model) => model.n_parameters(),
             Self::Opt(model) => model.n_parameters(),
+            Self::T5(model) => model.n_parameters(),
         }
     }
 
@@ -141,6 +151,7 @@ impl LanguageModel {
         match self {
             Self::Llama(model) => model.n_bytes(),
             Self::Opt(model) => model.n_bytes(),
+            Self::T5(model) => model.n_bytes(),
         }
     }
 
@@ -152,6 +163,7 @@ impl LanguageModel {
         match self {
             Self::Llama(model) => model.embed(ids),
             Self::Opt(model) => model.embed(ids),
+            Self::T5(model) => model.embed(ids),
         }
     }
 
@@ -159,12 +171,13 @@ impl LanguageModel {
     /// the final hidden states (normed, ready for the head) in the same shape. Differentiable to `embeds`.
     ///
     /// # Errors
-    /// When the lengths do not sum to the rows, or a text is longer than the context.
+    /// When the lengths do not sum to the rows, or a text is longer than the context; for an encoder-decoder model always.
     pub fn forward(&self, embeds: &Tensor, lengths: &[usize]) -> Result<Tensor> {
         let (positions, plan) = causal_texts(lengths);
         match self {
             Self::Llama(model) => model.forward(embeds, &positions, &plan),
             Self::Opt(model) => model.forward(embeds, &positions, &plan),
+            Self::T5(_) => Err(no_single_text()),
         }
     }
 
@@ -179,6 +192,7 @@ impl LanguageModel {
         match self {
             Self::Llama(model) => model.forward(embeds, &positions, &plan),
             Self::Opt(model) => model.forward(embeds, &positions, &plan),
+            Self::T5(_) => Err(no_single_text()),
         }
     }
 
@@ -197,7 +211,39 @@ impl LanguageModel {
         match self {
             Self::Llama(model) => model.forward_cached(embeds, cache, sequences, lengths),
             Self::Opt(model) => model.forward_cached(embeds, cache, sequences, lengths),
+            Self::T5(model) => model.forward_cached(embeds, cache, sequences, lengths),
         }
+    }
+
+    /// Reads prompts into a cache, the rows of each packed after the other: `sequences[i]` is lengthened by its
+    /// `lengths[i]` rows (of an encoder-decoder model: it must be new, the encoder reads the rows and the decoder begins).
+    /// Gives the hidden states that the next tokens come from, `[prompts, hidden_size]`. No gradient.
+    ///
+    /// # Errors
+    /// As [`forward_cached`](Self::forward_cached).
+    pub fn read_prompts(
+        &self,
+        embeds: &Tensor,
+        cache: &mut KvCache,
+        sequences: &mut [CachedSequence],
+        lengths: &[usize],
+    ) -> Result<Tensor> {
+        if let Self::T5(model) = self {
+            return model.begin(embeds, cache, sequences, lengths);
+        }
+        let hidden = self.forward_cached(embeds, cache, sequences, lengths)?;
+        let ends = lengths.iter().scan(0, |end, len| {
+            *end += len;
+            Some(*end as u32 - 1)
+        });
+        let last_rows = Tensor::from_vec(ends.collect::<Vec<_>>(), lengths.len(), hidden.device())?;
+        Ok(hidden.index_select(&last_rows, 0)?)
+    }
+
+    /// Whether a prompt can only be read as a whole: it cannot be continued by another turn, as an encoder sees all of it
+    /// at once.
+    pub fn reads_prompts_whole(&self) -> bool {
+        matches!(self, Self::T5(_))
     }
 
     /// Scores of every next token, `[N, vocab_size]`, after the given rows of hidden states.
@@ -214,6 +260,7 @@ impl LanguageModel {
         match self {
             Self::Llama(model) => model.head(),
             Self::Opt(model) => model.head(),
+            Self::T5(model) => model.head(),
         }
     }
 
@@ -222,8 +269,15 @@ impl LanguageModel {
         match self {
             Self::Llama(model) => model.new_cache(),
             Self::Opt(model) => model.new_cache(),
+            Self::T5(model) => model.new_cache(),
         }
     }
+}
+
+fn no_single_text() -> Error {
+    Error::Request(
+        "an encoder-decoder model does not read prompt and answer as one text: training through it is not there yet".into(),
+    )
 }
 
 /// Texts with one beginning, as numbers of rows; packed in this order.

@@ -21,7 +21,8 @@ mod rope;
 mod view;
 
 pub use activation::{activate, gated};
-pub use attention::{AttentionShape, Plan, Sequence, Span, attention, attention_cached};
+pub use attention::{AttentionShape, Plan, RelativeBias, Sequence, Span, attention, attention_biased};
+pub(crate) use attention::{attention_cached, attention_to};
 pub use blip2_kernels::activation::Activation;
 pub use blip2_kernels::gemm::Precision;
 pub use dropout::DropoutRng;

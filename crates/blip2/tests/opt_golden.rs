@@ -119,7 +119,7 @@ fn what_opt_cannot_be_is_refused_by_name() {
     assert!(refused("num_attention_heads", 5.into()).contains("language.hidden_size"));
     assert!(refused("activation_function", "swish".into()).contains("relu or gelu"));
     assert!(refused("layer_norm_elementwise_affine", false.into()).contains("layer_norm_elementwise_affine"));
-    assert!(refused("model_type", "mamba".into()).contains("llama or opt"));
+    assert!(refused("model_type", "mamba".into()).contains("llama, opt or t5"));
     assert!(refused("vocab_size", 54.into()).contains("embed_tokens"));
     assert!(refused("max_position_embeddings", 41.into()).contains("embed_positions"));
 }

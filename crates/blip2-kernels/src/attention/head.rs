@@ -5,15 +5,16 @@
 use std::cell::RefCell;
 
 use super::product::{Strided, product};
-use super::{AttentionShape, Sequence, count, rows};
+use super::{AttentionShape, RelativeBias, Sequence, count, rows};
 use crate::dropout::Dropout;
-use crate::lanes::{LANES, dot, exp, max, sum};
+use crate::lanes::{LANES, axpy, dot, exp, max, sum};
 
 /// One sequence and head.
 pub(super) struct Head<'a> {
     sequence: &'a Sequence,
     shape: AttentionShape,
     head: usize,
+    bias: Option<RelativeBias<'a>>,
     /// The index of the sequence's first probability, for dropout.
     offset: u64,
     dropout: Option<Dropout>,
@@ -84,11 +85,12 @@ impl<'a> Head<'a> {
         sequence: &'a Sequence,
         shape: AttentionShape,
         head: usize,
+        bias: Option<RelativeBias<'a>>,
         offset: u64,
         dropout: Option<Dropout>,
     ) -> Self {
         let (n_queries, n_keys) = (count(&sequence.queries), count(&sequence.keys));
-        Self { sequence, shape, head, offset, dropout, n_queries, n_keys }
+        Self { sequence, shape, head, bias, offset, dropout, n_queries, n_keys }
     }
 
     /// How many keys query `i` sees.
@@ -163,6 +165,12 @@ impl<'a> Head<'a> {
         product(self.n_queries, |_| d, m, a, &scratch.k_t, &mut scratch.p);
         for (i, row) in scratch.p.chunks_exact_mut(m).take(self.n_queries).enumerate() {
             let (seen, unseen) = row.split_at_mut(self.n_visible(i));
+            if let Some(bias) = &self.bias {
+                let width = bias.values.len() / self.shape.n_heads;
+                let query = self.n_keys + i - self.n_queries;
+                let from = self.head * width + bias.n_before - query;
+                axpy(1.0, &bias.values[from..][..seen.len()], seen);
+            }
             let max = max(seen);
             seen.iter_mut().for_each(|p| *p = exp(*p - max));
             let total = sum(seen);

@@ -66,11 +66,11 @@ fn values_and_gradients_equal_the_definition() {
     let inputs = [wide(&q), wide(&k), wide(&v)];
     for plan in plans() {
         let mut out = vec![0.0; q.len()];
-        attention(&q, &k, &v, &plan, SHAPE, None, &mut out);
+        attention(&q, &k, &v, &plan, SHAPE, None, None, &mut out);
         let total: f64 = wide(&out).iter().zip(wide(&d_out)).map(|(o, d)| o * d).sum();
         assert!((total - objective(&inputs[0], &inputs[1], &inputs[2], &wide(&d_out), &plan)).abs() < 1e-5);
         let (mut d_q, mut d_k, mut d_v) = (vec![9.0; q.len()], vec![9.0; k.len()], vec![9.0; v.len()]);
-        attention_backward(&q, &k, &v, &d_out, &plan, SHAPE, None, &mut d_q, &mut d_k, &mut d_v);
+        attention_backward(&q, &k, &v, &d_out, &plan, SHAPE, None, None, &mut d_q, &mut d_k, &mut d_v);
         for (which, gradient) in [&d_q, &d_k, &d_v].into_iter().enumerate() {
             for (i, found) in gradient.iter().enumerate() {
                 let at = |h: f64| {
@@ -91,7 +91,7 @@ fn a_sequence_does_not_depend_on_the_others() {
     let plan = plans().pop().expect("the last plan");
     let run = |sequences: &[Sequence]| {
         let mut out = vec![0.0; q.len()];
-        attention(&q, &k, &v, sequences, SHAPE, None, &mut out);
+        attention(&q, &k, &v, sequences, SHAPE, None, None, &mut out);
         out
     };
     let all = run(&plan);
@@ -107,8 +107,8 @@ fn a_sequence_does_not_depend_on_the_others() {
 fn decoding_the_last_row_equals_the_whole_causal_pass() {
     let (q, k, v) = (numbers(7 * 24, 0.0), numbers(7 * 12, 3.0), numbers(7 * 12, 4.0));
     let (mut whole, mut last) = (vec![0.0; q.len()], vec![0.0; q.len()]);
-    attention(&q, &k, &v, &[sequence(&[span(0, 7)], &[span(0, 7)], true)], SHAPE, None, &mut whole);
-    attention(&q, &k, &v, &[sequence(&[span(6, 1)], &[span(0, 7)], true)], SHAPE, None, &mut last);
+    attention(&q, &k, &v, &[sequence(&[span(0, 7)], &[span(0, 7)], true)], SHAPE, None, None, &mut whole);
+    attention(&q, &k, &v, &[sequence(&[span(6, 1)], &[span(0, 7)], true)], SHAPE, None, None, &mut last);
     assert_eq!(whole[6 * 24..], last[6 * 24..]);
 }
 
@@ -121,11 +121,11 @@ fn gradients_match_the_masks_of_the_forward_pass() {
     for plan in plans() {
         let total = |v: &[f32]| {
             let mut out = vec![0.0; q.len()];
-            attention(&q, &k, v, &plan, SHAPE, dropout, &mut out);
+            attention(&q, &k, v, &plan, SHAPE, None, dropout, &mut out);
             out.iter().zip(&d_out).map(|(o, d)| f64::from(*o) * f64::from(*d)).sum::<f64>()
         };
         let (mut d_q, mut d_k, mut d_v) = (vec![0.0; q.len()], vec![0.0; k.len()], vec![0.0; v.len()]);
-        attention_backward(&q, &k, &v, &d_out, &plan, SHAPE, dropout, &mut d_q, &mut d_k, &mut d_v);
+        attention_backward(&q, &k, &v, &d_out, &plan, SHAPE, None, dropout, &mut d_q, &mut d_k, &mut d_v);
         let expected: f64 = v.iter().zip(&d_v).map(|(v, d)| f64::from(*v) * f64::from(*d)).sum();
         assert!((total(&v) - expected).abs() < 1e-4, "{} {expected}", total(&v));
         assert!(total(&v) != 0.0);
@@ -141,7 +141,7 @@ fn gradients_do_not_depend_on_the_number_of_threads() {
         let pool = rayon::ThreadPoolBuilder::new().num_threads(n_threads).build().expect("threads");
         let (mut d_q, mut d_k, mut d_v) = (vec![0.0; q.len()], vec![0.0; k.len()], vec![0.0; v.len()]);
         pool.install(|| {
-            attention_backward(&q, &k, &v, &d_out, &plan, SHAPE, None, &mut d_q, &mut d_k, &mut d_v)
+            attention_backward(&q, &k, &v, &d_out, &plan, SHAPE, None, None, &mut d_q, &mut d_k, &mut d_v)
         });
         (d_q, d_k, d_v)
     };
@@ -152,5 +152,74 @@ fn gradients_do_not_depend_on_the_number_of_threads() {
 #[should_panic(expected = "two sequences")]
 fn a_query_row_in_two_sequences_is_refused() {
     let s = sequence(&[span(0, 1)], &[span(0, 1)], false);
-    attention(&[0.0; 24], &[0.0; 12], &[0.0; 12], &[s.clone(), s], SHAPE, None, &mut [0.0; 24]);
+    attention(&[0.0; 24], &[0.0; 12], &[0.0; 12], &[s.clone(), s], SHAPE, None, None, &mut [0.0; 24]);
+}
+
+/// With a bias, the scores of every head are shifted by how far the key stands from the query.
+#[test]
+fn a_relative_bias_shifts_the_scores() {
+    let (q, k, v, d_out) =
+        (numbers(5 * 24, 0.0), numbers(7 * 12, 3.0), numbers(7 * 12, 4.0), numbers(5 * 24, 2.0));
+    let values = numbers(4 * 13, 5.0);
+    let bias = RelativeBias { values: &values, n_before: 6 };
+    for causal in [false, true] {
+        let plan = [sequence(&[span(0, 5)], &[span(0, 7)], causal)];
+        // The definition, in double precision; the last query stands at the last key.
+        let expected = |q: &[f32], k: &[f32], v: &[f32]| -> Vec<f64> {
+            let mut out = vec![0.0; 5 * 24];
+            for (i, h) in (0..5).flat_map(|i| (0..4).map(move |h| (i, h))) {
+                let place = i + 2;
+                let seen = if causal { place + 1 } else { 7 };
+                let weights: Vec<f64> = (0..seen)
+                    .map(|j| {
+                        let score: f64 = (0..6)
+                            .map(|c| f64::from(q[i * 24 + h * 6 + c]) * f64::from(k[j * 12 + h / 2 * 6 + c]))
+                            .sum();
+                        (score * f64::from(SHAPE.scale) + f64::from(values[h * 13 + 6 + j - place])).exp()
+                    })
+                    .collect();
+                let sum: f64 = weights.iter().sum();
+                for c in 0..6 {
+                    out[i * 24 + h * 6 + c] = weights
+                        .iter()
+                        .enumerate()
+                        .map(|(j, w)| w / sum * f64::from(v[j * 12 + h / 2 * 6 + c]))
+                        .sum();
+                }
+            }
+            out
+        };
+        let mut out = vec![0.0; q.len()];
+        attention(&q, &k, &v, &plan, SHAPE, Some(bias), None, &mut out);
+        assert!(out.iter().zip(expected(&q, &k, &v)).all(|(o, e)| (f64::from(*o) - e).abs() < 1e-5));
+        let (mut d_q, mut d_k, mut d_v) = (vec![0.0; q.len()], vec![0.0; k.len()], vec![0.0; v.len()]);
+        attention_backward(&q, &k, &v, &d_out, &plan, SHAPE, Some(bias), None, &mut d_q, &mut d_k, &mut d_v);
+        for i in 0..q.len() {
+            let total = |by: f32| -> f64 {
+                let mut q = q.clone();
+                q[i] += by;
+                expected(&q, &k, &v).iter().zip(&d_out).map(|(o, d)| o * f64::from(*d)).sum()
+            };
+            let slope = (total(1e-2) - total(-1e-2)) / 2e-2;
+            assert!((f64::from(d_q[i]) - slope).abs() < 1e-3, "{i}: {} {slope}", d_q[i]);
+        }
+    }
+}
+
+#[test]
+#[should_panic(expected = "does not reach back")]
+fn a_bias_that_is_too_short_is_refused() {
+    let values = [0.0; 4 * 12];
+    let bias = RelativeBias { values: &values, n_before: 5 };
+    let plan = [sequence(&[span(0, 5)], &[span(0, 7)], true)];
+    attention(
+        &[0.0; 5 * 24],
+        &[0.0; 7 * 12],
+        &[0.0; 7 * 12],
+        &plan,
+        SHAPE,
+        Some(bias),
+        None,
+        &mut [0.0; 5 * 24],
+    );
 }

@@ -45,18 +45,15 @@ impl<'a> Session<'a> {
                 return Err(Error::TextTooLong { n_tokens, limit });
             }
         }
-        let hidden =
-            model.forward_cached(&Tensor::cat(&embeds, 0)?.detach(), cache, &mut sequences, &lengths)?;
-        let mut end = 0;
-        let last_rows: Vec<u32> = lengths
-            .iter()
-            .map(|len| {
-                end += len;
-                end as u32 - 1
-            })
-            .collect();
-        let last_rows = Tensor::from_vec(last_rows, lengths.len(), hidden.device())?;
-        let logits = model.logits(&hidden.index_select(&last_rows, 0)?)?;
+        let (n_rows, n_memory_rows) = (cache.n_rows(), cache.n_memory_rows());
+        let embeds = Tensor::cat(&embeds, 0)?.detach();
+        let logits = model
+            .read_prompts(&embeds, cache, &mut sequences, &lengths)
+            .and_then(|hidden| model.logits(&hidden));
+        let logits = logits.inspect_err(|_| {
+            cache.rewind(n_rows);
+            cache.rewind_memory(n_memory_rows);
+        })?;
         Ok(Self {
             model,
             n_kept_rows: cache.n_rows(),

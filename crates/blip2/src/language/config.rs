@@ -229,7 +229,7 @@ pub(super) fn number(json: &Json, name: &str) -> Result<Option<f64>> {
     field(json, name, "a number", Json::as_f64)
 }
 
-fn boolean(json: &Json, name: &str) -> Result<bool> {
+pub(super) fn boolean(json: &Json, name: &str) -> Result<bool> {
     boolean_or(json, name, false)
 }
 

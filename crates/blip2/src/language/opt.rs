@@ -272,11 +272,10 @@ impl Opt {
         lengths: &[usize],
     ) -> Result<Tensor> {
         let shape = self.attention_shape();
-        cache.append(sequences, lengths, |rows, new| {
+        cache.append(sequences, lengths, |rows, _, new| {
             on_a_worker(|| {
                 self.run(embeds, &new.positions, |layer_idx, q, k, v| {
-                    let rows = &mut rows[layer_idx];
-                    attention_cached(q, k, v, &mut rows.keys, &mut rows.values, &new.plan, shape)
+                    attention_cached(q, k, v, &mut rows[layer_idx], &new.plan, shape, None)
                 })
             })
         })

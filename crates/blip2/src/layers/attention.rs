@@ -8,6 +8,7 @@ use blip2_kernels::dropout::Dropout;
 use candle_core::{CpuStorage, CustomOp3, Layout, Result, Shape, Tensor};
 
 use super::view::{slice, tensor, with_slices};
+use crate::cache::LayerRows;
 
 /// Which query rows attend to which key rows: one entry a sequence.
 pub type Plan = Arc<[Sequence]>;
@@ -30,7 +31,38 @@ pub fn attention(
     shape: AttentionShape,
     dropout: Option<Dropout>,
 ) -> Result<Tensor> {
-    let op = Attention { plan: plan.clone(), shape, dropout };
+    let op = Attention { plan: plan.clone(), shape, bias: None, dropout };
+    q.contiguous()?.apply_op3(&k.contiguous()?, &v.contiguous()?, op)
+}
+
+/// What is added to a score by how far the key stands from the query (T5).
+#[derive(Debug, Clone)]
+pub struct RelativeBias {
+    /// `[n_heads, width]`; column `n_before + key - query`, where the last query of a sequence stands at its last key.
+    pub values: Arc<[f32]>,
+    /// Columns for keys before the query.
+    pub n_before: usize,
+}
+
+impl RelativeBias {
+    fn view(&self) -> kernels::RelativeBias<'_> {
+        kernels::RelativeBias { values: &self.values, n_before: self.n_before }
+    }
+}
+
+/// [`attention`] with a frozen bias on the scores, without dropout.
+///
+/// # Errors
+/// Those of the tensor engine.
+pub fn attention_biased(
+    q: &Tensor,
+    k: &Tensor,
+    v: &Tensor,
+    plan: &Plan,
+    shape: AttentionShape,
+    bias: &RelativeBias,
+) -> Result<Tensor> {
+    let op = Attention { plan: plan.clone(), shape, bias: Some(bias.clone()), dropout: None };
     q.contiguous()?.apply_op3(&k.contiguous()?, &v.contiguous()?, op)
 }
 
@@ -39,20 +71,37 @@ pub fn attention(
 ///
 /// # Errors
 /// Those of the tensor engine.
-pub fn attention_cached(
+pub(crate) fn attention_cached(
     q: &Tensor,
     k: &Tensor,
     v: &Tensor,
-    cached_keys: &mut Vec<f32>,
-    cached_values: &mut Vec<f32>,
+    cached: &mut LayerRows,
     plan: &Plan,
     shape: AttentionShape,
+    bias: Option<&RelativeBias>,
 ) -> Result<Tensor> {
-    let out = with_slices([&q.contiguous()?, &k.contiguous()?, &v.contiguous()?], |[q, k, v]| {
-        cached_keys.extend_from_slice(k);
-        cached_values.extend_from_slice(v);
+    with_slices([&k.contiguous()?, &v.contiguous()?], |[k, v]| {
+        cached.keys.extend_from_slice(k);
+        cached.values.extend_from_slice(v);
+    })?;
+    attention_to(q, cached, plan, shape, bias)
+}
+
+/// [`attention`] to rows that are kept elsewhere. No gradient.
+///
+/// # Errors
+/// Those of the tensor engine.
+pub(crate) fn attention_to(
+    q: &Tensor,
+    rows: &LayerRows,
+    plan: &Plan,
+    shape: AttentionShape,
+    bias: Option<&RelativeBias>,
+) -> Result<Tensor> {
+    let out = with_slices([&q.contiguous()?], |[q]| {
         let mut out = vec![0.0; q.len()];
-        kernels::attention(q, cached_keys, cached_values, plan, shape, None, &mut out);
+        let bias = bias.map(RelativeBias::view);
+        kernels::attention(q, &rows.keys, &rows.values, plan, shape, bias, None, &mut out);
         out
     })?;
     tensor(out, q)
@@ -61,6 +110,7 @@ pub fn attention_cached(
 struct Attention {
     plan: Plan,
     shape: AttentionShape,
+    bias: Option<RelativeBias>,
     dropout: Option<Dropout>,
 }
 
@@ -80,7 +130,8 @@ impl CustomOp3 for Attention {
     ) -> Result<(CpuStorage, Shape)> {
         let (q, k, v) = (slice(s1, l1)?, slice(s2, l2)?, slice(s3, l3)?);
         let mut out = vec![0.0; q.len()];
-        kernels::attention(q, k, v, &self.plan, self.shape, self.dropout, &mut out);
+        let bias = self.bias.as_ref().map(RelativeBias::view);
+        kernels::attention(q, k, v, &self.plan, self.shape, bias, self.dropout, &mut out);
         Ok((CpuStorage::F32(out), l1.shape().clone()))
     }
 
@@ -102,6 +153,7 @@ impl CustomOp3 for Attention {
                 d_out,
                 plan,
                 shape,
+                self.bias.as_ref().map(RelativeBias::view),
                 self.dropout,
                 &mut d_q,
                 &mut d_k,

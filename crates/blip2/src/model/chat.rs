@@ -89,7 +89,10 @@ impl Chat<'_> {
         let rows = self.stage2.embed(&prompt, &self.soft_tokens)?;
         let (read, mut sequence) = std::mem::take(&mut self.read);
         // Only what the cache does not hold yet is read; at least one row, since the answer starts from its logits.
-        let n_same = shared_rows(&read, &prompt, self.stage2.n_queries()).min(rows.dim(0)? - 1);
+        let mut n_same = shared_rows(&read, &prompt, self.stage2.n_queries()).min(rows.dim(0)? - 1);
+        if self.stage2.language_model().reads_prompts_whole() {
+            (n_same, sequence) = (0, CachedSequence::new());
+        }
         sequence.truncate(n_same);
         let new_rows = rows.narrow(0, n_same, rows.dim(0)? - n_same)?;
         self.cache.trim([&sequence]);
