@@ -27,6 +27,6 @@ impl FeatureEncoder for VisionEncoder {
     fn encode(&self, pictures: &[RgbImage]) -> Result<Vec<f32>> {
         let processor = self.processor();
         let pixels: Vec<f32> = pictures.iter().flat_map(|picture| processor.pixels(picture)).collect();
-        Ok(VisionEncoder::encode(self, &pixels))
+        Ok(VisionEncoder::encode(self, &pixels)?)
     }
 }

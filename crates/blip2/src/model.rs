@@ -5,6 +5,7 @@
 
 mod chat;
 mod config;
+mod hugging_face;
 mod stage1;
 mod stage2;
 
@@ -80,17 +81,25 @@ impl ImageFeatures {
 }
 
 impl Blip2 {
-    /// Opens a model folder.
+    /// Opens a model folder: one of this project, or a BLIP-2 model as Hugging Face publishes them (OPT and Flan-T5).
     ///
     /// # Errors
     /// When the configuration or a file is missing or wrong; a frozen part that is nowhere is named with the folders
     /// that were looked in.
     pub fn open(folder: impl AsRef<Path>, options: &OpenOptions) -> Result<Self> {
         let folder = folder.as_ref();
+        if let Some(json) = hugging_face::read_config(folder)? {
+            return hugging_face::open(folder, &json, options);
+        }
         let config = ModelConfig::read(folder)?;
         let find = |file: &Path| find_frozen(folder, &options.frozen, file);
-        let VisionConfig::EfficientnetLite0 { file, sha256: expected } = &config.vision;
         let open_vision = || -> Result<VisionEncoder> {
+            let VisionConfig::EfficientnetLite0 { file, sha256: expected } = &config.vision else {
+                return Err(Error::Config {
+                    field: "vision.kind".into(),
+                    reason: "is not known here".into(),
+                });
+            };
             let path = find(file)?;
             check_sha256(&path, expected.as_deref())?;
             VisionEncoder::efficientnet_lite0(path)
@@ -158,7 +167,7 @@ impl Blip2 {
         let processor = vision.processor();
         let pixels: Vec<f32> = pictures.iter().flat_map(|picture| processor.pixels(picture)).collect();
         let width = vision.width();
-        let rows = vision.encode(&pixels);
+        let rows = vision.encode(&pixels)?;
         rows.chunks_exact(vision.n_tokens() * width)
             .map(|rows| ImageFeatures::from_rows(rows.to_vec(), width))
             .collect()

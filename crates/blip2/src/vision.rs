@@ -1,8 +1,7 @@
 //! Frozen image encoders: pixels in, one row a patch out.
 //!
 //! Flow: [`image`](crate::image) → pixels `[B, S, S, 3]` → [`VisionEncoder::forward`] → image tokens `[B·P, D]` as packed
-//! rows → [`qformer`](crate::qformer). Encoders are never trained here, so they have no gradients and work on plain
-//! slices; their output may be kept on disk under [`VisionEncoder::fingerprint`].
+//! rows → [`qformer`](crate::qformer). Encoders are never trained here: their output may be kept on disk under [`VisionEncoder::fingerprint`].
 
 pub mod efficientnet;
 pub mod vit;
@@ -12,6 +11,7 @@ use std::path::Path;
 use candle_core::{Device, Tensor};
 
 use self::efficientnet::{EfficientNet, EfficientNetConfig};
+use self::vit::Vit;
 use crate::image::ImageProcessor;
 use crate::weights::sha256;
 use crate::weights::torch_pickle::TorchCheckpoint;
@@ -27,6 +27,7 @@ pub struct VisionEncoder {
 #[derive(Debug, Clone)]
 enum Tower {
     EfficientNet(EfficientNet),
+    Vit(Vit, ImageProcessor),
 }
 
 impl VisionEncoder {
@@ -42,6 +43,19 @@ impl VisionEncoder {
         Ok(Self { tower: Tower::EfficientNet(network), fingerprint })
     }
 
+    /// A vision transformer, with what its pictures are prepared by. `fingerprint` says which weights these are.
+    ///
+    /// # Errors
+    /// [`Error::Config`] when the pictures' side is not the encoder's.
+    pub fn vit(vit: Vit, processor: ImageProcessor, fingerprint: String) -> Result<Self> {
+        processor.validate()?;
+        if processor.image_side != vit.config().image_size {
+            let reason = format!("is {}, the encoder's is {}", processor.image_side, vit.config().image_size);
+            return Err(Error::Config { field: "image.image_side".into(), reason });
+        }
+        Ok(Self { tower: Tower::Vit(vit, processor), fingerprint })
+    }
+
     /// SHA-256 of the weights' file, in hexadecimal: together with the [`processor`](Self::processor)'s settings it
     /// says which features this encoder gives.
     pub fn fingerprint(&self) -> &str {
@@ -52,6 +66,7 @@ impl VisionEncoder {
     pub fn image_side(&self) -> usize {
         match &self.tower {
             Tower::EfficientNet(network) => network.config().image_side,
+            Tower::Vit(vit, _) => vit.config().image_size,
         }
     }
 
@@ -59,6 +74,7 @@ impl VisionEncoder {
     pub fn n_tokens(&self) -> usize {
         match &self.tower {
             Tower::EfficientNet(network) => network.n_tokens(),
+            Tower::Vit(vit, _) => vit.config().n_tokens(),
         }
     }
 
@@ -66,6 +82,7 @@ impl VisionEncoder {
     pub fn width(&self) -> usize {
         match &self.tower {
             Tower::EfficientNet(network) => network.config().head_width,
+            Tower::Vit(vit, _) => vit.config().hidden_size,
         }
     }
 
@@ -73,6 +90,7 @@ impl VisionEncoder {
     pub fn n_parameters(&self) -> usize {
         match &self.tower {
             Tower::EfficientNet(network) => network.n_parameters(),
+            Tower::Vit(vit, _) => vit.config().n_parameters(),
         }
     }
 
@@ -80,6 +98,7 @@ impl VisionEncoder {
     pub fn processor(&self) -> ImageProcessor {
         match &self.tower {
             Tower::EfficientNet(_) => ImageProcessor::efficientnet_lite0(),
+            Tower::Vit(_, processor) => processor.clone(),
         }
     }
 
@@ -99,17 +118,22 @@ impl VisionEncoder {
             return Err(Error::Request(reason));
         }
         let values = pixels.flatten_all()?.to_vec1::<f32>()?;
-        let rows = self.encode(&values);
+        let rows = self.encode(&values)?;
         Ok(Tensor::from_vec(rows, (pixels.dim(0)? * self.n_tokens(), self.width()), &Device::Cpu)?)
     }
 
     /// [`forward`](Self::forward) on slices: `[B, S, S, 3]` to `[B·P, D]`.
     ///
-    /// # Panics
-    /// When `pixels` is not a whole number of pictures.
-    pub fn encode(&self, pixels: &[f32]) -> Vec<f32> {
+    /// # Errors
+    /// [`Error::Request`] when `pixels` is not a whole number of pictures; those of the tensor engine.
+    pub fn encode(&self, pixels: &[f32]) -> Result<Vec<f32>> {
+        let n_values = self.image_side() * self.image_side() * 3;
+        if !pixels.len().is_multiple_of(n_values) {
+            return Err(Error::Request(format!("{} values are no pictures of {n_values}", pixels.len())));
+        }
         match &self.tower {
-            Tower::EfficientNet(network) => network.forward(pixels),
+            Tower::EfficientNet(network) => Ok(network.forward(pixels)),
+            Tower::Vit(vit, _) => Ok(vit.forward(pixels)?.flatten_all()?.to_vec1()?),
         }
     }
 }

@@ -7,6 +7,7 @@ use serde::{Deserialize, Serialize};
 use crate::config::QFormerConfig;
 use crate::generate::GenerationConfig;
 use crate::text::PromptFormat;
+use crate::vision::vit::VitConfig;
 use crate::{Error, Result};
 
 /// The name of the configuration in a model folder.
@@ -44,6 +45,8 @@ pub enum VisionConfig {
         #[serde(default, skip_serializing_if = "Option::is_none")]
         sha256: Option<String>,
     },
+    /// A vision transformer, whose weights are in the checkpoint.
+    Vit(VitConfig),
 }
 
 /// The stage-1 part of a model.
@@ -69,7 +72,10 @@ pub struct Stage2Config {
     pub language_model_sha256: Option<String>,
     /// How it is spoken to.
     pub prompt: PromptFormat,
-    /// What is asked for a caption.
+    /// How it is asked for a caption, where that is not how it is asked a question.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub caption_prompt: Option<PromptFormat>,
+    /// What is asked for a caption; may be empty where the model describes a picture unasked.
     pub instruction: String,
     /// How captions and answers are generated unless the caller says otherwise.
     #[serde(default)]
@@ -98,8 +104,13 @@ impl ModelConfig {
         if self.stage1.is_none() && self.stage2.is_none() {
             return wrong("stage1", "and `stage2` are both missing: a model has at least one");
         }
-        let VisionConfig::EfficientnetLite0 { file, .. } = &self.vision;
-        let mut files = vec![("vision.file", file)];
+        let mut files = Vec::new();
+        match &self.vision {
+            VisionConfig::EfficientnetLite0 { file, .. } => files.push(("vision.file", file)),
+            VisionConfig::Vit(_) => {
+                return wrong("vision.kind", "is `vit`: such a model is opened from its Hugging Face folder");
+            }
+        }
         if let Some(stage1) = &self.stage1 {
             files.extend(stage1.weights.iter().map(|file| ("stage1.weights", file)));
             files.push(("stage1.vocabulary", &stage1.vocabulary));
@@ -112,7 +123,7 @@ impl ModelConfig {
             return wrong(field, &format!("is `{}`: it must be a name without a folder", file.display()));
         }
         if let Some(stage2) = &self.stage2 {
-            if stage2.instruction.trim().is_empty() {
+            if stage2.instruction.trim().is_empty() && stage2.prompt == PromptFormat::ChatMl {
                 return wrong("stage2.instruction", "is empty: it is what asks for a caption");
             }
             stage2.generation.validate()?;

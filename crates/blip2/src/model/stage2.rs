@@ -23,6 +23,7 @@ pub(super) struct Stage2 {
     language_model: LanguageModel,
     tokenizer: LanguageTokenizer,
     prompt: PromptFormat,
+    caption_prompt: PromptFormat,
     end_tokens: Vec<u32>,
     n_parameters: usize,
 }
@@ -69,10 +70,30 @@ impl Stage2 {
         let language_projection =
             loader.linear("language_projection", config.qformer.hidden_size, language_model.hidden_size())?;
         weights.finish()?;
-        let end_tokens = end_tokens(&stage2.prompt, &tokenizer)?;
-        let prompt = stage2.prompt.clone();
-        let n_parameters = weights.n_parameters();
-        Ok(Self { qformer, language_projection, language_model, tokenizer, prompt, end_tokens, n_parameters })
+        Self::new(qformer, language_projection, language_model, tokenizer, stage2, weights.n_parameters())
+    }
+
+    pub(super) fn new(
+        qformer: QFormer,
+        language_projection: Linear,
+        language_model: LanguageModel,
+        tokenizer: LanguageTokenizer,
+        config: &Stage2Config,
+        n_parameters: usize,
+    ) -> Result<Self> {
+        let end_tokens = end_tokens(&config.prompt, &tokenizer)?;
+        let prompt = config.prompt.clone();
+        let caption_prompt = config.caption_prompt.clone().unwrap_or_else(|| prompt.clone());
+        Ok(Self {
+            qformer,
+            language_projection,
+            language_model,
+            tokenizer,
+            prompt,
+            caption_prompt,
+            end_tokens,
+            n_parameters,
+        })
     }
 
     pub(super) fn n_parameters(&self) -> usize {
@@ -105,8 +126,12 @@ impl Stage2 {
         if turns.last().is_some_and(|turn| turn.question.trim().is_empty()) {
             return Err(Error::Request("the question is empty: ask something about the picture".into()));
         }
+        self.render_as(&self.prompt, turns, room)
+    }
+
+    fn render_as(&self, format: &PromptFormat, turns: &[Turn], room: usize) -> Result<Prompt> {
         let limit = self.language_model.context_len().saturating_sub(room);
-        self.prompt.render_within(&self.tokenizer, turns, Some(self.n_queries()), limit)
+        format.render_within(&self.tokenizer, turns, Some(self.n_queries()), limit)
     }
 
     /// The rows of a prompt.
@@ -121,6 +146,26 @@ impl Stage2 {
             pieces.push(self.language_model.embed(after)?);
         }
         Ok(Tensor::cat(&pieces, 0)?)
+    }
+
+    /// Continues a prompt about each picture.
+    fn continue_all(
+        &self,
+        features: &[&ImageFeatures],
+        prompts: &[Prompt],
+        generation: &GenerationConfig,
+    ) -> Result<Vec<Vec<Answer>>> {
+        if features.is_empty() {
+            return Ok(Vec::new());
+        }
+        let rows = prompts
+            .iter()
+            .zip(self.soft_tokens(features)?)
+            .map(|(prompt, soft_tokens)| Ok((CachedSequence::new(), self.embed(prompt, &soft_tokens)?)))
+            .collect::<Result<Vec<_>>>()?;
+        let mut cache = self.language_model.new_cache();
+        let mut session = Session::new(&self.language_model, &mut cache, rows)?;
+        self.continue_prompts(&mut session, generation, &mut |_| std::ops::ControlFlow::Continue(()))
     }
 
     pub(super) fn continue_prompts(
@@ -158,7 +203,10 @@ fn end_tokens(prompt: &PromptFormat, tokenizer: &LanguageTokenizer) -> Result<Ve
         });
     };
     let mut tokens = vec![token];
-    tokens.extend(tokenizer.eos_id().filter(|eos| *eos != token));
+    // A model that writes another end than its file's (OPT in BLIP-2: a line break) is not stopped by that one.
+    if *prompt == PromptFormat::ChatMl {
+        tokens.extend(tokenizer.eos_id().filter(|eos| *eos != token));
+    }
     Ok(tokens)
 }
 
@@ -172,10 +220,10 @@ impl Blip2 {
         features: &[&ImageFeatures],
         generation: &GenerationConfig,
     ) -> Result<Vec<Vec<Answer>>> {
-        self.stage2()?;
+        let stage2 = self.stage2()?;
         let instruction = self.config.stage2.as_ref().map_or("", |stage2| &stage2.instruction);
-        let requests: Vec<_> = features.iter().map(|features| (*features, instruction)).collect();
-        self.ask(&requests, generation)
+        let prompt = stage2.render_as(&stage2.caption_prompt, &[Turn::open(instruction)], 1)?;
+        stage2.continue_all(features, &vec![prompt; features.len()], generation)
     }
 
     /// Answers a question about each picture; the answers are those that each would get alone.
@@ -188,18 +236,20 @@ impl Blip2 {
         generation: &GenerationConfig,
     ) -> Result<Vec<Vec<Answer>>> {
         let stage2 = self.stage2()?;
-        if requests.is_empty() {
-            return Ok(Vec::new());
-        }
         let features: Vec<_> = requests.iter().map(|(features, _)| *features).collect();
-        let mut prompts = Vec::with_capacity(requests.len());
-        for ((_, question), soft_tokens) in requests.iter().zip(stage2.soft_tokens(&features)?) {
-            let prompt = stage2.render(&[Turn::open(*question)], 1)?;
-            prompts.push((CachedSequence::new(), stage2.embed(&prompt, &soft_tokens)?));
-        }
-        let mut cache = stage2.language_model.new_cache();
-        let mut session = Session::new(&stage2.language_model, &mut cache, prompts)?;
-        stage2.continue_prompts(&mut session, generation, &mut |_| std::ops::ControlFlow::Continue(()))
+        let prompts = requests
+            .iter()
+            .map(|(_, question)| stage2.render(&[Turn::open(*question)], 1))
+            .collect::<Result<Vec<_>>>()?;
+        stage2.continue_all(&features, &prompts, generation)
+    }
+
+    /// What the language model reads in a picture's place: for each picture `[Q, L]`, the projected queries.
+    ///
+    /// # Errors
+    /// When the model has no stage-2 part.
+    pub fn soft_tokens(&self, features: &[&ImageFeatures]) -> Result<Vec<Tensor>> {
+        self.stage2()?.soft_tokens(features)
     }
 
     /// Ranks given answers to a question by their likelihood, the likeliest first.

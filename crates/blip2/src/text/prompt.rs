@@ -26,6 +26,9 @@ pub enum PromptFormat {
         template: String,
         /// Whether the file's first-token mark follows the image (OPT in BLIP-2).
         bos: bool,
+        /// Whether the file's end mark closes an open prompt (T5, whose encoder reads it).
+        #[serde(default)]
+        eos: bool,
         /// What ends an answer; the mark of the file when empty. OPT in BLIP-2: `\n`.
         end_of_answer: String,
         /// What stands between an answer and the next turn, instead of the end of the answer.
@@ -104,6 +107,7 @@ enum Part {
     Text(String),
     Control(&'static str),
     Bos,
+    Eos,
     Image,
     Answer(String),
     /// The mark that ends an answer and belongs to it.
@@ -119,6 +123,7 @@ impl PromptFormat {
         Self::Plain {
             template: "{image}{prompt}".into(),
             bos: false,
+            eos: false,
             end_of_answer: String::new(),
             between_turns: " ".into(),
         }
@@ -236,7 +241,7 @@ impl PromptFormat {
                     parts.extend([Part::Answer(answer.into()), Part::EndOfAnswer]);
                 }
             }
-            Self::Plain { template, bos, between_turns, .. } => {
+            Self::Plain { template, bos, eos, between_turns, .. } => {
                 let refuse = || Error::Config {
                     field: "prompt.template".into(),
                     reason: format!("`{template}` needs {{image}} once, and {{prompt}} once behind it"),
@@ -262,6 +267,7 @@ impl PromptFormat {
                     parts.push(if is_last { Part::EndOfAnswer } else { Part::Text(between_turns.clone()) });
                 } else {
                     parts.push(Part::Text(text));
+                    parts.extend(eos.then_some(Part::Eos));
                 }
             }
         }
@@ -284,6 +290,7 @@ impl PromptFormat {
                 Part::Text(_) => {}
                 Part::Control(mark) => prompt.ids.push(control(tokenizer, mark)?),
                 Part::Bos => prompt.ids.push(named(tokenizer.bos_id(), "beginning of a text")?),
+                Part::Eos => prompt.ids.push(named(tokenizer.eos_id(), "end of a text")?),
                 Part::Image => prompt.image_at = Some(prompt.ids.len()),
                 Part::Answer(answer) => {
                     let start = prompt.ids.len();
@@ -390,6 +397,7 @@ mod tests {
         let questions = PromptFormat::Plain {
             template: "{image}Question: {prompt} Answer:".into(),
             bos: true,
+            eos: false,
             end_of_answer: "\n".into(),
             between_turns: ". ".into(),
         };
@@ -468,6 +476,7 @@ mod tests {
             let format = PromptFormat::Plain {
                 template: template.into(),
                 bos: false,
+                eos: false,
                 end_of_answer: String::new(),
                 between_turns: String::new(),
             };

@@ -93,6 +93,16 @@ impl VitConfig {
         self.grid() * self.grid() + 1
     }
 
+    /// Weights of the encoder, without the norm after the last block. The keys' biases, which EVA holds at zero, count.
+    pub fn n_parameters(&self) -> usize {
+        let (d, ffn, patch) =
+            (self.hidden_size, self.intermediate_size, 3 * self.patch_size * self.patch_size);
+        let block = 4 * d + 3 * d * (d + 1) + d * (d + 1) + ffn * (d + 1) + d * (ffn + 1);
+        let patches = d * patch + if self.patch_bias { d } else { 0 };
+        let pre_norm = if self.pre_norm { 2 * d } else { 0 };
+        self.num_hidden_layers * block + patches + pre_norm + d + self.n_tokens() * d
+    }
+
     /// Checks the values against each other.
     ///
     /// # Errors
@@ -375,13 +385,7 @@ mod tests {
     #[test]
     fn the_official_encoders_have_their_number_of_parameters() {
         // BLIP-2's encoders as LAVIS builds them, without the norm after the last block.
-        let count = |c: VitConfig| {
-            let (d, ffn, patch) = (c.hidden_size, c.intermediate_size, 3 * c.patch_size * c.patch_size);
-            let block = 4 * d + 3 * d * (d + 1) + d * (d + 1) + ffn * (d + 1) + d * (ffn + 1);
-            let patches = d * patch + if c.patch_bias { d } else { 0 };
-            let pre_norm = if c.pre_norm { 2 * d } else { 0 };
-            c.num_hidden_layers * block + patches + pre_norm + d + c.n_tokens() * d
-        };
+        let count = |config: VitConfig| config.n_parameters();
         // LAVIS stores no bias of the keys.
         let eva = |side| count(VitConfig::eva_clip_g(side)) - 39 * 1408;
         assert_eq!((eva(224), eva(364)), (985_894_528, 986_485_888));

@@ -1,0 +1,291 @@
+//! A BLIP-2 model in a Hugging Face folder, as `Salesforce/blip2-opt-2.7b` or `-flan-t5-xl` are published.
+//!
+//! Old revisions have no image token and put the queries before the text; new ones have 32 image tokens there, which the
+//! queries replace. Here the queries are rows between words in either case, so both are the same model.
+
+use std::path::Path;
+
+use serde_json::Value as Json;
+
+use super::config::{ModelConfig, Stage2Config, VisionConfig};
+use super::stage2::Stage2;
+use super::{Blip2, OpenOptions};
+use crate::config::QFormerConfig;
+use crate::generate::GenerationConfig;
+use crate::image::{Geometry, ImageProcessor};
+use crate::language::LanguageModel;
+use crate::layers::{Loader, TensorSource};
+use crate::qformer::QFormer;
+use crate::text::{LanguageTokenizer, PromptFormat};
+use crate::vision::VisionEncoder;
+use crate::vision::vit::{AlignCorners, Vit, VitActivation, VitConfig};
+use crate::weights::safetensors::Safetensors;
+use crate::{Error, Result};
+
+/// Reads `config.json` if it is that of a BLIP-2 model from Hugging Face; nothing if it is this project's.
+pub(super) fn read_config(folder: &Path) -> Result<Option<Json>> {
+    let path = folder.join(super::FILE_NAME);
+    let bytes = std::fs::read(&path).map_err(|source| Error::Io { path: path.clone(), source })?;
+    let json: Json = serde_json::from_slice(&bytes)
+        .map_err(|error| Error::File { path: path.clone(), reason: error.to_string() })?;
+    match json["model_type"].as_str() {
+        None => Ok(None),
+        Some("blip-2") => Ok(Some(json)),
+        Some(other) => Err(Error::File {
+            path,
+            reason: format!("is the configuration of a model of type `{other}`; this reads `blip-2`"),
+        }),
+    }
+}
+
+/// Opens a model for captions and answers (`Blip2ForConditionalGeneration`).
+///
+/// # Errors
+/// When the configuration asks for what is not there, a file is missing, or the tensors are not exactly those of the model.
+pub(super) fn open(folder: &Path, json: &Json, options: &OpenOptions) -> Result<Blip2> {
+    let vit = vit_config(&json["vision_config"])?;
+    let mut qformer = qformer_config(json)?;
+    qformer.encoder_hidden_size = vit.hidden_size;
+    let text_config = &json["text_config"];
+    let family = match text_config["model_type"].as_str().unwrap_or("opt") {
+        "opt" => Family::Opt,
+        "t5" => Family::T5,
+        other => return Err(wrong("text_config.model_type", &format!("is `{other}`, expected opt or t5"))),
+    };
+    let file = Safetensors::open(folder)?;
+    let source = Renamed(&file);
+    let loader = Loader::frozen(&source, options.precision);
+
+    // Every part is loaded, asked for or not: what is left over then is a mistake.
+    let encoder = Vit::load(vit.clone(), &loader.at("vision_model"), AlignCorners::No)?;
+    let processor = processor(folder, vit.image_size)?;
+    let bridge = QFormer::load(&qformer, &loader, false)?;
+    let mut text = text_config.clone();
+    text["model_type"] = family.name().into();
+    let language_model = LanguageModel::from_safetensors(&text, &file, "language_model.", options.precision)?;
+    let language_projection =
+        loader.linear("language_projection", qformer.hidden_size, language_model.hidden_size())?;
+    // Buffers of old revisions: positions count from 0.
+    file.ignore(|name| name.ends_with(".position_ids"));
+    file.finish()?;
+
+    let tokenizer = LanguageTokenizer::from_json(folder.join("tokenizer.json"))?;
+    if tokenizer.n_tokens() > language_model.vocab_size() {
+        let reason = format!(
+            "has {} tokens, the language model knows {}: it belongs to another model",
+            tokenizer.n_tokens(),
+            language_model.vocab_size()
+        );
+        return Err(Error::File { path: folder.join("tokenizer.json"), reason });
+    }
+    let name = folder.file_name().map_or_else(|| "blip-2".into(), |name| name.to_string_lossy().into_owned());
+    // The models that were fine-tuned on COCO's captions expect the beginning of one.
+    let instruction = if name.contains("coco") { "a photo of" } else { "" };
+    let stage2 = Stage2Config {
+        weights: file.files().iter().filter_map(|file| file.path().file_name().map(Into::into)).collect(),
+        language_model: folder.into(),
+        language_model_sha256: None,
+        prompt: family.question(),
+        caption_prompt: Some(family.caption()),
+        instruction: instruction.into(),
+        // LAVIS's defaults, which the published captions were made with.
+        generation: GenerationConfig { num_beams: 5, max_new_tokens: 30, ..GenerationConfig::default() },
+    };
+    let n_parameters = bridge.n_query_parameters()
+        + qformer.hidden_size * language_model.hidden_size()
+        + language_model.hidden_size();
+    let vision = options
+        .vision
+        .then(|| VisionEncoder::vit(encoder, processor, format!("{name}, {} pixels", vit.image_size)))
+        .transpose()?;
+    let loaded = options
+        .stage2
+        .then(|| Stage2::new(bridge, language_projection, language_model, tokenizer, &stage2, n_parameters))
+        .transpose()?;
+    let config =
+        ModelConfig { name, vision: VisionConfig::Vit(vit), qformer, stage1: None, stage2: Some(stage2) };
+    Ok(Blip2 { config, vision, stage1: None, stage2: loaded })
+}
+
+/// The two families of language models that BLIP-2 was published with.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Family {
+    Opt,
+    T5,
+}
+
+impl Family {
+    fn name(self) -> &'static str {
+        match self {
+            Self::Opt => "opt",
+            Self::T5 => "t5",
+        }
+    }
+
+    /// What is said as it is: the beginning of a caption.
+    fn caption(self) -> PromptFormat {
+        self.format("{image}{prompt}", " ")
+    }
+
+    /// How BLIP-2's authors ask, once and over several turns.
+    fn question(self) -> PromptFormat {
+        match self {
+            Self::Opt => self.format("{image}Question: {prompt} Answer:", ". "),
+            Self::T5 => self.format("{image}Question: {prompt} Short answer:", ". "),
+        }
+    }
+
+    fn format(self, template: &str, between_turns: &str) -> PromptFormat {
+        PromptFormat::Plain {
+            template: template.into(),
+            bos: self == Self::Opt,
+            eos: self == Self::T5,
+            // OPT learned captions that end with a line break.
+            end_of_answer: if self == Self::Opt { "\n".into() } else { String::new() },
+            between_turns: between_turns.into(),
+        }
+    }
+}
+
+/// The checkpoint under the names of this project, which differ where Hugging Face keeps a part elsewhere.
+struct Renamed<'a>(&'a Safetensors);
+
+impl Renamed<'_> {
+    fn name(name: &str) -> String {
+        // LAVIS's `ln_vision` normalises the encoder's output for the Q-Former; Hugging Face made it the encoder's last norm.
+        match name.strip_prefix("vision_layernorm.") {
+            Some(part) => format!("vision_model.post_layernorm.{part}"),
+            None => name.to_owned(),
+        }
+    }
+}
+
+impl TensorSource for Renamed<'_> {
+    fn shape(&self, name: &str) -> Option<Vec<usize>> {
+        TensorSource::shape(self.0, &Self::name(name))
+    }
+
+    fn read_f32(&self, name: &str) -> Result<Vec<f32>> {
+        self.0.read_f32(&Self::name(name))
+    }
+}
+
+fn wrong(field: &str, reason: &str) -> Error {
+    Error::Config { field: field.into(), reason: reason.into() }
+}
+
+/// A whole number of `part`, or the value that Hugging Face has for it.
+fn size(json: &Json, part: &str, field: &str, default: usize) -> Result<usize> {
+    match &json[field] {
+        Json::Null => Ok(default),
+        value => value.as_u64().and_then(|value| usize::try_from(value).ok()).ok_or_else(|| {
+            wrong(&format!("{part}.{field}"), &format!("is {value}, expected a whole number"))
+        }),
+    }
+}
+
+fn number(json: &Json, part: &str, field: &str, default: f64) -> Result<f64> {
+    match &json[field] {
+        Json::Null => Ok(default),
+        value => value
+            .as_f64()
+            .ok_or_else(|| wrong(&format!("{part}.{field}"), &format!("is {value}, expected a number"))),
+    }
+}
+
+fn vit_config(json: &Json) -> Result<VitConfig> {
+    let part = "vision_config";
+    let base = VitConfig::eva_clip_g(224);
+    let config = VitConfig {
+        hidden_size: size(json, part, "hidden_size", base.hidden_size)?,
+        intermediate_size: size(json, part, "intermediate_size", base.intermediate_size)?,
+        num_hidden_layers: size(json, part, "num_hidden_layers", base.num_hidden_layers)?,
+        num_attention_heads: size(json, part, "num_attention_heads", base.num_attention_heads)?,
+        image_size: size(json, part, "image_size", base.image_size)?,
+        patch_size: size(json, part, "patch_size", base.patch_size)?,
+        layer_norm_eps: number(json, part, "layer_norm_eps", base.layer_norm_eps)?,
+        hidden_act: match json["hidden_act"].as_str().unwrap_or("gelu") {
+            "gelu" => VitActivation::Gelu,
+            "quick_gelu" => VitActivation::QuickGelu,
+            other => {
+                return Err(wrong(
+                    "vision_config.hidden_act",
+                    &format!("is `{other}`, expected gelu or quick_gelu"),
+                ));
+            }
+        },
+        ..base
+    };
+    if json["qkv_bias"] == Json::Bool(false) {
+        return Err(wrong(
+            "vision_config.qkv_bias",
+            "is false: an encoder without these biases is not known here",
+        ));
+    }
+    config.validate()?;
+    Ok(config)
+}
+
+fn qformer_config(json: &Json) -> Result<QFormerConfig> {
+    let (part, qformer) = ("qformer_config", &json["qformer_config"]);
+    if let Some(other) = qformer["hidden_act"].as_str().filter(|act| *act != "gelu") {
+        return Err(wrong("qformer_config.hidden_act", &format!("is `{other}`, expected gelu")));
+    }
+    Ok(QFormerConfig {
+        vocab_size: size(qformer, part, "vocab_size", 30522)?,
+        hidden_size: size(qformer, part, "hidden_size", 768)?,
+        num_hidden_layers: size(qformer, part, "num_hidden_layers", 12)?,
+        num_attention_heads: size(qformer, part, "num_attention_heads", 12)?,
+        intermediate_size: size(qformer, part, "intermediate_size", 3072)?,
+        max_position_embeddings: size(qformer, part, "max_position_embeddings", 512)?,
+        layer_norm_eps: number(qformer, part, "layer_norm_eps", 1e-12)?,
+        cross_attention_frequency: size(qformer, part, "cross_attention_frequency", 2)?,
+        encoder_hidden_size: size(qformer, part, "encoder_hidden_size", 1408)?,
+        num_query_tokens: size(json, "config", "num_query_tokens", 32)?,
+        image_text_hidden_size: size(json, "config", "image_text_hidden_size", 256)?,
+        vision_layer_norm_eps: number(&json["vision_config"], "vision_config", "layer_norm_eps", 1e-6)?,
+    })
+}
+
+/// How pictures are prepared: BLIP-2's way, with the numbers of `preprocessor_config.json` where there is one.
+fn processor(folder: &Path, image_size: usize) -> Result<ImageProcessor> {
+    let mut processor = ImageProcessor::blip2(image_size);
+    let path = folder.join("preprocessor_config.json");
+    let bytes = match std::fs::read(&path) {
+        Ok(bytes) => bytes,
+        Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(processor),
+        Err(source) => return Err(Error::Io { path, source }),
+    };
+    let refuse = |reason: String| Error::File { path: path.clone(), reason };
+    let json: Json = serde_json::from_slice(&bytes).map_err(|error| refuse(error.to_string()))?;
+    let numbers = |field: &str, default: [f64; 3]| -> Result<[f64; 3]> {
+        if json[field].is_null() {
+            return Ok(default);
+        }
+        serde_json::from_value(json[field].clone())
+            .map_err(|_| refuse(format!("`{field}` is not three numbers")))
+    };
+    processor.image_mean = numbers("image_mean", processor.image_mean)?;
+    processor.image_std = numbers("image_std", processor.image_std)?;
+    processor.rescale_factor = json["rescale_factor"].as_f64().unwrap_or(processor.rescale_factor);
+    processor.geometry = Geometry::Squash;
+    for side in ["height", "width"] {
+        let found = json["size"][side].as_u64();
+        if found.is_some_and(|found| found != image_size as u64) {
+            let found = &json["size"][side];
+            return Err(refuse(format!("makes pictures of {side} {found}, the encoder sees {image_size}")));
+        }
+    }
+    for (field, expected) in
+        [("do_resize", true), ("do_rescale", true), ("do_normalize", true), ("do_center_crop", false)]
+    {
+        if json[field].as_bool().is_some_and(|found| found != expected) {
+            return Err(refuse(format!("`{field}` is {}, BLIP-2's is {expected}", !expected)));
+        }
+    }
+    // 3 is Pillow's name of the bicubic filter.
+    if json["resample"].as_u64().is_some_and(|filter| filter != 3) {
+        return Err(refuse(format!("`resample` is {}, BLIP-2's is 3, bicubic", json["resample"])));
+    }
+    Ok(processor)
+}
