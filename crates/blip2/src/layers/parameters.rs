@@ -136,7 +136,9 @@ impl<'a> Loader<'a> {
     pub fn weight_of_shape(&self, name: &str, shape: &[usize]) -> Result<Weight> {
         let (n_out, n_in) = (shape[0], shape[1..].iter().product());
         if self.trainable.is_some() {
-            let matrix = self.tensor(name, shape)?.reshape((n_out, n_in))?;
+            // A matrix must stay the variable itself: a view of it gets no gradient.
+            let tensor = self.tensor(name, shape)?;
+            let matrix = if shape.len() == 2 { tensor } else { tensor.reshape((n_out, n_in))? };
             return Ok(Weight::Dense(matrix, self.precision));
         }
         let data = self.read(&self.full_name(name), shape)?;
