@@ -4,6 +4,7 @@
 //! embeddings of words. Without a cache the pass is differentiable to its input, which is all that training needs of a
 //! frozen model; with a [`KvCache`] it is how [`generate`](crate::generate) reads.
 
+mod causal;
 mod config;
 mod llama;
 mod loading;
@@ -15,6 +16,7 @@ use std::sync::Arc;
 
 use candle_core::Tensor;
 
+use causal::Causal;
 pub use config::LlamaConfig;
 pub use llama::Llama;
 pub use opt::{Opt, OptConfig};

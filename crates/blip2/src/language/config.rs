@@ -175,7 +175,7 @@ impl LlamaConfig {
     /// # Errors
     /// [`Error::Config`] with the field that is wrong.
     pub fn validate(&self) -> Result<()> {
-        for (field, value) in [
+        check_sizes(&[
             ("vocab_size", self.vocab_size),
             ("hidden_size", self.hidden_size),
             ("intermediate_size", self.intermediate_size),
@@ -184,11 +184,7 @@ impl LlamaConfig {
             ("num_key_value_heads", self.num_key_value_heads),
             ("head_dim", self.head_dim),
             ("max_position_embeddings", self.max_position_embeddings),
-        ] {
-            if value == 0 || value > 1 << 24 {
-                return Err(unsupported(field, &value, "1 to 16777216"));
-            }
-        }
+        ])?;
         if !self.num_attention_heads.is_multiple_of(self.num_key_value_heads) {
             let expected = format!("a divisor of the {} attention heads", self.num_attention_heads);
             return Err(unsupported("num_key_value_heads", &self.num_key_value_heads, &expected));
@@ -207,6 +203,14 @@ impl LlamaConfig {
 
 pub(super) fn unsupported(field: &str, found: &dyn std::fmt::Display, expected: &str) -> Error {
     Error::Config { field: format!("language.{field}"), reason: format!("is {found}, expected {expected}") }
+}
+
+/// Sizes that a model can have: none is 0, and none so large that memory is spent on a mistake.
+pub(super) fn check_sizes(sizes: &[(&str, usize)]) -> Result<()> {
+    match sizes.iter().find(|(_, size)| !(1..=1 << 24).contains(size)) {
+        Some((field, size)) => Err(unsupported(field, size, "1 to 16777216")),
+        None => Ok(()),
+    }
 }
 
 fn field<'a, T>(

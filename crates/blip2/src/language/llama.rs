@@ -6,15 +6,13 @@ use std::sync::Arc;
 use candle_core::Tensor;
 
 use super::LlamaConfig;
-use super::loading::{File, Loader, Table, on_a_worker};
-use crate::cache::{CachedSequence, KvCache};
-use crate::layers::{
-    Activation, AttentionShape, Linear, Plan, Precision, RmsNorm, Weight, attention, attention_cached, gated,
-    rope,
-};
+use super::causal::{Causal, check_rows};
+use super::loading::{File, Loader, Table};
+use crate::Result;
+use crate::cache::KvCache;
+use crate::layers::{Activation, AttentionShape, Linear, Precision, RmsNorm, Weight, gated, rope};
 use crate::weights::gguf::Gguf;
 use crate::weights::safetensors::Safetensors;
-use crate::{Error, Result};
 
 /// A frozen LLaMA-like model.
 #[derive(Debug, Clone)]
@@ -154,43 +152,9 @@ impl Llama {
     pub fn embed(&self, ids: &[u32]) -> Result<Tensor> {
         self.embed_tokens.rows(ids)
     }
+}
 
-    /// Reads packed rows; `plan` names each text's rows, `positions` each row's place in its text.
-    ///
-    /// # Shapes
-    /// - `embeds`: `[N, hidden_size]`, `positions`: `N`
-    /// - returns the final hidden states, normed, `[N, hidden_size]`
-    ///
-    /// Differentiable to `embeds`.
-    ///
-    /// # Errors
-    /// When the shapes do not agree or a position is beyond the context.
-    pub fn forward(&self, embeds: &Tensor, positions: &Arc<[u32]>, plan: &Plan) -> Result<Tensor> {
-        let shape = self.attention_shape();
-        on_a_worker(|| self.run(embeds, positions, |_, q, k, v| attention(q, k, v, plan, shape, None)))
-    }
-
-    /// Reads packed rows that continue texts of a cache: `lengths[i]` rows for `sequences[i]`, in this order.
-    ///
-    /// # Errors
-    /// As [`forward`](Self::forward), and when a sequence is not of this cache; then nothing has changed.
-    pub fn forward_cached(
-        &self,
-        embeds: &Tensor,
-        cache: &mut KvCache,
-        sequences: &mut [CachedSequence],
-        lengths: &[usize],
-    ) -> Result<Tensor> {
-        let shape = self.attention_shape();
-        cache.append(sequences, lengths, |rows, _, new| {
-            on_a_worker(|| {
-                self.run(embeds, &new.positions, |layer_idx, q, k, v| {
-                    attention_cached(q, k, v, &mut rows[layer_idx], &new.plan, shape, None)
-                })
-            })
-        })
-    }
-
+impl Causal for Llama {
     fn attention_shape(&self) -> AttentionShape {
         AttentionShape {
             n_heads: self.config.num_attention_heads,
@@ -200,7 +164,6 @@ impl Llama {
         }
     }
 
-    /// The pass itself; `attend` gets the layer's number, the rotated queries and keys, and the values of the new rows.
     fn run(
         &self,
         embeds: &Tensor,
@@ -208,17 +171,7 @@ impl Llama {
         mut attend: impl FnMut(usize, &Tensor, &Tensor, &Tensor) -> candle_core::Result<Tensor>,
     ) -> Result<Tensor> {
         let config = &self.config;
-        let (n_rows, width) = embeds.dims2()?;
-        if width != config.hidden_size || n_rows != positions.len() {
-            let (expected, n) = (config.hidden_size, positions.len());
-            return Err(Error::Request(format!(
-                "the language model was given {n_rows} rows of {width} values for {n} positions of {expected}"
-            )));
-        }
-        let n_tokens = positions.iter().max().map_or(0, |&last| last as usize + 1);
-        if n_tokens > config.max_position_embeddings {
-            return Err(Error::TextTooLong { n_tokens, limit: config.max_position_embeddings });
-        }
+        check_rows(embeds, positions, config.hidden_size, config.max_position_embeddings)?;
         let rotate = |x: &Tensor, n_heads: usize| {
             rope(x, positions, n_heads, config.head_dim, config.rope_theta as f32)
         };

@@ -6,15 +6,13 @@ use std::sync::Arc;
 use candle_core::{Device, Tensor};
 use serde_json::Value as Json;
 
-use super::config::{boolean_or, number, size, size_or, text, unsupported};
-use super::loading::{File, Loader, Table, on_a_worker};
-use crate::cache::{CachedSequence, KvCache};
-use crate::layers::{
-    Activation, AttentionShape, LayerNorm, Linear, Plan, Precision, Weight, activate, attention,
-    attention_cached,
-};
+use super::causal::{Causal, check_rows};
+use super::config::{boolean_or, check_sizes, number, size, size_or, text, unsupported};
+use super::loading::{File, Loader, Table};
+use crate::Result;
+use crate::cache::KvCache;
+use crate::layers::{Activation, AttentionShape, LayerNorm, Linear, Precision, Weight, activate};
 use crate::weights::safetensors::Safetensors;
-use crate::{Error, Result};
 
 /// Rows of the position table before position 0.
 const POSITION_OFFSET: usize = 2;
@@ -90,7 +88,7 @@ impl OptConfig {
     /// # Errors
     /// [`Error::Config`] with the field that is wrong.
     pub fn validate(&self) -> Result<()> {
-        for (field, value) in [
+        check_sizes(&[
             ("vocab_size", self.vocab_size),
             ("hidden_size", self.hidden_size),
             ("word_embed_proj_dim", self.word_embed_proj_dim),
@@ -98,11 +96,7 @@ impl OptConfig {
             ("num_hidden_layers", self.num_hidden_layers),
             ("num_attention_heads", self.num_attention_heads),
             ("max_position_embeddings", self.max_position_embeddings),
-        ] {
-            if value == 0 || value > 1 << 24 {
-                return Err(unsupported(field, &value, "1 to 16777216"));
-            }
-        }
+        ])?;
         if !self.hidden_size.is_multiple_of(self.num_attention_heads) {
             let expected = format!("a multiple of the {} attention heads", self.num_attention_heads);
             return Err(unsupported("hidden_size", &self.hidden_size, &expected));
@@ -244,50 +238,15 @@ impl Opt {
     pub fn embed(&self, ids: &[u32]) -> Result<Tensor> {
         self.embed_tokens.rows(ids)
     }
+}
 
-    /// Reads packed rows; `plan` names each text's rows, `positions` each row's place in its text.
-    ///
-    /// # Shapes
-    /// - `embeds`: `[N, word_embed_proj_dim]`, `positions`: `N`
-    /// - returns the final hidden states, ready for the head, `[N, word_embed_proj_dim]`
-    ///
-    /// Differentiable to `embeds`.
-    ///
-    /// # Errors
-    /// When the shapes do not agree or a position is beyond the context.
-    pub fn forward(&self, embeds: &Tensor, positions: &Arc<[u32]>, plan: &Plan) -> Result<Tensor> {
-        let shape = self.attention_shape();
-        on_a_worker(|| self.run(embeds, positions, |_, q, k, v| attention(q, k, v, plan, shape, None)))
-    }
-
-    /// Reads packed rows that continue texts of a cache: `lengths[i]` rows for `sequences[i]`, in this order.
-    ///
-    /// # Errors
-    /// As [`forward`](Self::forward), and when a sequence is not of this cache; then nothing has changed.
-    pub fn forward_cached(
-        &self,
-        embeds: &Tensor,
-        cache: &mut KvCache,
-        sequences: &mut [CachedSequence],
-        lengths: &[usize],
-    ) -> Result<Tensor> {
-        let shape = self.attention_shape();
-        cache.append(sequences, lengths, |rows, _, new| {
-            on_a_worker(|| {
-                self.run(embeds, &new.positions, |layer_idx, q, k, v| {
-                    attention_cached(q, k, v, &mut rows[layer_idx], &new.plan, shape, None)
-                })
-            })
-        })
-    }
-
+impl Causal for Opt {
     fn attention_shape(&self) -> AttentionShape {
         let n_heads = self.config.num_attention_heads;
         let head_dim = self.config.hidden_size / n_heads;
         AttentionShape { n_heads, n_kv_heads: n_heads, head_dim, scale: 1.0 / (head_dim as f32).sqrt() }
     }
 
-    /// The pass itself; `attend` gets the layer's number, and queries, keys and values of the new rows.
     fn run(
         &self,
         embeds: &Tensor,
@@ -295,20 +254,11 @@ impl Opt {
         mut attend: impl FnMut(usize, &Tensor, &Tensor, &Tensor) -> candle_core::Result<Tensor>,
     ) -> Result<Tensor> {
         let config = &self.config;
-        let (n_rows, width) = embeds.dims2()?;
-        if width != config.word_embed_proj_dim || n_rows != positions.len() {
-            let (expected, n) = (config.word_embed_proj_dim, positions.len());
-            return Err(Error::Request(format!(
-                "the language model was given {n_rows} rows of {width} values for {n} positions of {expected}"
-            )));
-        }
-        let n_tokens = positions.iter().max().map_or(0, |&last| last as usize + 1);
-        if n_tokens > config.max_position_embeddings {
-            return Err(Error::TextTooLong { n_tokens, limit: config.max_position_embeddings });
-        }
+        check_rows(embeds, positions, config.word_embed_proj_dim, config.max_position_embeddings)?;
         let places: Vec<u32> = positions.iter().map(|position| position + POSITION_OFFSET as u32).collect();
-        let places =
-            self.embed_positions.index_select(&Tensor::from_vec(places, n_rows, &Device::Cpu)?, 0)?;
+        let places = self
+            .embed_positions
+            .index_select(&Tensor::from_vec(places, positions.len(), &Device::Cpu)?, 0)?;
         let embeds =
             self.project_in.as_ref().map_or(Ok(embeds.clone()), |project| project.forward(embeds))?;
         let mut x = (embeds + places)?; // [N, D]

@@ -7,7 +7,7 @@ use std::sync::Arc;
 use candle_core::Tensor;
 use serde_json::Value as Json;
 
-use super::config::{boolean, boolean_or, number, size, size_or, text, unsupported};
+use super::config::{boolean, boolean_or, check_sizes, number, size, size_or, text, unsupported};
 use super::loading::{File, Loader, Table, on_a_worker};
 use crate::cache::{CachedSequence, KvCache, LayerRows};
 use crate::layers::{
@@ -108,7 +108,7 @@ impl T5Config {
     /// # Errors
     /// [`Error::Config`] with the field that is wrong.
     pub fn validate(&self) -> Result<()> {
-        for (field, value) in [
+        check_sizes(&[
             ("vocab_size", self.vocab_size),
             ("d_model", self.d_model),
             ("d_kv", self.d_kv),
@@ -116,11 +116,7 @@ impl T5Config {
             ("num_layers", self.num_layers),
             ("num_decoder_layers", self.num_decoder_layers),
             ("num_heads", self.num_heads),
-        ] {
-            if value == 0 || value > 1 << 24 {
-                return Err(unsupported(field, &value, "1 to 16777216"));
-            }
-        }
+        ])?;
         let n_buckets = self.relative_attention_num_buckets;
         if !n_buckets.is_multiple_of(4) || n_buckets == 0 || n_buckets > 1 << 16 {
             return Err(unsupported("relative_attention_num_buckets", &n_buckets, "a multiple of 4"));
