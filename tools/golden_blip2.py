@@ -34,7 +34,10 @@ from reference import golden
 FOLDER = golden.ROOT / "crates/blip2/tests/golden"
 SIDE, N_QUERIES, N_NEW = 28, 5, 10
 MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
-PROMPTS = ("", "a photo of", "Question: which city is this? Answer:")
+PROMPTS = {
+    "opt": ("", "a photo of", "Question: which city is this? Answer:"),
+    "t5": ("", "a photo of", "Question: which city is this? Short answer:"),
+}
 SPECIAL = {"opt": ["<s>", "<pad>", "</s>", "<unk>"], "t5": ["<pad>", "</s>", "<unk>"]}
 
 
@@ -129,7 +132,7 @@ def write(family: str, image: Image.Image) -> None:
         soft_tokens = model.language_projection(queries)[0]
         texts = []
         end = line_break if family == "opt" else 1
-        for prompt in PROMPTS:
+        for prompt in PROMPTS[family]:
             for num_beams in (1, 5):
                 ids = torch.tensor([prompt_ids(family, made, prompt, n_tokens)])
                 config = GenerationConfig(

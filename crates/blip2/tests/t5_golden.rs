@@ -3,19 +3,19 @@
 #[path = "support/golden.rs"]
 mod golden;
 
+#[path = "support/language.rs"]
+mod language;
+
 use std::collections::BTreeMap;
 use std::ops::ControlFlow;
 
-use blip2::cache::CachedSequence;
 use blip2::generate::{
     Continuation, Decoder, GenerationConfig, Request, Session, StopRules, generate, score,
 };
 use blip2::language::LanguageModel;
-use blip2::layers::Precision;
 use blip2::weights::safetensors::Safetensors;
-use candle_core::Tensor;
 use golden::Golden;
-use serde_json::Value as Json;
+use language::{check_generation, check_tensors, load, prompts, refused};
 
 const FILE: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/golden/t5_tiny.safetensors");
 const NAMES: [&str; 2] = ["flan", "t5"];
@@ -23,23 +23,6 @@ const NAMES: [&str; 2] = ["flan", "t5"];
 fn open() -> (Golden, Safetensors) {
     let file = Safetensors::open(FILE).expect("a checkpoint");
     (Golden::parse("t5_tiny", include_bytes!("golden/t5_tiny.safetensors")), file)
-}
-
-fn load(golden: &Golden, file: &Safetensors, name: &str) -> LanguageModel {
-    let configs: BTreeMap<String, Json> = golden.metadata("configs");
-    LanguageModel::from_safetensors(&configs[name], file, &format!("{name}."), Precision::F32)
-        .expect("a model")
-}
-
-fn prompts(golden: &Golden, name: &str) -> Vec<(CachedSequence, Tensor)> {
-    let embeds = golden.rows(&format!("{name}.in.embeds"));
-    let mut start = 0;
-    let lengths: Vec<usize> = golden.metadata("lengths");
-    let cut = lengths.into_iter().map(|len| {
-        start += len;
-        (CachedSequence::new(), embeds.narrow(0, start - len, len).expect("rows"))
-    });
-    cut.collect()
 }
 
 #[test]
@@ -75,33 +58,11 @@ fn the_encoder_and_the_decoders_logits_are_pytorchs() {
     comparison.finish(4);
 }
 
-/// A batch of unequal prompts writes what transformers writes after each alone.
 #[test]
 fn generation_gives_the_tokens_of_transformers() {
     let (golden, file) = open();
-    let expected: BTreeMap<String, BTreeMap<String, Vec<Vec<u32>>>> = golden.metadata("texts");
-    let end: Vec<u32> = golden.metadata("end");
-    let stop = StopRules::new(&end);
     for name in NAMES {
-        let model = load(&golden, &file, name);
-        for (num_beams, expected) in &expected[name] {
-            let config = GenerationConfig {
-                num_beams: num_beams.parse().expect("a number"),
-                max_new_tokens: golden.metadata("max_new_tokens"),
-                ..GenerationConfig::default()
-            };
-            let mut cache = model.new_cache();
-            // Twice from one cache: what the first session left behind must not be read by the second.
-            for _ in 0..2 {
-                let mut session =
-                    Session::new(&model, &mut cache, prompts(&golden, name)).expect("a session");
-                let request = Request { config: &config, stop: &stop, seen: &[] };
-                let written =
-                    generate(&mut session, request, &mut |_| ControlFlow::Continue(())).expect("texts");
-                let ids: Vec<_> = written.iter().map(|best| best[0].token_ids.clone()).collect();
-                assert_eq!(&ids, expected, "{name}, {num_beams} beams");
-            }
-        }
+        check_generation(&golden, &load(&golden, &file, name), name);
     }
 }
 
@@ -132,38 +93,21 @@ fn answers_are_scored_and_prompts_are_read_whole() {
 #[test]
 fn every_tensor_is_used_and_counted() {
     let (golden, file) = open();
-    let models = NAMES.map(|name| load(&golden, &file, name));
-    file.ignore(|name| [".in.", ".out."].iter().any(|part| name.contains(part)));
-    file.finish().expect("no tensor is left");
-    for (name, model) in NAMES.iter().zip(models) {
-        let is_weight = |tensor: &&str| {
-            tensor.starts_with(&format!("{name}."))
-                && ![".in.", ".out."].iter().any(|part| tensor.contains(part))
-        };
-        let n: usize = file
-            .names()
-            .filter(is_weight)
-            .map(|tensor| file.shape(tensor).expect("a shape").iter().product::<usize>())
-            .sum();
-        assert_eq!(model.n_parameters(), n, "{name}");
-    }
+    check_tensors(&golden, &file, &NAMES);
 }
 
 #[test]
 fn what_t5_cannot_be_is_refused_by_name() {
     let (golden, file) = open();
-    let configs: BTreeMap<String, Json> = golden.metadata("configs");
-    let refused = |field: &str, value: Json| {
-        let mut config = configs["flan"].clone();
-        config[field] = value;
-        LanguageModel::from_safetensors(&config, &file, "flan.", Precision::F32)
-            .expect_err("refused")
-            .to_string()
-    };
-    assert!(refused("dense_act_fn", "tanh".into()).contains("dense_act_fn"));
-    assert!(refused("relative_attention_num_buckets", 6.into()).contains("a multiple of 4"));
-    assert!(refused("relative_attention_max_distance", 4.into()).contains("half the 8 buckets"));
-    assert!(refused("decoder_start_token_id", 53.into()).contains("decoder_start_token_id"));
-    assert!(refused("num_decoder_layers", 4.into()).contains("decoder.block.3"));
-    assert!(refused("d_kv", 11.into()).contains("SelfAttention.q"));
+    for (field, value, expected) in [
+        ("dense_act_fn", "tanh".into(), "dense_act_fn"),
+        ("relative_attention_num_buckets", 6.into(), "a multiple of 4"),
+        ("relative_attention_max_distance", 4.into(), "half the 8 buckets"),
+        ("decoder_start_token_id", 53.into(), "decoder_start_token_id"),
+        ("num_decoder_layers", 4.into(), "decoder.block.3"),
+        ("d_kv", 11.into(), "SelfAttention.q"),
+    ] {
+        let message = refused(&golden, &file, "flan", field, value);
+        assert!(message.contains(expected), "{field}: {message}");
+    }
 }
