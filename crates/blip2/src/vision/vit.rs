@@ -208,7 +208,7 @@ impl Vit {
         let patch = config.patch_size;
         let projection = embeddings.at("patch_embedding");
         let bias = config.patch_bias.then(|| projection.tensor("bias", &[d])).transpose()?;
-        let patch_embedding = Linear::new(projection.weight_of_shape("weight", &[d, 3, patch, patch])?, bias);
+        let patch_embedding = Linear::new(projection.frozen_weight("weight", &[d, 3, patch, patch])?, bias);
         let pre_layernorm = config
             .pre_norm
             .then(|| LayerNorm::load(&loader.at("pre_layernorm"), d, config.layer_norm_eps))
