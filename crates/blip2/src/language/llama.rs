@@ -148,7 +148,7 @@ impl Llama {
     /// The embeddings of tokens, `[ids.len(), hidden_size]`.
     ///
     /// # Errors
-    /// [`Error::Request`] when a token is not in the vocabulary.
+    /// [`Request`](crate::Error::Request) when a token is not in the vocabulary.
     pub fn embed(&self, ids: &[u32]) -> Result<Tensor> {
         self.embed_tokens.rows(ids)
     }

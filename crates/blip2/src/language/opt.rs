@@ -51,7 +51,7 @@ impl OptConfig {
     /// influence on the computation are ignored.
     ///
     /// # Errors
-    /// [`Error::Config`] when a field is missing or wrong, or asks for what is not implemented.
+    /// [`Config`](crate::Error::Config) when a field is missing or wrong, or asks for what is not implemented.
     pub fn from_hugging_face(json: &Json) -> Result<Self> {
         let activation = match text(json, "activation_function")?.unwrap_or("relu") {
             "relu" => Activation::Relu,
@@ -86,7 +86,7 @@ impl OptConfig {
     /// Checks the values against each other.
     ///
     /// # Errors
-    /// [`Error::Config`] with the field that is wrong.
+    /// [`Config`](crate::Error::Config) with the field that is wrong.
     pub fn validate(&self) -> Result<()> {
         check_sizes(&[
             ("vocab_size", self.vocab_size),
@@ -234,7 +234,7 @@ impl Opt {
     /// The embeddings of tokens, `[ids.len(), word_embed_proj_dim]`.
     ///
     /// # Errors
-    /// [`Error::Request`] when a token is not in the vocabulary.
+    /// [`Request`](crate::Error::Request) when a token is not in the vocabulary.
     pub fn embed(&self, ids: &[u32]) -> Result<Tensor> {
         self.embed_tokens.rows(ids)
     }
