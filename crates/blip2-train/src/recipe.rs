@@ -177,14 +177,13 @@ struct PlacePhoto {
 }
 
 fn places(folder: &Path, seed: u64, output: &mut Output) -> Result<()> {
-    let (mut captions, mut questions) = (Vec::new(), Vec::new());
     for (collection, asked) in [
         ("landmarks", ["What place is this?", "What landmark is this?", "What is the name of this place?"]),
         ("cities", ["What place is this?", "What city is this?", "Which city is this?"]),
     ] {
         let photos: Vec<PlacePhoto> = read_collection(&folder.join(format!("{collection}.jsonl")))?;
         let kept_aside = photos_kept_aside(folder, &photos, seed)?;
-        let mut evaluated = Vec::new();
+        let (mut captions, mut questions, mut evaluated) = (Vec::new(), Vec::new(), Vec::new());
         for (index, photo) in photos.iter().enumerate() {
             let image = text_path(&folder.join(&photo.image))?;
             let name = names::place(&photo.place);
@@ -219,9 +218,10 @@ fn places(folder: &Path, seed: u64, output: &mut Output) -> Result<()> {
             }));
         }
         output.write(&format!("eval/{collection}.jsonl"), &evaluated)?;
+        output.write(&format!("train/{collection}-captions.jsonl"), &captions)?;
+        output.write(&format!("train/{collection}-questions.jsonl"), &questions)?;
     }
-    output.write("train/places-captions.jsonl", &captions)?;
-    output.write("train/places-questions.jsonl", &questions)
+    Ok(())
 }
 
 /// For every place one photo, drawn by the seed, whose bytes are not also another photo's.
@@ -269,31 +269,11 @@ fn paintings(folder: &Path, seed: u64, output: &mut Output) -> Result<()> {
     let mut famous: Vec<Painting> = read_collection(&folder.join("famous.jsonl"))?;
     famous.iter_mut().for_each(correct_painting);
     let others: Vec<Painting> = read_collection(&folder.join("aic.jsonl"))?;
-    let (mut captions, mut questions) = (Vec::new(), Vec::new());
-    for painting in famous.iter().chain(&others) {
-        let image = text_path(&folder.join(&painting.image))?;
-        let title = names::title(&painting.title);
-        let artist = names::artist(&painting.artist);
-        // Two reproductions of one work are not each other's negatives.
-        let group = Some(format!("painting {title} {}", artist.unwrap_or("unknown")));
-        let (texts, answers) = describe_painting(painting, &title, artist);
-        captions.push(Row {
-            image: image.clone(),
-            captions: Some(texts),
-            group: group.clone(),
-            ..Row::default()
-        });
-        questions.extend(answers.into_iter().map(|(question, answer)| Row {
-            image: image.clone(),
-            question: Some(question.to_owned()),
-            answer: Some(answer),
-            group: group.clone(),
-            kind: Some("painting".to_owned()),
-            ..Row::default()
-        }));
+    for (collection, paintings) in [("famous-paintings", &famous), ("other-paintings", &others)] {
+        let (captions, questions) = painting_rows(folder, paintings)?;
+        output.write(&format!("train/{collection}-captions.jsonl"), &captions)?;
+        output.write(&format!("train/{collection}-questions.jsonl"), &questions)?;
     }
-    output.write("train/paintings-captions.jsonl", &captions)?;
-    output.write("train/paintings-questions.jsonl", &questions)?;
 
     let mut works: BTreeMap<&str, &Painting> = BTreeMap::new();
     for painting in &famous {
@@ -318,6 +298,34 @@ fn paintings(folder: &Path, seed: u64, output: &mut Output) -> Result<()> {
         )?);
     }
     output.write("eval/paintings.jsonl", &evaluated)
+}
+
+/// The training rows of paintings: what a caption says of each, and questions with their answers.
+fn painting_rows(folder: &Path, paintings: &[Painting]) -> Result<(Vec<Row>, Vec<Row>)> {
+    let (mut captions, mut questions) = (Vec::new(), Vec::new());
+    for painting in paintings {
+        let image = text_path(&folder.join(&painting.image))?;
+        let title = names::title(&painting.title);
+        let artist = names::artist(&painting.artist);
+        // Two reproductions of one work are not each other's negatives.
+        let group = Some(format!("painting {title} {}", artist.unwrap_or("unknown")));
+        let (texts, answers) = describe_painting(painting, &title, artist);
+        captions.push(Row {
+            image: image.clone(),
+            captions: Some(texts),
+            group: group.clone(),
+            ..Row::default()
+        });
+        questions.extend(answers.into_iter().map(|(question, answer)| Row {
+            image: image.clone(),
+            question: Some(question.to_owned()),
+            answer: Some(answer),
+            group: group.clone(),
+            kind: Some("painting".to_owned()),
+            ..Row::default()
+        }));
+    }
+    Ok((captions, questions))
 }
 
 /// The collection labels one picture wrongly: `las-meninas.jpg` shows Las Meninas, its row says The Last Supper.

@@ -88,7 +88,7 @@ fn every_manifest_loads_and_nothing_evaluated_is_trained_on() {
     let (shared, easy) = collection(dir.path());
     let out = dir.path().join("out");
     let written = prepare_default_data(&shared, Some(&easy), &out, 1).unwrap();
-    assert_eq!(written.len(), 2 * 2 + 4 + 3 + 3 + 2);
+    assert_eq!(written.len(), 2 * 2 + 6 + 5 + 3 + 2);
     let load = |stage: &str| -> Dataset {
         let entries: Vec<DataConfig> = written
             .iter()
@@ -143,13 +143,14 @@ fn rows_say_what_the_pictures_show() {
     assert_eq!(landmarks.len(), 1);
     assert_eq!(landmarks[0].answer.as_deref(), Some("Hadrian's Wall."));
     assert!(landmarks[0].names.contains(&"Hadrians Wall".to_owned()));
-    assert_eq!(rows("train/places-captions.jsonl").len(), 6);
+    assert_eq!(rows("train/landmarks-captions.jsonl").len(), 6);
 
-    let captions = rows("train/paintings-captions.jsonl");
+    let captions = rows("train/famous-paintings-captions.jsonl");
     assert_eq!(captions[0].captions.as_ref().unwrap()[0], "Las Meninas, a painting by Diego Velázquez.");
     assert_eq!(captions[1].group, captions[2].group, "two reproductions of one work");
     assert_ne!(captions[0].group, captions[1].group);
-    assert_eq!(captions[3].captions.as_ref().unwrap()[0], "Paris, a painting.");
+    let others = rows("train/other-paintings-captions.jsonl");
+    assert_eq!(others[0].captions.as_ref().unwrap()[0], "Paris, a painting.");
     let copies = rows("eval/paintings.jsonl");
     assert_eq!(copies.len(), 2 * COPIES as usize, "each work once");
     assert!(copies[0].names.contains(&"Diego Velazquez".to_owned()));
