@@ -199,15 +199,19 @@ pub(crate) unsafe fn multiply(
     let panels_a_group = n_panels.div_ceil(column_groups);
     let column_groups = n_panels.div_ceil(panels_a_group);
     (0..row_blocks * column_groups).into_par_iter().for_each(|task| {
-        thread_local!(static ROWS: RefCell<Vec<u32>> = const { RefCell::new(Vec::new()) });
+        thread_local! {
+            static ROWS: RefCell<Vec<u32>> = const { RefCell::new(Vec::new()) };
+            static WIDE: RefCell<Vec<u32>> = const { RefCell::new(Vec::new()) };
+        }
         let (row_block, group) = (task / column_groups, task % column_groups);
         let rows = row_block * ROWS_A_TASK..((row_block + 1) * ROWS_A_TASK).min(m);
-        let mut packed = ROWS.take();
+        let (mut packed, mut wide) = (ROWS.take(), WIDE.take());
+        let precision = panels.format.precision();
         packed.resize(ROWS_A_TASK * A_STRIDE, 0);
         let data = &a.data[(rows.start * a.row_stride).min(a.data.len())..];
         pack::pack_rows(
             isa,
-            panels.precision,
+            precision,
             panels.k_len,
             rows.len(),
             MatrixRef { data, ..a },
@@ -215,7 +219,7 @@ pub(crate) unsafe fn multiply(
             &mut packed,
         );
         for panel in group * panels_a_group..((group + 1) * panels_a_group).min(n_panels) {
-            let words = panels.panel(panel);
+            let words = panels.panel(isa, panel, &mut wide);
             let width = NR.min(n - panel * NR);
             for tile in (0..rows.len()).step_by(MR) {
                 let n_rows = MR.min(rows.len() - tile);
@@ -232,11 +236,12 @@ pub(crate) unsafe fn multiply(
                 // elements, in the same row again or in the rows of `c`, which hold something where `start` is `Result`.
                 unsafe {
                     let tile = micro::Tile { n_rows, width, from, from_stride, c, c_stride: n };
-                    micro::tile(isa, panels.precision, a, A_STRIDE, words, tile);
+                    micro::tile(isa, precision, a, A_STRIDE, words, tile);
                 }
             }
         }
         ROWS.set(packed);
+        WIDE.set(wide);
     });
 }
 

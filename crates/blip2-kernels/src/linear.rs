@@ -1,10 +1,14 @@
 //! A weight matrix packed once for the kernels.
 
+mod format;
+
 use rayon::prelude::*;
 
 use crate::activation::{Activation, activate_in_place};
-use crate::gemm::{KW, MatrixRef, NR, Output, Panels, Precision, Start, gemm, multiply, pack_panels};
+use crate::gemm::{KW, MatrixRef, NR, Output, Panels, Start, gemm, multiply, pack_panels};
 use crate::isa::Isa;
+
+pub use format::Format;
 
 /// Output rows unpacked at a time by the input gradient: a megabyte or so, not the whole matrix.
 const ROWS_A_GRADIENT_BLOCK: usize = 1024;
@@ -16,23 +20,23 @@ pub struct PackedWeight {
     blocks: Vec<Vec<u32>>,
     out_features: usize,
     in_features: usize,
-    precision: Precision,
+    format: Format,
 }
 
 impl PackedWeight {
-    /// Packs a matrix given row by row: `row(i, into)` fills row `i` of `in_features` numbers.
+    /// Packs a matrix given row by row: `row(i, into)` fills row `i` of `in_features` numbers, which are rounded where
+    /// `format` holds less.
     ///
     /// # Panics
     /// When a size is zero.
     pub fn pack(
         out_features: usize,
         in_features: usize,
-        precision: Precision,
+        format: Format,
         row: &(dyn Fn(usize, &mut [f32]) + Sync),
     ) -> Self {
         assert!(out_features > 0 && in_features > 0, "an empty weight");
-        let block = KW * precision.per_word();
-        let n_words = |k_len: usize| k_len.div_ceil(precision.per_word());
+        let block = KW * format.precision().per_word();
         let k_lens: Vec<usize> =
             (0..in_features).step_by(block).map(|k| block.min(in_features - k)).collect();
         // Panel by panel: each is filled from its own 32 rows.
@@ -49,18 +53,20 @@ impl PackedWeight {
                         let view = MatrixRef { data: &rows[start..], row_stride: 1, col_stride: in_features };
                         start += k_len;
                         let mut words = Vec::new();
-                        pack_panels(Isa::detect(), precision, k_len, width, view, &mut words);
-                        words
+                        pack_panels(Isa::detect(), format.precision(), k_len, width, view, &mut words);
+                        format.narrow(words)
                     })
                     .collect()
             })
             .collect();
-        let mut blocks: Vec<Vec<u32>> =
-            k_lens.iter().map(|&k_len| Vec::with_capacity(panels.len() * n_words(k_len) * NR)).collect();
+        let mut blocks: Vec<Vec<u32>> = k_lens
+            .iter()
+            .map(|&k_len| Vec::with_capacity(panels.len() * format.panel_words(k_len)))
+            .collect();
         for panel in panels {
             blocks.iter_mut().zip(panel).for_each(|(block, words)| block.extend(words));
         }
-        Self { blocks, out_features, in_features, precision }
+        Self { blocks, out_features, in_features, format }
     }
 
     /// `activation(x Wᵀ + bias)`; `x` is `[n_rows, in]`, the result `[n_rows, out]`.
@@ -134,7 +140,7 @@ impl PackedWeight {
             let a = MatrixRef { data: &d_y[first..], row_stride: self.out_features, col_stride: 1 };
             let b = MatrixRef { data: rows, row_stride: self.in_features, col_stride: 1 };
             let start = if first == 0 { Start::Zero } else { Start::Result };
-            gemm(n_rows, self.in_features, n, a, b, start, d_x, self.precision);
+            gemm(n_rows, self.in_features, n, a, b, start, d_x, self.format.precision());
         }
     }
 
@@ -145,20 +151,9 @@ impl PackedWeight {
     pub fn row(&self, output: usize, into: &mut [f32]) {
         assert!(output < self.out_features, "row {output} of {}", self.out_features);
         assert_eq!(into.len(), self.in_features, "a row has `in` elements");
-        for ((i, block), into) in self.blocks.iter().enumerate().zip(into.chunks_mut(self.block_len())) {
-            let panel = self.panels(i, block);
-            let words = panel.panel(output / NR).as_chunks::<NR>().0.iter().map(|row| row[output % NR]);
-            match self.precision {
-                Precision::F32 => into.iter_mut().zip(words).for_each(|(x, word)| *x = f32::from_bits(word)),
-                Precision::Bf16 => {
-                    for (pair, word) in into.chunks_mut(2).zip(words) {
-                        pair[0] = f32::from_bits(word << 16);
-                        if let Some(high) = pair.get_mut(1) {
-                            *high = f32::from_bits(word & 0xffff_0000);
-                        }
-                    }
-                }
-            }
+        for (i, (block, into)) in self.blocks.iter().zip(into.chunks_mut(self.block_len())).enumerate() {
+            let words = self.panels(i, block).stored_panel(output / NR);
+            self.format.column(words, output % NR, into);
         }
     }
 
@@ -178,12 +173,12 @@ impl PackedWeight {
     }
 
     fn block_len(&self) -> usize {
-        KW * self.precision.per_word()
+        KW * self.format.precision().per_word()
     }
 
     fn panels<'a>(&self, i: usize, words: &'a [u32]) -> Panels<'a> {
         let k_len = self.block_len().min(self.in_features - i * self.block_len());
-        Panels { words, precision: self.precision, k_len, n: self.out_features }
+        Panels { words, format: self.format, k_len, n: self.out_features }
     }
 }
 
@@ -195,23 +190,25 @@ mod tests {
         ((i as f32 * 0.618_034).fract() - 0.5) * 2.0
     }
 
-    fn weight(out: usize, inn: usize, precision: Precision) -> PackedWeight {
-        PackedWeight::pack(out, inn, precision, &|i, row| {
+    const FORMATS: [Format; 4] = [Format::F32, Format::Bf16, Format::WideF16, Format::WideBf16];
+
+    fn weight(out: usize, inn: usize, format: Format) -> PackedWeight {
+        PackedWeight::pack(out, inn, format, &|i, row| {
             row.iter_mut().enumerate().for_each(|(j, w)| *w = number(i * inn + j));
         })
     }
 
     #[test]
     fn rows_come_back_rounded() {
-        for (precision, tolerance) in [(Precision::F32, 0.0), (Precision::Bf16, 1.0 / 256.0)] {
+        for (format, tolerance) in FORMATS.into_iter().zip([0.0, 1.0 / 256.0, 1.0 / 2048.0, 1.0 / 256.0]) {
             let (out, inn) = (70, 1027);
-            let packed = weight(out, inn, precision);
+            let packed = weight(out, inn, format);
             let mut row = vec![0.0; inn];
             for i in [0, 31, 32, 69] {
                 packed.row(i, &mut row);
                 for (j, w) in row.iter().enumerate() {
                     let expected = number(i * inn + j);
-                    assert!((w - expected).abs() <= tolerance * expected.abs(), "({i}, {j})");
+                    assert!((w - expected).abs() <= tolerance * expected.abs(), "{format:?} ({i}, {j})");
                 }
             }
         }
@@ -219,15 +216,15 @@ mod tests {
 
     #[test]
     fn a_row_does_not_depend_on_the_number_of_rows() {
-        for precision in [Precision::F32, Precision::Bf16] {
+        for format in FORMATS {
             let (out, inn, n) = (75, 700, 100);
-            let packed = weight(out, inn, precision);
+            let packed = weight(out, inn, format);
             let x: Vec<f32> = (0..n * inn).map(|i| number(i + 7)).collect();
             let bias: Vec<f32> = (0..out).map(number).collect();
             let all = packed.forward(&x, n, Some(&bias), Activation::GeluErf);
             for n_rows in [1, 2, 5, 13, 97] {
                 let some = packed.forward(&x[..n_rows * inn], n_rows, Some(&bias), Activation::GeluErf);
-                assert_eq!(some, all[..n_rows * out], "{precision:?} {n_rows}");
+                assert_eq!(some, all[..n_rows * out], "{format:?} {n_rows}");
             }
         }
     }
@@ -235,7 +232,7 @@ mod tests {
     #[test]
     fn the_input_gradient_is_the_product_with_the_weight() {
         let (out, inn, n) = (1100, 37, 3);
-        let packed = weight(out, inn, Precision::F32);
+        let packed = weight(out, inn, Format::F32);
         let d_y: Vec<f32> = (0..n * out).map(|i| number(3 * i)).collect();
         let mut d_x = vec![0.0; n * inn];
         packed.input_gradient(&d_y, n, &mut d_x);
@@ -245,6 +242,23 @@ mod tests {
                     (0..out).map(|o| f64::from(d_y[i * out + o]) * f64::from(number(o * inn + j))).sum();
                 assert!((f64::from(d_x[i * inn + j]) - expected).abs() < 1e-3, "({i}, {j})");
             }
+        }
+    }
+
+    #[test]
+    fn a_half_weight_gives_the_products_of_its_f32_copy() {
+        let (out, inn, n) = (75, 700, 14);
+        let x: Vec<f32> = (0..n * inn).map(|i| number(i + 7)).collect();
+        for format in [Format::WideF16, Format::WideBf16] {
+            let half = weight(out, inn, format);
+            let copy = PackedWeight::pack(out, inn, Format::F32, &|i, row| half.row(i, row));
+            let [half_y, copy_y] = [&half, &copy].map(|w| w.forward(&x, n, None, Activation::Identity));
+            assert_eq!(half_y, copy_y, "{format:?}");
+            let [mut half_d, mut copy_d] = [vec![0.0; n * inn], vec![0.0; n * inn]];
+            half.input_gradient(&half_y, n, &mut half_d);
+            copy.input_gradient(&copy_y, n, &mut copy_d);
+            assert_eq!(half_d, copy_d, "{format:?}");
+            assert!(half.n_bytes() * 19 < copy.n_bytes() * 10, "it is half as large");
         }
     }
 }

@@ -6,20 +6,30 @@ use rayon::prelude::*;
 
 use super::{KW, MatrixRef, NR, Precision};
 use crate::isa::{Isa, with_isa};
+use crate::linear::Format;
 
 /// One block of `k` of a packed `B`: panels of NR columns, each `k` words × NR.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Panels<'a> {
     pub(crate) words: &'a [u32],
-    pub(crate) precision: Precision,
+    pub(crate) format: Format,
     pub(crate) k_len: usize,
     pub(crate) n: usize,
 }
 
-impl Panels<'_> {
-    pub(crate) fn panel(&self, i: usize) -> &[u32] {
-        let len = self.k_len.div_ceil(self.precision.per_word()) * NR;
+impl<'a> Panels<'a> {
+    /// Panel `i` as it is stored.
+    pub(crate) fn stored_panel(&self, i: usize) -> &'a [u32] {
+        let len = self.format.panel_words(self.k_len);
         &self.words[i * len..(i + 1) * len]
+    }
+
+    /// Panel `i` as the micro-kernels read it; a narrower one is widened into `wide`.
+    pub(super) fn panel<'b>(&self, isa: Isa, i: usize, wide: &'b mut Vec<u32>) -> &'b [u32]
+    where
+        'a: 'b,
+    {
+        self.format.widen(isa, self.stored_panel(i), wide)
     }
 }
 
@@ -61,7 +71,7 @@ pub(crate) fn pack_panels<'a>(
             || pack_panel(precision, k_len, width, MatrixRef { data, ..b }, panel),
         );
     });
-    Panels { words, precision, k_len, n }
+    Panels { words, format: precision.into(), k_len, n }
 }
 
 #[inline(always)]
