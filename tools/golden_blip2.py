@@ -1,11 +1,12 @@
 #!/usr/bin/env python3
-"""Tiny BLIP-2 models as Hugging Face folders, and what transformers' `Blip2ForConditionalGeneration` makes of a picture.
+"""Tiny BLIP-2 models as Hugging Face folders, and what transformers makes of a picture with them.
 
     python tools/golden_blip2.py          # needs torch, transformers, tokenizers, safetensors, pillow, numpy
 
 writes crates/blip2/tests/golden/{blip2_opt,blip2_t5}/: `config.json`, `model.safetensors`, `tokenizer.json`,
 `tokenizer_config.json`, `preprocessor_config.json` as the hub has them, and `expected.json`: the first tokens of the picture,
-the queries as the language model reads them, and the tokens that follow prompts, greedily and with beams. The picture is
+the queries as the language model reads them, and the tokens that follow prompts, greedily and with beams; and blip2_itm/, a
+`Blip2ForImageTextRetrieval` with `vocab.txt`: the matching head's logits, the similarities and both features. The picture is
 crates/blip2/tests/golden/blip2.png. Random weights, every bias and every query among them.
 """
 
@@ -22,8 +23,10 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
     Blip2Config,
     Blip2ForConditionalGeneration,
+    Blip2ForImageTextRetrieval,
     Blip2QFormerConfig,
     Blip2VisionConfig,
+    BertTokenizer,
     GenerationConfig,
     OPTConfig,
     T5Config,
@@ -51,11 +54,15 @@ def tokenizer(family: str) -> Tokenizer:
     return made
 
 
-def model_of(family: str, n_tokens: int, line_break: int) -> Blip2ForConditionalGeneration:
-    vision = Blip2VisionConfig(
+def vision_config() -> Blip2VisionConfig:
+    return Blip2VisionConfig(
         hidden_size=24, intermediate_size=40, num_hidden_layers=2, num_attention_heads=3, image_size=SIDE, patch_size=14,
         layer_norm_eps=1e-6, hidden_act="gelu",
     )
+
+
+def model_of(family: str, n_tokens: int, line_break: int) -> Blip2ForConditionalGeneration:
+    vision = vision_config()
     qformer = Blip2QFormerConfig(
         hidden_size=32, intermediate_size=48, num_hidden_layers=3, num_attention_heads=4, encoder_hidden_size=24,
         cross_attention_frequency=2, vocab_size=40, max_position_embeddings=16, layer_norm_eps=1e-12,
@@ -102,6 +109,14 @@ def prompt_ids(family: str, made: Tokenizer, text: str, image_token: int) -> lis
     return [image_token] * N_QUERIES + ([2] + ids if family == "opt" else ids + [1])
 
 
+def write_processor(folder: Path) -> None:
+    processor = {
+        "do_convert_rgb": True, "do_normalize": True, "do_rescale": True, "do_resize": True, "resample": 3,
+        "image_mean": MEAN, "image_std": STD, "rescale_factor": 1 / 255, "size": {"height": SIDE, "width": SIDE},
+    }
+    (folder / "preprocessor_config.json").write_text(json.dumps(processor, indent=1) + "\n")
+
+
 def write(family: str, image: Image.Image) -> None:
     made = tokenizer(family)
     n_tokens = made.get_vocab_size()
@@ -114,11 +129,7 @@ def write(family: str, image: Image.Image) -> None:
     made.save(str(folder / "tokenizer.json"))
     marks = {"bos_token": "</s>" if family == "opt" else None, "eos_token": "</s>", "pad_token": "<pad>"}
     (folder / "tokenizer_config.json").write_text(json.dumps(marks, indent=1) + "\n")
-    processor = {
-        "do_convert_rgb": True, "do_normalize": True, "do_rescale": True, "do_resize": True, "resample": 3,
-        "image_mean": MEAN, "image_std": STD, "rescale_factor": 1 / 255, "size": {"height": SIDE, "width": SIDE},
-    }
-    (folder / "preprocessor_config.json").write_text(json.dumps(processor, indent=1) + "\n")
+    write_processor(folder)
 
     values = pixels(image)
     with torch.no_grad():
@@ -162,12 +173,52 @@ def write(family: str, image: Image.Image) -> None:
     print(family, [text["token_ids"] for text in texts])
 
 
+WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "a", "cat", "dog", "on", "the", "sofa", "red", "two", "##s", "run", "##ning", "."]
+TEXTS = ["a cat", "two dogs running on the red sofa.", "A Zebra", "the the the cat"]
+
+
+def write_itm(image: Image.Image) -> None:
+    qformer = Blip2QFormerConfig(
+        hidden_size=32, intermediate_size=48, num_hidden_layers=3, num_attention_heads=4, encoder_hidden_size=24,
+        cross_attention_frequency=2, vocab_size=len(WORDS) + 1, max_position_embeddings=16, layer_norm_eps=1e-12,
+        use_qformer_text_input=True,
+    )
+    config = Blip2Config(
+        vision_config=vision_config().to_dict(), qformer_config=qformer.to_dict(), text_config={"model_type": "opt"},
+        num_query_tokens=N_QUERIES, image_text_hidden_size=12, image_token_index=None,
+    )
+    config._attn_implementation = "eager"
+    model = Blip2ForImageTextRetrieval(config).eval()
+    golden.randomise(model, torch.Generator().manual_seed(golden.SEED))
+    folder = FOLDER / "blip2_itm"
+    shutil.rmtree(folder, ignore_errors=True)
+    model.save_pretrained(folder)
+    write_processor(folder)
+    (folder / "vocab.txt").write_text("\n".join(WORDS) + "\n")
+    made = BertTokenizer(str(folder / "vocab.txt"))
+    values, texts = pixels(image), []
+    with torch.no_grad():
+        for text in TEXTS:
+            ids = torch.tensor([made(text)["input_ids"]])
+            given = {"pixel_values": values, "input_ids": ids, "attention_mask": torch.ones_like(ids)}
+            itm = model(**given, use_image_text_matching_head=True)
+            itc = model(**given, use_image_text_matching_head=False)
+            texts.append({
+                "text": text, "itm_logits": itm.logits_per_image[0].tolist(), "itc": itc.logits_per_image.item(),
+                "text_embeds": itc.text_embeds[0].tolist(),
+            })
+    expected = {"image_embeds": itc.image_embeds[0].tolist(), "texts": texts}
+    (folder / "expected.json").write_text(json.dumps(expected) + "\n")
+    print("itm", [text["itm_logits"] for text in texts])
+
+
 def main() -> None:
     image = picture()
     path = FOLDER / "blip2.png"
     image.save(path)
     for family in SPECIAL:
         write(family, Image.open(path).convert("RGB"))
+    write_itm(Image.open(path).convert("RGB"))
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ use std::time::Instant;
 use blip2::config::QFormerConfig;
 use blip2::language::LanguageModel;
 use blip2::layers::{Linear, Loader, Precision, Trainable};
-use blip2::qformer::QFormer;
+use blip2::qformer::{QFormer, TextSide};
 use blip2::text::Prompt;
 use blip2::weights::safetensors::Safetensors;
 use blip2_train::gradients::Gradients;
@@ -113,7 +113,8 @@ impl Stage1 {
     fn load(file: &Safetensors, precision: Precision) -> Result<Self> {
         let config: QFormerConfig = serde_json::from_str(&file.metadata()["config"])?;
         let trainable = Trainable::default();
-        let qformer = QFormer::load(&config, &Loader::trainable(file, &trainable, precision), true)?;
+        let qformer =
+            QFormer::load(&config, &Loader::trainable(file, &trainable, precision), TextSide::Whole)?;
         let ids = integers(file, "in.text_ids")?;
         let mut rest = &ids[..];
         let texts = integers(file, "in.text_lengths")?.into_iter().map(|n| {
@@ -170,7 +171,7 @@ impl Stage2 {
             LanguageModel::from_safetensors(&language_config, file, "language_model.", precision)?;
         let trainable = Trainable::default();
         let loader = Loader::trainable(file, &trainable, precision);
-        let qformer = QFormer::load(&config, &loader, false)?;
+        let qformer = QFormer::load(&config, &loader, TextSide::None)?;
         let width = language_model.hidden_size();
         let language_projection = loader.linear("language_projection", config.hidden_size, width)?;
         let ids = file.read_f32("in.ids")?;

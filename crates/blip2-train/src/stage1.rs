@@ -157,7 +157,7 @@ impl Step<'_> {
     fn one_pass(&self, variables: &BTreeMap<String, Var>, part: &Part) -> Result<(Gradients, Values)> {
         let features = self.features(part)?;
         let sims = similarities(&features.image, &features.text, self.qformer.config().num_query_tokens)?;
-        let itc = contrastive_loss(&sims, self.qformer.temperature()?, &self.batch.image_ids)?;
+        let itc = contrastive_loss(&sims, self.temperature()?, &self.batch.image_ids)?;
         let (mut values, negatives) = self.measure(&sims, &itc)?;
         let (rest, itm, itg, correct) =
             self.match_and_caption(part, &features, &negatives, self.n_tokens())?;
@@ -178,7 +178,7 @@ impl Step<'_> {
         let image = Var::from_tensor(&Tensor::cat(&images, 0)?)?;
         let text = Var::from_tensor(&Tensor::cat(&texts, 0)?)?;
         let sims = similarities(image.as_tensor(), text.as_tensor(), n_queries)?;
-        let itc = contrastive_loss(&sims, self.qformer.temperature()?, &self.batch.image_ids)?;
+        let itc = contrastive_loss(&sims, self.temperature()?, &self.batch.image_ids)?;
         let (mut values, negatives) = self.measure(&sims, &itc)?;
         let mut store = itc.backward()?;
         let missing = || candle_core::Error::Msg("the contrastive loss gave its features no gradient".into());
@@ -292,13 +292,18 @@ impl Step<'_> {
         Ok((self.qformer.match_logits(&queries)?, labels))
     }
 
+    fn temperature(&self) -> Result<&Tensor> {
+        let missing = || candle_core::Error::Msg("a Q-Former in training has a temperature".into());
+        Ok(self.qformer.temperature()?.ok_or_else(missing)?)
+    }
+
     fn n_tokens(&self) -> usize {
         self.batch.texts.iter().map(|ids| ids.len() - 1).sum()
     }
 
     fn measure(&self, sims: &Tensor, itc: &Tensor) -> Result<(Values, HardNegatives)> {
         let ids = &self.batch.image_ids;
-        let temperature = self.qformer.temperature()?.to_scalar::<f32>()?;
+        let temperature = self.temperature()?.to_scalar::<f32>()?;
         let sims = sims.flatten_all()?.to_vec1::<f32>()?;
         let mut random = Random::new(&[self.options.seed, self.options.step, Purpose::Negatives as u64]);
         let negatives = match self.negatives {

@@ -15,7 +15,7 @@ use blip2::layers::{Loader, Precision, TensorSource, Trainable};
 use blip2::model::{
     Blip2, ImageFeatures, ModelConfig, OpenOptions, Stage1Config, Stage2Config, VisionConfig,
 };
-use blip2::qformer::QFormer;
+use blip2::qformer::{QFormer, TextSide};
 use blip2::text::{PromptFormat, Turn};
 use blip2::weights::int8::{Storage, write_trained};
 use golden::Golden;
@@ -30,7 +30,8 @@ fn folder() -> tempfile::TempDir {
     let names = |golden: &Golden, with_text: bool| -> BTreeMap<String, (Vec<usize>, Vec<f32>)> {
         let trainable = Trainable::default();
         let loader = Loader::trainable(golden, &trainable, Precision::F32);
-        QFormer::load(&qformer, &loader, with_text).expect("a Q-Former");
+        let text = if with_text { TextSide::Whole } else { TextSide::None };
+        QFormer::load(&qformer, &loader, text).expect("a Q-Former");
         if !with_text {
             loader.linear("language_projection", qformer.hidden_size, 32).expect("a projection");
         }

@@ -8,7 +8,7 @@ use std::collections::BTreeMap;
 
 use blip2::config::QFormerConfig;
 use blip2::layers::{Loader, Precision, Trainable};
-use blip2::qformer::QFormer;
+use blip2::qformer::{QFormer, TextSide};
 use blip2_train::gradients::Gradients;
 use blip2_train::losses::HardNegatives;
 use blip2_train::optimizer::{Optimizer, OptimizerConfig};
@@ -30,7 +30,7 @@ fn open() -> (Golden, Stage1) {
     let config: QFormerConfig = golden.metadata("config");
     let trainable = Trainable::default();
     let loader = Loader::trainable(&golden, &trainable, Precision::F32);
-    let qformer = QFormer::load(&config, &loader, true).expect("a model");
+    let qformer = QFormer::load(&config, &loader, TextSide::Whole).expect("a model");
     let stage1 = Stage1 {
         qformer,
         variables: trainable.into_variables(),

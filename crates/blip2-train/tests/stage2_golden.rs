@@ -9,7 +9,7 @@ use std::collections::BTreeMap;
 use blip2::config::QFormerConfig;
 use blip2::language::LanguageModel;
 use blip2::layers::{DropoutRng, Linear, Loader, Precision, Trainable};
-use blip2::qformer::QFormer;
+use blip2::qformer::{QFormer, TextSide};
 use blip2::text::Prompt;
 use blip2::weights::safetensors::Safetensors;
 use blip2_train::gradients::Gradients;
@@ -39,7 +39,7 @@ fn open() -> (Golden, Stage2) {
             .expect("a language model");
     let trainable = Trainable::default();
     let loader = Loader::trainable(&golden, &trainable, Precision::F32);
-    let qformer = QFormer::load(&config, &loader, false).expect("a query path");
+    let qformer = QFormer::load(&config, &loader, TextSide::None).expect("a query path");
     let language_projection = loader
         .linear("language_projection", config.hidden_size, language_model.hidden_size())
         .expect("a projection");

@@ -30,5 +30,6 @@ pub use embedding::Embedding;
 pub use linear::{Linear, Weight};
 pub use loss::{cross_entropy, linear_cross_entropy};
 pub use norm::{LayerNorm, RmsNorm};
+pub(crate) use parameters::pack;
 pub use parameters::{Loader, TensorSource, Trainable};
 pub use rope::rope;

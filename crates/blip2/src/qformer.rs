@@ -103,18 +103,36 @@ pub struct QFormer {
     text: Option<TextParts>,
 }
 
+/// How much of the text side to load.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum TextSide {
+    /// Nothing: stage 2 does without.
+    None,
+    /// All that stage 1 trains.
+    Whole,
+    /// What matching needs. The language-modelling head and the temperature, which the conversion to Hugging Face's layout
+    /// drops, are loaded where the checkpoint has them.
+    Matching,
+}
+
 /// What only text needs; stage 2 and captioning do without.
 #[derive(Debug, Clone)]
 struct TextParts {
     word_embeddings: Embedding,
     position_embeddings: Embedding,
-    transform: Linear,
-    transform_norm: LayerNorm,
-    decoder: Linear,
+    language_head: Option<LanguageHead>,
     vision_projection: Linear,
     text_projection: Linear,
     itm_head: Linear,
-    temp: Tensor,
+    temp: Option<Tensor>,
+}
+
+/// BERT's language-modelling head; its vocabulary projection is the word embeddings.
+#[derive(Debug, Clone)]
+struct LanguageHead {
+    transform: Linear,
+    transform_norm: LayerNorm,
+    decoder: Linear,
 }
 
 /// The rows of one pass: query rows first, then text rows.
@@ -124,12 +142,13 @@ struct Rows {
 }
 
 impl QFormer {
-    /// Loads the Q-Former; `with_text` also the text side and the stage-1 heads.
+    /// Loads the Q-Former with as much of its text side as asked for.
     ///
     /// # Errors
     /// When the configuration contradicts itself or a tensor is missing or has another shape.
-    pub fn load(config: &QFormerConfig, loader: &Loader<'_>, with_text: bool) -> Result<Self> {
+    pub fn load(config: &QFormerConfig, loader: &Loader<'_>, text: TextSide) -> Result<Self> {
         config.validate()?;
+        let with_text = text != TextSide::None;
         let (width, eps) = (config.hidden_size, config.layer_norm_eps);
         let qformer = loader.at("qformer");
         let layers = (0..config.num_hidden_layers)
@@ -144,7 +163,7 @@ impl QFormer {
             query_tokens: loader.tensor("query_tokens", &[1, config.num_query_tokens, width])?,
             layernorm: LayerNorm::load(&qformer.at("layernorm"), width, eps)?,
             layers,
-            text: with_text.then(|| TextParts::load(config, loader)).transpose()?,
+            text: with_text.then(|| TextParts::load(config, loader, text)).transpose()?,
             config: config.clone(),
         })
     }
@@ -301,19 +320,23 @@ impl QFormer {
     /// The language-modelling head up to its vocabulary projection: rows to classify, and the projection.
     ///
     /// # Errors
-    /// When the model was loaded without its text side.
+    /// When the model was loaded without its text side, or its checkpoint has no such head.
     pub fn language_head(&self, text_rows: &Tensor) -> Result<(Tensor, &Linear)> {
-        let parts = self.text_parts()?;
-        let x = activate(&parts.transform.forward(text_rows)?, Activation::GeluErf)?;
-        Ok((parts.transform_norm.forward(&x)?, &parts.decoder))
+        let Some(head) = &self.text_parts()?.language_head else {
+            return Err(Error::Request(
+                "this checkpoint has no language-modelling head of the Q-Former".into(),
+            ));
+        };
+        let x = activate(&head.transform.forward(text_rows)?, Activation::GeluErf)?;
+        Ok((head.transform_norm.forward(&x)?, &head.decoder))
     }
 
-    /// The learned temperature that divides similarities, a scalar.
+    /// The learned temperature that divides similarities, a scalar; nothing where the checkpoint has none.
     ///
     /// # Errors
     /// When the model was loaded without its text side.
-    pub fn temperature(&self) -> Result<&Tensor> {
-        Ok(&self.text_parts()?.temp)
+    pub fn temperature(&self) -> Result<Option<&Tensor>> {
+        Ok(self.text_parts()?.temp.as_ref())
     }
 
     fn text_parts(&self) -> Result<&TextParts> {
@@ -402,26 +425,35 @@ impl QFormer {
 }
 
 impl TextParts {
-    fn load(config: &QFormerConfig, loader: &Loader<'_>) -> Result<Self> {
+    fn load(config: &QFormerConfig, loader: &Loader<'_>, text: TextSide) -> Result<Self> {
         let (width, vocab) = (config.hidden_size, config.vocab_size);
         let embeddings = loader.at("qformer.embeddings");
-        let cls = loader.at("cls.predictions");
-        let tied = embeddings.at("word_embeddings").weight("weight", width, vocab)?;
-        let transform = cls.at("transform");
+        let positions = config.max_position_embeddings;
+        let must_have = text == TextSide::Whole;
+        let has_head = must_have || loader.has("cls.predictions.bias");
+        let has_temp = must_have || loader.has("temp");
         Ok(Self {
             word_embeddings: Embedding::load(&embeddings.at("word_embeddings"), vocab, width)?,
-            position_embeddings: Embedding::load(
-                &embeddings.at("position_embeddings"),
-                config.max_position_embeddings,
-                width,
-            )?,
-            transform: transform.linear("dense", width, width)?,
-            transform_norm: LayerNorm::load(&transform.at("LayerNorm"), width, config.layer_norm_eps)?,
-            decoder: Linear::new(tied, Some(cls.tensor("bias", &[vocab])?)),
+            position_embeddings: Embedding::load(&embeddings.at("position_embeddings"), positions, width)?,
+            language_head: has_head.then(|| LanguageHead::load(config, loader)).transpose()?,
             vision_projection: loader.linear("vision_projection", width, config.image_text_hidden_size)?,
             text_projection: loader.linear("text_projection", width, config.image_text_hidden_size)?,
             itm_head: loader.linear("itm_head", width, 2)?,
-            temp: loader.tensor("temp", &[])?,
+            temp: has_temp.then(|| loader.tensor("temp", &[])).transpose()?,
+        })
+    }
+}
+
+impl LanguageHead {
+    fn load(config: &QFormerConfig, loader: &Loader<'_>) -> Result<Self> {
+        let (width, vocab) = (config.hidden_size, config.vocab_size);
+        let cls = loader.at("cls.predictions");
+        let transform = cls.at("transform");
+        let tied = loader.at("qformer.embeddings.word_embeddings").weight("weight", width, vocab)?;
+        Ok(Self {
+            transform: transform.linear("dense", width, width)?,
+            transform_norm: LayerNorm::load(&transform.at("LayerNorm"), width, config.layer_norm_eps)?,
+            decoder: Linear::new(tied, Some(cls.tensor("bias", &[vocab])?)),
         })
     }
 }

@@ -9,6 +9,7 @@ use std::{
     fmt::Write as _,
     fs::{self, File},
     io::{self, BufWriter},
+    ops::Range,
     path::{Path, PathBuf},
     sync::{
         Arc,
@@ -72,6 +73,22 @@ impl MappedFile {
     pub fn bytes(&self) -> &[u8] {
         &self.map
     }
+
+    /// Lets go of the memory behind `part` of [`bytes`](Self::bytes); reading it again fetches it from the file again.
+    #[allow(unsafe_code)]
+    fn release(&self, part: &[u8]) {
+        #[cfg(unix)]
+        {
+            let offset = part.as_ptr() as usize - self.map.as_ptr() as usize;
+            // SAFETY: the mapping is of a file and never written to, so a page that is dropped comes back with the same
+            // bytes. Failing is harmless: the memory stays taken.
+            let _ = unsafe {
+                self.map.unchecked_advise_range(memmap2::UncheckedAdvice::DontNeed, offset, part.len())
+            };
+        }
+        #[cfg(not(unix))]
+        let _ = part;
+    }
 }
 
 /// SHA-256 in hexadecimal, by which frozen files are known.
@@ -90,17 +107,25 @@ pub fn sha256(bytes: &[u8]) -> String {
 pub struct TensorRows<'a> {
     shape: Vec<usize>,
     encoding: Encoding,
+    file: &'a MappedFile,
     bytes: &'a [u8],
 }
 
 impl<'a> TensorRows<'a> {
-    /// Checks that `bytes` is exactly a tensor of `shape` in `encoding`; the reason is for an error message.
-    fn new(shape: Vec<usize>, encoding: Encoding, bytes: &'a [u8]) -> std::result::Result<Self, String> {
+    /// Checks that the bytes in `range` of the file are exactly a tensor of `shape` in `encoding`; the reason is for an
+    /// error message.
+    fn new(
+        shape: Vec<usize>,
+        encoding: Encoding,
+        file: &'a MappedFile,
+        range: Range<usize>,
+    ) -> std::result::Result<Self, String> {
+        let bytes = file.bytes().get(range).ok_or("lies outside the file")?;
         let expected = encoding.n_bytes(&shape)?;
         if expected != bytes.len() {
             return Err(format!("holds {} bytes where its shape needs {expected}", bytes.len()));
         }
-        Ok(Self { shape, encoding, bytes })
+        Ok(Self { shape, encoding, file, bytes })
     }
 
     /// Its shape, slowest dimension first (as PyTorch writes it).
@@ -126,6 +151,19 @@ impl<'a> TensorRows<'a> {
     /// The stored bytes of all rows.
     pub fn bytes(&self) -> &'a [u8] {
         self.bytes
+    }
+
+    /// The same numbers with all dimensions but the first in a row.
+    pub fn flattened(mut self) -> Self {
+        if self.shape.len() > 2 {
+            self.shape = vec![self.shape[0], self.shape[1..].iter().product()];
+        }
+        self
+    }
+
+    /// Lets go of the file's pages that the bytes are on, after they were copied; reading them again works.
+    pub fn release(&self) {
+        self.file.release(self.bytes);
     }
 
     /// Decodes row `row` into `into`.

@@ -148,6 +148,113 @@ fn conversations_equal_their_questions_asked_alone() {
     }
 }
 
+#[derive(Deserialize)]
+struct ExpectedMatches {
+    image_embeds: Vec<Vec<f32>>,
+    texts: Vec<ExpectedMatch>,
+}
+
+#[derive(Deserialize)]
+struct ExpectedMatch {
+    text: String,
+    itm_logits: [f32; 2],
+    itc: f32,
+    text_embeds: Vec<f32>,
+}
+
+#[track_caller]
+fn assert_close<'a>(found: impl IntoIterator<Item = &'a f32>, expected: impl IntoIterator<Item = &'a f32>) {
+    let (found, expected): (Vec<_>, Vec<_>) = (found.into_iter().collect(), expected.into_iter().collect());
+    assert_eq!(found.len(), expected.len());
+    for (found, expected) in found.into_iter().zip(expected) {
+        assert!((found - expected).abs() < 1e-5, "{found} {expected}");
+    }
+}
+
+#[test]
+fn matches_and_features_are_those_of_transformers() {
+    let model = Blip2::open(golden("blip2_itm"), &OpenOptions::default()).expect("a model");
+    let text = std::fs::read_to_string(golden("blip2_itm").join("expected.json")).expect("readable");
+    let expected: ExpectedMatches = serde_json::from_str(&text).expect("JSON");
+    let features = features(&model);
+    let texts: Vec<&str> = expected.texts.iter().map(|text| text.text.as_str()).collect();
+    assert_close(
+        &model.embed_images(&[&features]).expect("features")[0],
+        expected.image_embeds.iter().flatten(),
+    );
+    let logits = model.itm_logits(&features, &texts).expect("logits");
+    let scores = model.match_texts(&features, &texts).expect("scores");
+    let embeds = model.embed_texts(&texts).expect("features");
+    for (i, text) in expected.texts.iter().enumerate() {
+        assert_close(&logits[i], &text.itm_logits);
+        assert_close(&embeds[i], &text.text_embeds);
+        assert_close([&scores[i].itc_similarity], [&text.itc]);
+    }
+    // The public conversion has dropped the temperature; labels can be compared all the same.
+    let labels = model.classify(&features, &["cat", "dog"], "a {label}").expect("scores");
+    assert!((labels[0].probability + labels[1].probability - 1.0).abs() < 1e-6);
+    let error = model.caption(&[&features], &GenerationConfig::default()).expect_err("refused").to_string();
+    assert!(error.contains("stage-2"), "{error}");
+}
+
+/// The tensors of a golden folder stored as `dtype`, and a copy of those values as f32.
+fn halved(family: &str, to_half: fn(f32) -> (Vec<u8>, f32), dtype: &str) -> [tempfile::TempDir; 2] {
+    let bytes = std::fs::read(golden(family).join("model.safetensors")).expect("readable");
+    let file = safetensors::SafeTensors::deserialize(&bytes).expect("tensors");
+    [dtype, "F32"].map(|stored| {
+        let dir = changed(family, |_| {});
+        let tensors = file.tensors().into_iter().map(|(name, view)| {
+            let data: Vec<u8> = view
+                .data()
+                .chunks_exact(4)
+                .flat_map(|number| {
+                    let (half, value) = to_half(f32::from_le_bytes(number.try_into().expect("four bytes")));
+                    if stored == "F32" { value.to_le_bytes().to_vec() } else { half }
+                })
+                .collect();
+            (name, view.shape().to_vec(), data)
+        });
+        let tensors: Vec<_> = tensors.collect();
+        let dtype = match stored {
+            "F16" => safetensors::Dtype::F16,
+            "BF16" => safetensors::Dtype::BF16,
+            _ => safetensors::Dtype::F32,
+        };
+        let views = tensors.iter().map(|(name, shape, data)| {
+            let view = safetensors::tensor::TensorView::new(dtype, shape.clone(), data).expect("a view");
+            (name.clone(), view)
+        });
+        let file = safetensors::serialize(views, None).expect("serialised");
+        std::fs::write(dir.path().join("model.safetensors"), file).expect("written");
+        dir
+    })
+}
+
+/// Half-precision weights stay half in memory, and their products are those of the same numbers in f32.
+#[test]
+fn half_precision_weights_are_computed_with_in_f32() {
+    let f16 = |x: f32| (half::f16::from_f32(x).to_le_bytes().to_vec(), half::f16::from_f32(x).to_f32());
+    let bf16 = |x: f32| (half::bf16::from_f32(x).to_le_bytes().to_vec(), half::bf16::from_f32(x).to_f32());
+    for family in FAMILIES {
+        for [half, whole] in [halved(family, f16, "F16"), halved(family, bf16, "BF16")] {
+            let models =
+                [half, whole].map(|dir| Blip2::open(dir.path(), &OpenOptions::default()).expect("a model"));
+            let soft = models.each_ref().map(|model| {
+                let rows = model.soft_tokens(&[&features(model)]).expect("rows");
+                rows[0].flatten_all().expect("rows").to_vec1::<f32>().expect("numbers")
+            });
+            assert_eq!(soft[0], soft[1], "{family}");
+            let texts = models.each_ref().map(|model| {
+                let answers = model.caption(&[&features(model)], &generation(2, 8)).expect("a caption");
+                (answers[0][0].token_ids.clone(), answers[0][0].text.clone())
+            });
+            assert_eq!(texts[0], texts[1], "{family}");
+            let [half, whole] = models.each_ref().map(|model| model.language_model().expect("one").n_bytes());
+            assert!(half * 10 < whole * 7, "{family}: {half} of {whole} bytes");
+        }
+    }
+}
+
 #[test]
 fn what_does_not_fit_is_refused_by_name() {
     let refused = |change: &dyn Fn(&mut Json)| {
@@ -156,6 +263,7 @@ fn what_does_not_fit_is_refused_by_name() {
     };
     for (message, expected) in [
         (refused(&|c| c["model_type"] = "llava".into()), "llava"),
+        (refused(&|c| c["architectures"][0] = "Blip2Model".into()), "Blip2Model"),
         (refused(&|c| c["text_config"]["model_type"] = "gpt2".into()), "text_config.model_type"),
         (refused(&|c| c["vision_config"]["num_hidden_layers"] = 3.into()), "vision_model.encoder.layers.2"),
         (refused(&|c| c["vision_config"]["num_hidden_layers"] = 1.into()), "vision_model.encoder.layers.1"),

@@ -6,7 +6,7 @@ mod golden;
 
 use blip2::config::QFormerConfig;
 use blip2::layers::{DropoutRng, Loader, Precision, Trainable};
-use blip2::qformer::{QFormer, TextBatch};
+use blip2::qformer::{QFormer, TextBatch, TextSide};
 use candle_core::Tensor;
 use golden::{Comparison, Golden};
 
@@ -84,13 +84,19 @@ fn every_layer_agrees(load: impl Fn(&Golden, &QFormerConfig) -> blip2::Result<QF
 
 #[test]
 fn frozen_model_agrees_in_every_layer_and_mode() {
-    every_layer_agrees(|golden, config| QFormer::load(config, &Loader::frozen(golden, Precision::F32), true));
+    every_layer_agrees(|golden, config| {
+        QFormer::load(config, &Loader::frozen(golden, Precision::F32), TextSide::Whole)
+    });
 }
 
 #[test]
 fn trainable_model_agrees_in_every_layer_and_mode() {
     every_layer_agrees(|golden, config| {
-        QFormer::load(config, &Loader::trainable(golden, &Trainable::default(), Precision::F32), true)
+        QFormer::load(
+            config,
+            &Loader::trainable(golden, &Trainable::default(), Precision::F32),
+            TextSide::Whole,
+        )
     });
 }
 
@@ -112,7 +118,8 @@ fn query_path_alone_needs_no_text_weights() {
     }
     let config: QFormerConfig = golden.metadata("config");
     let n_images = golden.integers::<u64>("in.image_ids").len();
-    let qformer = QFormer::load(&config, &Loader::frozen(&golden, Precision::F32), false).expect("a model");
+    let qformer =
+        QFormer::load(&config, &Loader::frozen(&golden, Precision::F32), TextSide::None).expect("a model");
     let image = qformer.image_keys(&golden.rows("in.image_embeds"), n_images).expect("keys");
     let (queries, _) = qformer.encode_queries(&image, &mut DropoutRng::off()).expect("rows");
     let mut comparison = golden.comparison();

@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 
 use blip2::config::QFormerConfig;
 use blip2::layers::{Loader as Weights, TensorSource, Trainable};
-use blip2::qformer::QFormer;
+use blip2::qformer::{QFormer, TextSide};
 use blip2::text::clean_caption;
 use candle_core::{Device, Tensor, Var};
 use serde::{Deserialize, Serialize};
@@ -158,7 +158,7 @@ impl<'a> Stage1<'a> {
         let tensors = from_bert.as_ref().map_or(init, |tensors| tensors as &dyn TensorSource);
         let trainable = Trainable::default();
         let weights = Weights::trainable(tensors, &trainable, config.precision.into());
-        let qformer = QFormer::load(&config.qformer, &weights, true)?;
+        let qformer = QFormer::load(&config.qformer, &weights, TextSide::Whole)?;
         Ok(Self { qformer, variables: trainable.into_variables(), dataset, features, tokenize, config })
     }
 

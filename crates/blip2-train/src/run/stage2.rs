@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 use blip2::config::QFormerConfig;
 use blip2::language::LanguageModel;
 use blip2::layers::{Linear, Loader as Weights, TensorSource, Trainable};
-use blip2::qformer::QFormer;
+use blip2::qformer::{QFormer, TextSide};
 use blip2::text::prompt::Turn as PromptTurn;
 use blip2::text::{LanguageTokenizer, Prompt, PromptFormat};
 use candle_core::{Device, Tensor, Var};
@@ -171,7 +171,7 @@ impl<'a> Stage2<'a> {
         let trainable = Trainable::default();
         let precision = config.precision.into();
         let qformer =
-            QFormer::load(&config.qformer, &Weights::trainable(init, &trainable, precision), false)?;
+            QFormer::load(&config.qformer, &Weights::trainable(init, &trainable, precision), TextSide::None)?;
         let language_projection = Weights::trainable(&projection, &trainable, precision).linear(
             "language_projection",
             width,

@@ -5,7 +5,7 @@ use std::sync::Arc;
 use blip2_kernels::linear::PackedWeight;
 use candle_core::{Device, Tensor};
 
-use crate::layers::{LayerNorm, Linear, Precision, RmsNorm, Weight};
+use crate::layers::{LayerNorm, Linear, Precision, RmsNorm, Weight, pack};
 use crate::weights::TensorRows;
 use crate::weights::gguf::Gguf;
 use crate::weights::safetensors::Safetensors;
@@ -129,9 +129,7 @@ impl<'a> Loader<'a> {
     ) -> Result<Arc<PackedWeight>> {
         let (rows, name) = self.file.tensor(name)?;
         let rows = rows.expect_shape(&name, &[n_out, n_in])?;
-        let stored_row = self.stored_row(rotary_head_dim);
-        let read = |row: usize, into: &mut [f32]| rows.read_row(stored_row(row), into);
-        let packed = PackedWeight::pack(n_out, n_in, self.precision, &read);
+        let packed = pack(&rows, self.precision, &self.stored_row(rotary_head_dim));
         self.n_parameters += n_out * n_in;
         self.n_bytes += packed.n_bytes();
         Ok(Arc::new(packed))

@@ -5,10 +5,11 @@ use std::collections::BTreeMap;
 use std::sync::Arc;
 
 use blip2_kernels::gemm::Precision;
-use blip2_kernels::linear::PackedWeight;
+use blip2_kernels::linear::{Format, PackedWeight};
 use candle_core::{Device, Tensor, Var};
 
 use super::{Linear, Weight};
+use crate::weights::{Encoding, TensorRows};
 use crate::{Error, Result};
 
 /// A checkpoint: named f32 tensors. Implementations note which names were read.
@@ -21,6 +22,34 @@ pub trait TensorSource {
     /// # Errors
     /// When the tensor is missing or its data cannot be read.
     fn read_f32(&self, name: &str) -> Result<Vec<f32>>;
+
+    /// The rows of a tensor that is stored as plain rows, so that it need not be held in f32 on its way; nothing
+    /// where the source can only read it whole.
+    ///
+    /// # Errors
+    /// As [`read_f32`](Self::read_f32).
+    fn rows(&self, name: &str) -> Result<Option<TensorRows<'_>>> {
+        let _ = name;
+        Ok(None)
+    }
+}
+
+/// Packs a stored matrix, output `i` from the stored row `stored_row(i)`, and lets go of the file's pages. Numbers of 16
+/// bits stay so, whatever the precision of the products.
+pub(crate) fn pack(
+    rows: &TensorRows<'_>,
+    precision: Precision,
+    stored_row: &(dyn Fn(usize) -> usize + Sync),
+) -> PackedWeight {
+    let format = match (precision, rows.encoding()) {
+        (Precision::F32, Encoding::F16) => Format::WideF16,
+        (Precision::F32, Encoding::Bf16) => Format::WideBf16,
+        (precision, _) => precision.into(),
+    };
+    let row = |i: usize, into: &mut [f32]| rows.read_row(stored_row(i), into);
+    let packed = PackedWeight::pack(rows.n_rows(), rows.row_len(), format, &row);
+    rows.release();
+    packed
 }
 
 impl TensorSource for BTreeMap<String, (Vec<usize>, Vec<f32>)> {
@@ -139,16 +168,23 @@ impl<'a> Loader<'a> {
     /// When it is missing or has another shape.
     pub fn frozen_weight(&self, name: &str, shape: &[usize]) -> Result<Weight> {
         let (n_out, n_in) = (shape[0], shape[1..].iter().product());
-        let data = self.read(&self.full_name(name), shape)?;
-        let row = |i: usize, out: &mut [f32]| out.copy_from_slice(&data[i * n_in..(i + 1) * n_in]);
-        Ok(Weight::Packed(Arc::new(PackedWeight::pack(n_out, n_in, self.precision, &row))))
+        let full_name = self.full_name(name);
+        self.check_shape(&full_name, shape)?;
+        let packed = if let Some(rows) = self.source.rows(&full_name)? {
+            pack(&rows.flattened(), self.precision, &|row| row)
+        } else {
+            let data = self.source.read_f32(&full_name)?;
+            let row = |i: usize, out: &mut [f32]| out.copy_from_slice(&data[i * n_in..(i + 1) * n_in]);
+            PackedWeight::pack(n_out, n_in, self.precision.into(), &row)
+        };
+        Ok(Weight::Packed(Arc::new(packed)))
     }
 
     fn full_name(&self, name: &str) -> String {
         if self.prefix.is_empty() { name.to_owned() } else { format!("{}.{name}", self.prefix) }
     }
 
-    fn read(&self, full_name: &str, shape: &[usize]) -> Result<Vec<f32>> {
+    fn check_shape(&self, full_name: &str, shape: &[usize]) -> Result<()> {
         let Some(found) = self.source.shape(full_name) else {
             return Err(Error::MissingTensor { name: full_name.to_owned() });
         };
@@ -156,6 +192,11 @@ impl<'a> Loader<'a> {
             let (name, expected) = (full_name.to_owned(), shape.to_vec());
             return Err(Error::TensorShape { name, expected, found });
         }
+        Ok(())
+    }
+
+    fn read(&self, full_name: &str, shape: &[usize]) -> Result<Vec<f32>> {
+        self.check_shape(full_name, shape)?;
         self.source.read_f32(full_name)
     }
 }

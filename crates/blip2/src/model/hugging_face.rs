@@ -1,13 +1,14 @@
-//! A BLIP-2 model in a Hugging Face folder, as `Salesforce/blip2-opt-2.7b` or `-flan-t5-xl` are published.
+//! A BLIP-2 model in a Hugging Face folder, as `Salesforce/blip2-opt-2.7b`, `-flan-t5-xl` or `-itm-vit-g` are published.
 //!
 //! Old revisions have no image token and put the queries before the text; new ones have 32 image tokens there, which the
 //! queries replace. Here the queries are rows between words in either case, so both are the same model.
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use serde_json::Value as Json;
 
-use super::config::{ModelConfig, Stage2Config, VisionConfig};
+use super::config::{ModelConfig, Stage1Config, Stage2Config, VisionConfig};
+use super::stage1::{Stage1, Texts};
 use super::stage2::Stage2;
 use super::{Blip2, OpenOptions};
 use crate::config::QFormerConfig;
@@ -15,10 +16,11 @@ use crate::generate::GenerationConfig;
 use crate::image::{Geometry, ImageProcessor};
 use crate::language::LanguageModel;
 use crate::layers::{Loader, TensorSource};
-use crate::qformer::QFormer;
-use crate::text::{LanguageTokenizer, PromptFormat};
+use crate::qformer::{QFormer, TextSide};
+use crate::text::{BertTokenizer, LanguageTokenizer, PromptFormat};
 use crate::vision::VisionEncoder;
 use crate::vision::vit::{AlignCorners, Vit, VitActivation, VitConfig};
+use crate::weights::TensorRows;
 use crate::weights::safetensors::Safetensors;
 use crate::{Error, Result};
 
@@ -38,11 +40,82 @@ pub(super) fn read_config(folder: &Path) -> Result<Option<Json>> {
     }
 }
 
-/// Opens a model for captions and answers (`Blip2ForConditionalGeneration`).
+/// Opens a model of either kind.
 ///
 /// # Errors
 /// When the configuration asks for what is not there, a file is missing, or the tensors are not exactly those of the model.
 pub(super) fn open(folder: &Path, json: &Json, options: &OpenOptions) -> Result<Blip2> {
+    let field = "architectures";
+    match json[field][0].as_str() {
+        // A configuration that was made by hand may not say; captions are what most models are for.
+        None | Some("Blip2ForConditionalGeneration") => open_generation(folder, json, options),
+        Some("Blip2ForImageTextRetrieval") => open_retrieval(folder, json, options),
+        Some(other) => Err(wrong(
+            field,
+            &format!("is `{other}`, expected Blip2ForConditionalGeneration or Blip2ForImageTextRetrieval"),
+        )),
+    }
+}
+
+/// Opens a model for matching and features (`Blip2ForImageTextRetrieval`).
+fn open_retrieval(folder: &Path, json: &Json, options: &OpenOptions) -> Result<Blip2> {
+    let vit = vit_config(&json["vision_config"])?;
+    let mut qformer = qformer_config(json)?;
+    qformer.encoder_hidden_size = vit.hidden_size;
+    let file = Safetensors::open(folder)?;
+    let source = Renamed(&file);
+    let loader = Loader::frozen(&source, options.precision);
+    let encoder = Vit::load(vit.clone(), &loader.at("vision_model"), AlignCorners::No)?;
+    let processor = processor(folder, vit.image_size)?;
+    let bridge = QFormer::load(&qformer, &loader, TextSide::Matching)?;
+    file.ignore(|name| name.ends_with(".position_ids"));
+    file.finish()?;
+
+    let tokenizer = BertTokenizer::from_folder(folder)?;
+    if tokenizer.n_tokens() > qformer.vocab_size {
+        let reason = format!(
+            "has {} tokens with [DEC], the Q-Former knows {}: it belongs to another model",
+            tokenizer.n_tokens(),
+            qformer.vocab_size
+        );
+        return Err(Error::File { path: folder.into(), reason: format!("the vocabulary {reason}") });
+    }
+    let name = folder_name(folder);
+    let is_trained =
+        |name: &&str| !name.starts_with("vision_model.") || name.starts_with("vision_model.post_layernorm.");
+    let shapes = file.names().filter(is_trained).filter_map(|name| file.shape(name).ok());
+    let n_parameters = shapes.map(|shape| shape.iter().product::<usize>()).sum();
+    let stage1 = Stage1Config { weights: file_names(&file), vocabulary: "vocab.txt".into() };
+    let vision = vision(options, encoder, processor, &name, vit.image_size)?;
+    let loaded = options.stage1.then(|| Stage1::new(bridge, tokenizer, Texts::AsGiven, n_parameters));
+    let config =
+        ModelConfig { name, vision: VisionConfig::Vit(vit), qformer, stage1: Some(stage1), stage2: None };
+    Ok(Blip2 { config, vision, stage1: loaded, stage2: None })
+}
+
+fn folder_name(folder: &Path) -> String {
+    folder.file_name().map_or_else(|| "blip-2".into(), |name| name.to_string_lossy().into_owned())
+}
+
+fn file_names(file: &Safetensors) -> Vec<PathBuf> {
+    file.files().iter().filter_map(|file| file.path().file_name().map(Into::into)).collect()
+}
+
+fn vision(
+    options: &OpenOptions,
+    encoder: Vit,
+    processor: ImageProcessor,
+    name: &str,
+    image_size: usize,
+) -> Result<Option<VisionEncoder>> {
+    options
+        .vision
+        .then(|| VisionEncoder::vit(encoder, processor, format!("{name}, {image_size} pixels")))
+        .transpose()
+}
+
+/// Opens a model for captions and answers (`Blip2ForConditionalGeneration`).
+fn open_generation(folder: &Path, json: &Json, options: &OpenOptions) -> Result<Blip2> {
     let vit = vit_config(&json["vision_config"])?;
     let mut qformer = qformer_config(json)?;
     qformer.encoder_hidden_size = vit.hidden_size;
@@ -59,7 +132,7 @@ pub(super) fn open(folder: &Path, json: &Json, options: &OpenOptions) -> Result<
     // Every part is loaded, asked for or not: what is left over then is a mistake.
     let encoder = Vit::load(vit.clone(), &loader.at("vision_model"), AlignCorners::No)?;
     let processor = processor(folder, vit.image_size)?;
-    let bridge = QFormer::load(&qformer, &loader, false)?;
+    let bridge = QFormer::load(&qformer, &loader, TextSide::None)?;
     let mut text = text_config.clone();
     text["model_type"] = family.name().into();
     let language_model = LanguageModel::from_safetensors(&text, &file, "language_model.", options.precision)?;
@@ -78,11 +151,11 @@ pub(super) fn open(folder: &Path, json: &Json, options: &OpenOptions) -> Result<
         );
         return Err(Error::File { path: folder.join("tokenizer.json"), reason });
     }
-    let name = folder.file_name().map_or_else(|| "blip-2".into(), |name| name.to_string_lossy().into_owned());
+    let name = folder_name(folder);
     // The models that were fine-tuned on COCO's captions expect the beginning of one.
     let instruction = if name.contains("coco") { "a photo of" } else { "" };
     let stage2 = Stage2Config {
-        weights: file.files().iter().filter_map(|file| file.path().file_name().map(Into::into)).collect(),
+        weights: file_names(&file),
         language_model: folder.into(),
         language_model_sha256: None,
         prompt: family.question(),
@@ -94,10 +167,7 @@ pub(super) fn open(folder: &Path, json: &Json, options: &OpenOptions) -> Result<
     let n_parameters = bridge.n_query_parameters()
         + qformer.hidden_size * language_model.hidden_size()
         + language_model.hidden_size();
-    let vision = options
-        .vision
-        .then(|| VisionEncoder::vit(encoder, processor, format!("{name}, {} pixels", vit.image_size)))
-        .transpose()?;
+    let vision = vision(options, encoder, processor, &name, vit.image_size)?;
     let loaded = options
         .stage2
         .then(|| Stage2::new(bridge, language_projection, language_model, tokenizer, &stage2, n_parameters))
@@ -153,8 +223,12 @@ struct Renamed<'a>(&'a Safetensors);
 impl Renamed<'_> {
     fn name(name: &str) -> String {
         // LAVIS's `ln_vision` normalises the encoder's output for the Q-Former; Hugging Face made it the encoder's last norm.
-        match name.strip_prefix("vision_layernorm.") {
-            Some(part) => format!("vision_model.post_layernorm.{part}"),
+        if let Some(part) = name.strip_prefix("vision_layernorm.") {
+            return format!("vision_model.post_layernorm.{part}");
+        }
+        // And the text side's embeddings are a module of their own.
+        match name.strip_prefix("qformer.embeddings.") {
+            Some(part) => format!("embeddings.{part}"),
             None => name.to_owned(),
         }
     }
@@ -167,6 +241,10 @@ impl TensorSource for Renamed<'_> {
 
     fn read_f32(&self, name: &str) -> Result<Vec<f32>> {
         self.0.read_f32(&Self::name(name))
+    }
+
+    fn rows(&self, name: &str) -> Result<Option<TensorRows<'_>>> {
+        self.0.rows(&Self::name(name))
     }
 }
 

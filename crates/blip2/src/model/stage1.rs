@@ -6,16 +6,29 @@ use candle_core::{D, Tensor};
 
 use super::{Blip2, ImageFeatures, ModelConfig, Stage1Config, image_keys};
 use crate::layers::{DropoutRng, Loader, Precision};
-use crate::qformer::{QFormer, TextBatch};
+use crate::qformer::{QFormer, TextBatch, TextSide};
 use crate::text::{BertTokenizer, clean_caption};
 use crate::weights::int8::TrainedWeights;
 use crate::{Error, Result};
+
+/// Divides similarities where the checkpoint has lost its learned temperature: the value that training begins with.
+const INITIAL_TEMPERATURE: f32 = 0.07;
 
 #[derive(Debug)]
 pub(super) struct Stage1 {
     qformer: QFormer,
     tokenizer: BertTokenizer,
+    texts: Texts,
     n_parameters: usize,
+}
+
+/// What happens to a text before it is cut into tokens.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Texts {
+    /// Cleaned as the captions of training were ([`clean_caption`]).
+    Cleaned,
+    /// Left as it is, as transformers does.
+    AsGiven,
 }
 
 /// How well a text fits a picture.
@@ -32,7 +45,8 @@ pub struct MatchScore {
 pub struct LabelScore {
     /// The label, as it was given.
     pub label: String,
-    /// Softmax over the labels of the similarities divided by the learned temperature.
+    /// Softmax over the labels of the similarities divided by the learned temperature, or by the 0.07 that training begins
+    /// with where the checkpoint has lost it, as those that were converted to Hugging Face's layout have.
     pub probability: f32,
     /// Cosine of label and picture, the largest over the queries.
     pub itc_similarity: f32,
@@ -47,10 +61,15 @@ impl Stage1 {
     ) -> Result<Self> {
         let paths: Vec<PathBuf> = stage1.weights.iter().map(|file| folder.join(file)).collect();
         let weights = TrainedWeights::open(&paths)?;
-        let qformer = QFormer::load(&config.qformer, &Loader::frozen(&weights, precision), true)?;
+        let loader = Loader::frozen(&weights, precision);
+        let qformer = QFormer::load(&config.qformer, &loader, TextSide::Whole)?;
         weights.finish()?;
         let tokenizer = BertTokenizer::from_vocab(folder.join(&stage1.vocabulary))?;
-        Ok(Self { qformer, tokenizer, n_parameters: weights.n_parameters() })
+        Ok(Self::new(qformer, tokenizer, Texts::Cleaned, weights.n_parameters()))
+    }
+
+    pub(super) fn new(qformer: QFormer, tokenizer: BertTokenizer, texts: Texts, n_parameters: usize) -> Self {
+        Self { qformer, tokenizer, texts, n_parameters }
     }
 
     pub(super) fn n_parameters(&self) -> usize {
@@ -64,12 +83,15 @@ impl Stage1 {
     fn tokenize(&self, texts: &[&str]) -> Result<TextBatch> {
         let limit = self.qformer.config().max_position_embeddings;
         let encode = |text: &&str| {
-            let cleaned = clean_caption(text);
-            if cleaned.is_empty() {
+            let text = match self.texts {
+                Texts::Cleaned => clean_caption(text),
+                Texts::AsGiven => (*text).to_owned(),
+            };
+            if text.trim().is_empty() {
                 return Err(Error::Request("the text to compare with the picture is empty".into()));
             }
             // One more than fits, so that a text that is too long is told from one that just fits.
-            let ids = self.tokenizer.encode(&cleaned, limit + 1)?;
+            let ids = self.tokenizer.encode(&text, limit + 1)?;
             if ids.len() > limit { Err(Error::TextTooLong { n_tokens: ids.len(), limit }) } else { Ok(ids) }
         };
         Ok(TextBatch::new(texts.iter().map(encode).collect::<Result<Vec<_>>>()?))
@@ -180,7 +202,8 @@ impl Blip2 {
         let texts: Vec<String> = labels.iter().map(|label| template.replace("{label}", label)).collect();
         let texts: Vec<&str> = texts.iter().map(String::as_str).collect();
         let similarities = stage1.similarities(features, &stage1.tokenize(&texts)?)?;
-        let temperature = stage1.qformer.temperature()?.to_scalar::<f32>()?;
+        let temperature =
+            stage1.qformer.temperature()?.map_or(Ok(INITIAL_TEMPERATURE), Tensor::to_scalar::<f32>)?;
         let largest = similarities.iter().copied().fold(f32::NEG_INFINITY, f32::max);
         let weight = |similarity: f32| ((similarity - largest) / temperature).exp();
         let sum: f32 = similarities.iter().map(|&similarity| weight(similarity)).sum();

@@ -11,7 +11,7 @@ use crate::generate::{
 };
 use crate::language::LanguageModel;
 use crate::layers::{DropoutRng, Linear, Loader, Precision};
-use crate::qformer::QFormer;
+use crate::qformer::{QFormer, TextSide};
 use crate::text::{LanguageTokenizer, Prompt, PromptFormat, Turn};
 use crate::weights::int8::TrainedWeights;
 use crate::{Error, Result};
@@ -65,7 +65,7 @@ impl Stage2 {
         let paths: Vec<PathBuf> = stage2.weights.iter().map(|file| folder.join(file)).collect();
         let weights = TrainedWeights::open(&paths)?;
         let loader = Loader::frozen(&weights, precision);
-        let qformer = QFormer::load(&config.qformer, &loader, false)?;
+        let qformer = QFormer::load(&config.qformer, &loader, TextSide::None)?;
         let (language_model, tokenizer) = LanguageModel::open(language_model, precision)?;
         let language_projection =
             loader.linear("language_projection", config.qformer.hidden_size, language_model.hidden_size())?;

@@ -41,14 +41,54 @@ impl BertTokenizer {
         })
     }
 
+    /// Reads the vocabulary of a model folder: `vocab.txt`, or the pieces in `tokenizer.json`.
+    ///
+    /// # Errors
+    /// [`Error::File`] when there is neither, or it is not BERT's.
+    pub fn from_folder(folder: impl AsRef<Path>) -> Result<Self> {
+        let [vocab, json] = ["vocab.txt", "tokenizer.json"].map(|name| folder.as_ref().join(name));
+        if vocab.exists() {
+            return Self::from_vocab(vocab);
+        }
+        if !json.exists() {
+            let reason = "this folder has neither vocab.txt nor tokenizer.json, which matching needs".into();
+            return Err(Error::File { path: folder.as_ref().into(), reason });
+        }
+        let refuse = |reason: String| Error::File { path: json.clone(), reason };
+        let bytes = std::fs::read(&json).map_err(|source| Error::Io { path: json.clone(), source })?;
+        let parsed: serde_json::Value =
+            serde_json::from_slice(&bytes).map_err(|error| refuse(error.to_string()))?;
+        let pieces = parsed["model"]["vocab"].as_object().filter(|_| parsed["model"]["type"] == "WordPiece");
+        let pieces = pieces
+            .ok_or_else(|| refuse("is not the tokenizer of a BERT: it has no WordPiece vocabulary".into()))?;
+        let mut by_id = vec![None; pieces.len()];
+        for (piece, id) in pieces {
+            let id = id.as_u64().and_then(|id| by_id.get_mut(usize::try_from(id).ok()?));
+            let place = id.ok_or_else(|| refuse(format!("the id of the piece `{piece}` is out of order")))?;
+            *place = Some(piece.clone());
+        }
+        let pieces = by_id.into_iter().collect::<Option<Vec<_>>>();
+        Self::from_pieces(pieces.ok_or_else(|| refuse("two pieces have one id".into()))?).map_err(|error| {
+            match error {
+                Error::Tokenizer(reason) => refuse(reason),
+                other => other,
+            }
+        })
+    }
+
     /// Reads the contents of a `vocab.txt`.
     ///
     /// # Errors
     /// [`Error::Tokenizer`] when this is not a BERT vocabulary.
     pub fn from_bytes(vocab: &[u8]) -> Result<Self> {
+        let text = std::str::from_utf8(vocab)
+            .map_err(|error| Error::Tokenizer(format!("not a BERT vocabulary: {error}")))?;
+        Self::from_pieces(text.lines().map(String::from).collect())
+    }
+
+    /// From the pieces in the order of their ids.
+    fn from_pieces(pieces: Vec<String>) -> Result<Self> {
         let refuse = |reason: String| Error::Tokenizer(format!("not a BERT vocabulary: {reason}"));
-        let text = std::str::from_utf8(vocab).map_err(|error| refuse(error.to_string()))?;
-        let pieces: Vec<String> = text.lines().map(String::from).collect();
         let mut ids = HashMap::with_capacity(pieces.len());
         for (id, piece) in (0..).zip(&pieces) {
             if let Some(other) = ids.insert(piece.clone(), id) {
@@ -196,6 +236,22 @@ mod tests {
         ] {
             let error = BertTokenizer::from_bytes(vocab).unwrap_err().to_string();
             assert!(error.contains(reason), "expected {reason:?}: {error}");
+        }
+        let folder = tempfile::tempdir().unwrap();
+        let error = BertTokenizer::from_folder(&folder).unwrap_err().to_string();
+        assert!(error.contains("neither vocab.txt nor tokenizer.json"), "{error}");
+        for (json, reason) in [
+            (r#"{"model": {"type": "BPE", "vocab": {}}}"#, "no WordPiece vocabulary"),
+            (r#"{"model": {"type": "WordPiece", "vocab": {"a": 1}}}"#, "out of order"),
+            (r#"{"model": {"type": "WordPiece", "vocab": {"a": 0, "b": 0}}}"#, "one id"),
+            (r#"{"model": {"type": "WordPiece", "vocab": {"a": 0}}}"#, "no line [CLS]"),
+        ] {
+            std::fs::write(folder.path().join("tokenizer.json"), json).unwrap();
+            let error = BertTokenizer::from_folder(&folder).unwrap_err().to_string();
+            assert!(
+                error.contains(reason) && error.contains("tokenizer.json"),
+                "expected {reason:?}: {error}"
+            );
         }
         let error = BertTokenizer::from_vocab("no-such-vocab.txt").unwrap_err().to_string();
         assert!(error.contains("no-such-vocab.txt"), "{error}");

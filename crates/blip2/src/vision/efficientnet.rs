@@ -8,8 +8,7 @@
 
 use blip2_kernels::activation::Activation;
 use blip2_kernels::conv::{ConvDims, depthwise_conv2d, im2col};
-use blip2_kernels::gemm::Precision;
-use blip2_kernels::linear::PackedWeight;
+use blip2_kernels::linear::{Format, PackedWeight};
 use rayon::prelude::*;
 
 use crate::layers::TensorSource;
@@ -304,7 +303,7 @@ impl Weights<'_> {
                 }
             }
         };
-        let weight = PackedWeight::pack(n_out, n_in * window, Precision::F32, &row);
+        let weight = PackedWeight::pack(n_out, n_in * window, Format::F32, &row);
         Ok(Pointwise { weight: weight.into(), bias, activation })
     }
 
@@ -332,7 +331,7 @@ impl Weights<'_> {
         let weight = self.read(&format!("{name}.weight"), &[n_out, n_in])?;
         let bias = self.read(&format!("{name}.bias"), &[n_out])?;
         let row = |output: usize, row: &mut [f32]| row.copy_from_slice(&weight[output * n_in..][..n_in]);
-        let weight = PackedWeight::pack(n_out, n_in, Precision::F32, &row);
+        let weight = PackedWeight::pack(n_out, n_in, Format::F32, &row);
         Ok(Pointwise { weight: weight.into(), bias, activation: Activation::Identity })
     }
 

@@ -200,7 +200,7 @@ impl Gguf {
     pub fn tensor(&self, name: &str) -> Result<TensorRows<'_>> {
         let entry = self.entry(name)?;
         entry.used.store(true, Ordering::Relaxed);
-        TensorRows::new(entry.shape.clone(), entry.encoding, &self.file.bytes()[entry.range.clone()])
+        TensorRows::new(entry.shape.clone(), entry.encoding, &self.file, entry.range.clone())
             .map_err(|reason| refuse(self.file.path(), format!("tensor `{name}` {reason}")))
     }
 

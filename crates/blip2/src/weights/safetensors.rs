@@ -137,7 +137,7 @@ impl Safetensors {
             refuse(format!("holds {} numbers: convert it to F32, F16 or BF16", entry.dtype))
         })?;
         entry.used.store(true, Ordering::Relaxed);
-        TensorRows::new(entry.shape.clone(), encoding, &file.bytes()[entry.range.clone()]).map_err(refuse)
+        TensorRows::new(entry.shape.clone(), encoding, file, entry.range.clone()).map_err(refuse)
     }
 
     /// All its values as f32, in row-major order.
@@ -262,6 +262,10 @@ impl TensorSource for Safetensors {
 
     fn read_f32(&self, name: &str) -> Result<Vec<f32>> {
         Safetensors::read_f32(self, name)
+    }
+
+    fn rows(&self, name: &str) -> Result<Option<TensorRows<'_>>> {
+        self.tensor(name).map(Some)
     }
 }
 
