@@ -51,9 +51,21 @@ pub(crate) struct ModelArgs {
     /// The model's folder; without it the default model.
     #[arg(long, env = "BLIP2_MODEL", value_name = "FOLDER")]
     pub(crate) model: Option<PathBuf>,
+    /// In what to compute: published checkpoints in f32 unless this says otherwise, models packed here in bf16.
+    #[arg(long, value_enum, value_name = "TYPE")]
+    pub(crate) dtype: Option<ComputeArg>,
     /// Print JSON.
     #[arg(long)]
     pub(crate) json: bool,
+}
+
+/// The numbers that are multiplied.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
+pub(crate) enum ComputeArg {
+    /// The tokens of the reference implementations.
+    F32,
+    /// Twice as fast or more; a token may differ where two are nearly as likely.
+    Bf16,
 }
 
 /// How to generate; what is not given is the model's own setting.

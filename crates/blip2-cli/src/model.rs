@@ -9,7 +9,7 @@ use blip2::image::{Limits, Orientation, RgbImage};
 use blip2::layers::Precision;
 use blip2::model::{Blip2, FILE_NAME, ImageFeatures, OpenOptions};
 
-use crate::args::{GenerationArgs, ModelArgs};
+use crate::args::{ComputeArg, GenerationArgs, ModelArgs};
 use crate::frozen;
 
 /// The folder of the default model, in the repository and in an installation.
@@ -39,10 +39,16 @@ pub(crate) fn open(args: &ModelArgs, part: Part) -> anyhow::Result<Blip2> {
             folder
         }
     };
+    let precision = match args.dtype {
+        Some(ComputeArg::F32) => Precision::F32,
+        Some(ComputeArg::Bf16) => Precision::Bf16,
+        None if blip2::model::is_hugging_face(&folder)? => Precision::F32,
+        // Rounding the trained weights and the four-bit language model once more costs nothing measurable.
+        None => Precision::Bf16,
+    };
     let options = OpenOptions {
         frozen: frozen::folders()?,
-        // Rounding the trained weights and the four-bit language model once more costs nothing measurable.
-        precision: Precision::Bf16,
+        precision,
         vision: true,
         stage1: part != Part::Stage2,
         stage2: part != Part::Stage1,

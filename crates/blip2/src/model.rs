@@ -192,6 +192,14 @@ impl Blip2 {
     }
 }
 
+/// Whether a folder holds a BLIP-2 model as Hugging Face publishes them, and not one of this project.
+///
+/// # Errors
+/// When its configuration is missing, is not JSON, or is that of another kind of model.
+pub fn is_hugging_face(folder: impl AsRef<Path>) -> Result<bool> {
+    Ok(hugging_face::read_config(folder.as_ref())?.is_some())
+}
+
 /// The keys and values of some pictures in a Q-Former.
 fn image_keys(qformer: &crate::qformer::QFormer, features: &[&ImageFeatures]) -> Result<ImageKeys> {
     let tokens: Vec<&Tensor> = features.iter().map(|features| &features.tokens).collect();

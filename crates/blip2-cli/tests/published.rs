@@ -1,0 +1,65 @@
+//! A checkpoint in a Hugging Face folder through the command: tiny random ones from the library's golden files.
+
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+use serde_json::Value as Json;
+
+fn golden(name: &str) -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("../blip2/tests/golden").join(name)
+}
+
+fn blip2(arguments: &[&str], model: &str) -> Json {
+    let output = Command::new(env!("CARGO_BIN_EXE_blip2"))
+        .args(arguments)
+        .args(["--json", "--model"])
+        .arg(golden(model))
+        .output()
+        .expect("the command runs");
+    let said = String::from_utf8_lossy(&output.stderr);
+    assert!(output.status.success(), "{said}");
+    serde_json::from_slice(&output.stdout).expect("JSON")
+}
+
+fn expected(model: &str) -> Json {
+    let bytes = std::fs::read(golden(model).join("expected.json")).expect("readable");
+    serde_json::from_slice(&bytes).expect("JSON")
+}
+
+#[test]
+fn a_caption_has_the_tokens_of_transformers() {
+    let picture = golden("blip2.png");
+    let picture = picture.to_str().expect("UTF-8");
+    for model in ["blip2_opt", "blip2_t5"] {
+        let expected = expected(model);
+        let max = expected["max_new_tokens"].to_string();
+        for text in expected["texts"].as_array().expect("texts").iter().filter(|text| text["prompt"] == "") {
+            let beams = text["num_beams"].to_string();
+            let rows = blip2(&["caption", picture, "--beams", &beams, "--max-new-tokens", &max], model);
+            assert_eq!(rows[0]["token_ids"], text["token_ids"], "{model}, {beams} beams");
+            assert_eq!(rows[0]["path"], picture);
+        }
+    }
+}
+
+#[test]
+fn a_match_has_the_scores_of_transformers_and_bf16_is_near_them() {
+    let picture = golden("blip2.png");
+    let picture = picture.to_str().expect("UTF-8");
+    let expected = expected("blip2_itm");
+    let texts: Vec<&Json> = expected["texts"].as_array().expect("texts").iter().collect();
+    let words: Vec<&str> = texts.iter().map(|text| text["text"].as_str().expect("a text")).collect();
+    for (dtype, tolerance) in [("f32", 1e-5), ("bf16", 0.05)] {
+        let rows = blip2(&[&["match", "--dtype", dtype, picture][..], &words].concat(), "blip2_itm");
+        for (row, text) in rows.as_array().expect("rows").iter().zip(&texts) {
+            let number = |value: &Json| value.as_f64().expect("a number");
+            assert!(
+                (number(&row["itc_similarity"]) - number(&text["itc"])).abs() < tolerance,
+                "{row} {text}"
+            );
+            let logits = &text["itm_logits"];
+            let probability = 1.0 / (1.0 + (number(&logits[0]) - number(&logits[1])).exp());
+            assert!((number(&row["itm_probability"]) - probability).abs() < tolerance, "{row} {text}");
+        }
+    }
+}
