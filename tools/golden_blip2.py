@@ -6,7 +6,8 @@
 writes crates/blip2/tests/golden/{blip2_opt,blip2_t5}/: `config.json`, `model.safetensors`, `tokenizer.json`,
 `tokenizer_config.json`, `preprocessor_config.json` as the hub has them, and `expected.json`: the first tokens of the picture,
 the queries as the language model reads them, and the tokens that follow prompts, greedily and with beams; and blip2_itm/, a
-`Blip2ForImageTextRetrieval` with `vocab.txt`: the matching head's logits, the similarities and both features. The picture is
+`Blip2ForImageTextRetrieval` with `vocab.txt`: the matching head's logits, the similarities, both features, and the picture's tokens
+at twice the size. The picture is
 crates/blip2/tests/golden/blip2.png. Random weights, every bias and every query among them.
 """
 
@@ -98,8 +99,8 @@ def picture() -> Image.Image:
     return Image.fromarray(np.uint8(np.stack(channels, -1) * 110 + 128))
 
 
-def pixels(image: Image.Image) -> torch.Tensor:
-    square = np.asarray(image.resize((SIDE, SIDE), Image.BICUBIC), dtype=np.float64) / 255
+def pixels(image: Image.Image, side: int = SIDE) -> torch.Tensor:
+    square = np.asarray(image.resize((side, side), Image.BICUBIC), dtype=np.float64) / 255
     values = (square - np.array(MEAN)) / np.array(STD)
     return torch.from_numpy(values).float().permute(2, 0, 1)[None]
 
@@ -207,7 +208,15 @@ def write_itm(image: Image.Image) -> None:
                 "text": text, "itm_logits": itm.logits_per_image[0].tolist(), "itc": itc.logits_per_image.item(),
                 "text_embeds": itc.text_embeds[0].tolist(),
             })
-    expected = {"image_embeds": itc.image_embeds[0].tolist(), "texts": texts}
+        hidden = []
+        hook = model.vision_model.encoder.layers[-1].register_forward_hook(
+            lambda _, __, out: hidden.append(out[0] if isinstance(out, tuple) else out)
+        )
+        model.vision_model(pixels(image, 2 * SIDE), interpolate_pos_encoding=True)
+        hook.remove()
+    expected = {
+        "image_embeds": itc.image_embeds[0].tolist(), "texts": texts, "twice_the_size": hidden[0].flatten(0, -2).tolist(),
+    }
     (folder / "expected.json").write_text(json.dumps(expected) + "\n")
     print("itm", [text["itm_logits"] for text in texts])
 

@@ -54,6 +54,9 @@ pub(crate) struct ModelArgs {
     /// In what to compute: published checkpoints in f32 unless this says otherwise, models packed here in bf16.
     #[arg(long, value_enum, value_name = "TYPE")]
     pub(crate) dtype: Option<ComputeArg>,
+    /// Let a vision transformer see pictures of this side, in pixels, instead of the one it was trained with.
+    #[arg(long, value_name = "PIXELS")]
+    pub(crate) image_size: Option<usize>,
     /// Print JSON.
     #[arg(long)]
     pub(crate) json: bool,

@@ -49,6 +49,7 @@ pub(crate) fn open(args: &ModelArgs, part: Part) -> anyhow::Result<Blip2> {
     let options = OpenOptions {
         frozen: frozen::folders()?,
         precision,
+        image_size: args.image_size,
         vision: true,
         stage1: part != Part::Stage2,
         stage2: part != Part::Stage1,

@@ -32,6 +32,9 @@ pub struct OpenOptions {
     pub frozen: Vec<PathBuf>,
     /// Precision of the matrix products.
     pub precision: Precision,
+    /// Side in pixels of the pictures that a vision transformer is to see, instead of the one it was trained with: its
+    /// position embeddings are interpolated (transformers' `interpolate_pos_encoding`).
+    pub image_size: Option<usize>,
     /// Whether to load the image encoder; without it the caller brings [`ImageFeatures`].
     pub vision: bool,
     /// Whether to load the stage-1 part, where there is one.
@@ -42,7 +45,14 @@ pub struct OpenOptions {
 
 impl Default for OpenOptions {
     fn default() -> Self {
-        Self { frozen: Vec::new(), precision: Precision::F32, vision: true, stage1: true, stage2: true }
+        Self {
+            frozen: Vec::new(),
+            precision: Precision::F32,
+            image_size: None,
+            vision: true,
+            stage1: true,
+            stage2: true,
+        }
     }
 }
 
@@ -92,6 +102,12 @@ impl Blip2 {
             return hugging_face::open(folder, &json, options);
         }
         let config = ModelConfig::read(folder)?;
+        if options.image_size.is_some() {
+            return Err(Error::Request(format!(
+                "the image encoder of {} sees pictures of one size only: leave the size out",
+                config.name
+            )));
+        }
         let find = |file: &Path| find_frozen(folder, &options.frozen, file);
         let open_vision = || -> Result<VisionEncoder> {
             let VisionConfig::EfficientnetLite0 { file, sha256: expected } = &config.vision else {

@@ -150,6 +150,7 @@ fn conversations_equal_their_questions_asked_alone() {
 
 #[derive(Deserialize)]
 struct ExpectedMatches {
+    twice_the_size: Vec<Vec<f32>>,
     image_embeds: Vec<Vec<f32>>,
     texts: Vec<ExpectedMatch>,
 }
@@ -167,7 +168,7 @@ fn assert_close<'a>(found: impl IntoIterator<Item = &'a f32>, expected: impl Int
     let (found, expected): (Vec<_>, Vec<_>) = (found.into_iter().collect(), expected.into_iter().collect());
     assert_eq!(found.len(), expected.len());
     for (found, expected) in found.into_iter().zip(expected) {
-        assert!((found - expected).abs() < 1e-5, "{found} {expected}");
+        assert!((found - expected).abs() < 1e-5 * expected.abs().max(1.0), "{found} {expected}");
     }
 }
 
@@ -195,6 +196,22 @@ fn matches_and_features_are_those_of_transformers() {
     assert!((labels[0].probability + labels[1].probability - 1.0).abs() < 1e-6);
     let error = model.caption(&[&features], &GenerationConfig::default()).expect_err("refused").to_string();
     assert!(error.contains("stage-2"), "{error}");
+}
+
+#[test]
+fn pictures_of_another_size_are_seen_as_by_transformers() {
+    let open = |image_size| {
+        Blip2::open(
+            golden("blip2_itm"),
+            &OpenOptions { image_size: Some(image_size), ..OpenOptions::default() },
+        )
+    };
+    let text = std::fs::read_to_string(golden("blip2_itm").join("expected.json")).expect("readable");
+    let expected: ExpectedMatches = serde_json::from_str(&text).expect("JSON");
+    let tokens = features(&open(56).expect("a model")).tokens().flatten_all().expect("rows");
+    assert_close(&tokens.to_vec1::<f32>().expect("numbers"), expected.twice_the_size.iter().flatten());
+    let error = open(0).expect_err("refused").to_string();
+    assert!(error.contains("image_size"), "{error}");
 }
 
 /// The tensors of a golden folder stored as `dtype`, and a copy of those values as f32.
@@ -270,6 +287,7 @@ fn what_does_not_fit_is_refused_by_name() {
         (refused(&|c| c["vision_config"]["hidden_act"] = "relu".into()), "vision_config.hidden_act"),
         (refused(&|c| c["vision_config"]["image_size"] = (-3).into()), "vision_config.image_size"),
         (refused(&|c| c["vision_config"]["image_size"] = 42.into()), "preprocessor_config.json"),
+        (refused(&|c| c["vision_config"]["patch_size"] = 7.into()), "position_embedding"),
         (refused(&|c| c["qformer_config"]["hidden_size"] = 33.into()), "qformer.hidden_size"),
         (refused(&|c| c["num_query_tokens"] = 6.into()), "query_tokens"),
         (refused(&|c| c["text_config"]["vocab_size"] = 200.into()), "embed_tokens"),

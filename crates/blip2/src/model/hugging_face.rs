@@ -65,8 +65,8 @@ fn open_retrieval(folder: &Path, json: &Json, options: &OpenOptions) -> Result<B
     let file = Safetensors::open(folder)?;
     let source = Renamed(&file);
     let loader = Loader::frozen(&source, options.precision);
-    let encoder = Vit::load(vit.clone(), &loader.at("vision_model"), AlignCorners::No)?;
-    let processor = processor(folder, vit.image_size)?;
+    let (encoder, processor) = load_vision(folder, vit, &loader, options)?;
+    let vit = encoder.config().clone();
     let bridge = QFormer::load(&qformer, &loader, TextSide::Matching)?;
     file.ignore(|name| name.ends_with(".position_ids"));
     file.finish()?;
@@ -91,6 +91,26 @@ fn open_retrieval(folder: &Path, json: &Json, options: &OpenOptions) -> Result<B
     let config =
         ModelConfig { name, vision: VisionConfig::Vit(vit), qformer, stage1: Some(stage1), stage2: None };
     Ok(Blip2 { config, vision, stage1: loaded, stage2: None })
+}
+
+/// The encoder, for pictures of the configured size or of the one that the caller wants, and how they are prepared.
+fn load_vision(
+    folder: &Path,
+    mut config: VitConfig,
+    loader: &Loader<'_>,
+    options: &OpenOptions,
+) -> Result<(Vit, ImageProcessor)> {
+    let mut processor = processor(folder, config.image_size)?;
+    let loader = loader.at("vision_model");
+    let expected = vec![1, config.n_tokens(), config.hidden_size];
+    if let Some(found) = loader.shape("embeddings.position_embedding").filter(|found| *found != expected) {
+        let name = "vision_model.embeddings.position_embedding".into();
+        return Err(Error::TensorShape { name, expected, found });
+    }
+    if let Some(side) = options.image_size {
+        (config.image_size, processor.image_side) = (side, side);
+    }
+    Ok((Vit::load(config, &loader, AlignCorners::No)?, processor))
 }
 
 fn folder_name(folder: &Path) -> String {
@@ -130,8 +150,8 @@ fn open_generation(folder: &Path, json: &Json, options: &OpenOptions) -> Result<
     let loader = Loader::frozen(&source, options.precision);
 
     // Every part is loaded, asked for or not: what is left over then is a mistake.
-    let encoder = Vit::load(vit.clone(), &loader.at("vision_model"), AlignCorners::No)?;
-    let processor = processor(folder, vit.image_size)?;
+    let (encoder, processor) = load_vision(folder, vit, &loader, options)?;
+    let vit = encoder.config().clone();
     let bridge = QFormer::load(&qformer, &loader, TextSide::None)?;
     let mut text = text_config.clone();
     text["model_type"] = family.name().into();
