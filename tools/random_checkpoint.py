@@ -96,7 +96,8 @@ def main() -> None:
     }
     (args.out / "preprocessor_config.json").write_text(json.dumps(processor, indent=1) + "\n")
     for path in args.tokenizer.iterdir() if args.tokenizer else []:
-        shutil.copy(path, args.out / path.name)
+        if path.name != "config.json":  # that of the language model alone
+            shutil.copy(path, args.out / path.name)
 
     # Tied tensors are one parameter, which the files hold once.
     parameters = [(name, tensor.shape) for name, tensor in model.named_parameters()]
