@@ -178,6 +178,21 @@ WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "a", "cat", "dog", "on", "the", "so
 TEXTS = ["a cat", "two dogs running on the red sofa.", "A Zebra", "the the the cat"]
 
 
+def relevance(model: Blip2ForImageTextRetrieval, given: dict) -> list[float]:
+    """Grad-CAM of the cross-attention for the logarithm of the odds of a match: the mean over layers, heads and queries."""
+    probabilities, hooks = [], []
+    for layer in model.qformer.encoder.layer:
+        if hasattr(layer, "crossattention"):
+            hooks.append(layer.crossattention.attention.register_forward_hook(lambda _, __, out: probabilities.append(out[1])))
+    with torch.enable_grad():
+        logits = model(**given, use_image_text_matching_head=True).logits_per_image[0]
+        gradients = torch.autograd.grad(logits[1] - logits[0], probabilities)
+    for hook in hooks:
+        hook.remove()
+    parts = [(p * g.clamp(min=0))[0].mean((0, 1)) for p, g in zip(probabilities, gradients, strict=True)]
+    return torch.stack(parts).mean(0).tolist()
+
+
 def write_itm(image: Image.Image) -> None:
     qformer = Blip2QFormerConfig(
         hidden_size=32, intermediate_size=48, num_hidden_layers=3, num_attention_heads=4, encoder_hidden_size=24,
@@ -205,6 +220,7 @@ def write_itm(image: Image.Image) -> None:
             itm = model(**given, use_image_text_matching_head=True)
             itc = model(**given, use_image_text_matching_head=False)
             texts.append({
+                "relevance": relevance(model, given),
                 "text": text, "itm_logits": itm.logits_per_image[0].tolist(), "itc": itc.logits_per_image.item(),
                 "text_embeds": itc.text_embeds[0].tolist(),
             })

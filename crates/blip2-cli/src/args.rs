@@ -26,6 +26,8 @@ pub(crate) enum Command {
     Embed(EmbedArgs),
     /// Choose among labels for a picture.
     Classify(ClassifyArgs),
+    /// Show where the model looked, as a heat map over the picture.
+    Explain(ExplainArgs),
     /// Measure a model on a manifest.
     Eval(EvalArgs),
     /// What a model is made of.
@@ -174,6 +176,28 @@ pub(crate) struct EmbedArgs {
     /// Write the rows to this file as a NumPy array instead: a picture's queries, or a text's one, each a row.
     #[arg(long, value_name = "FILE")]
     pub(crate) npy: Option<PathBuf>,
+    #[command(flatten)]
+    pub(crate) model: ModelArgs,
+}
+
+#[derive(Debug, clap::Args)]
+pub(crate) struct ExplainArgs {
+    /// The picture.
+    pub(crate) picture: PathBuf,
+    /// What the picture is matched with; with --caption or --question, what is written about it.
+    pub(crate) text: String,
+    /// Where to write the heat map, as PNG.
+    #[arg(short, long, value_name = "PNG", required_unless_present = "json")]
+    pub(crate) output: Option<PathBuf>,
+    /// Explain the text as a caption that the language model writes, instead of by the matching head.
+    #[arg(long, conflicts_with = "question")]
+    pub(crate) caption: bool,
+    /// Explain the text as the answer to this question.
+    #[arg(long, value_name = "QUESTION")]
+    pub(crate) question: Option<String>,
+    /// Explain this part of the caption or answer only.
+    #[arg(long, value_name = "WORD")]
+    pub(crate) word: Option<String>,
     #[command(flatten)]
     pub(crate) model: ModelArgs,
 }

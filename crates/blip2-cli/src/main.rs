@@ -8,6 +8,7 @@ mod compare;
 mod data;
 mod describe;
 mod eval;
+mod explain;
 mod frozen;
 mod info;
 mod model;
@@ -39,6 +40,7 @@ fn main() -> ExitCode {
         Command::Match(args) => compare::match_texts(&args),
         Command::Embed(args) => compare::embed(&args),
         Command::Classify(args) => compare::classify(&args),
+        Command::Explain(args) => explain::run(&args),
         Command::Eval(args) => eval::run(&args),
         Command::Info(args) => info::run(&args),
         Command::Pack(args) => pack::run(&args),

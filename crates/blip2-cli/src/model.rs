@@ -85,7 +85,7 @@ fn default_model() -> anyhow::Result<PathBuf> {
 ///
 /// # Errors
 /// Says in one line what is wrong with the file.
-fn open_picture(path: &Path) -> anyhow::Result<RgbImage> {
+pub(crate) fn open_picture(path: &Path) -> anyhow::Result<RgbImage> {
     Ok(blip2::image::open(path, &Limits::default(), Orientation::default())?)
 }
 

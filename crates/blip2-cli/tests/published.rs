@@ -63,3 +63,20 @@ fn a_match_has_the_scores_of_transformers_and_bf16_is_near_them() {
         }
     }
 }
+
+#[test]
+fn a_heat_map_is_written_as_a_picture() {
+    let dir = tempfile::tempdir().expect("a folder");
+    let (heat, picture) = (dir.path().join("heat.png"), golden("blip2.png"));
+    let arguments =
+        ["explain", picture.to_str().expect("UTF-8"), "a cat", "-o", heat.to_str().expect("UTF-8")];
+    let row = blip2(&arguments, "blip2_itm");
+    assert_eq!(row["heat"].as_array().map(Vec::len), Some(2));
+    let size = |path: &Path| {
+        let limits = blip2::image::Limits::default();
+        blip2::image::open(path, &limits, blip2::image::Orientation::AsStored)
+            .expect("a picture")
+            .dimensions()
+    };
+    assert_eq!(size(&heat), size(&picture));
+}

@@ -17,3 +17,14 @@ pub use decode::{Limits, Orientation, decode, open};
 pub use error::ImageError;
 pub use processor::{Geometry, ImageProcessor};
 pub use resize::resize_bicubic;
+
+/// The bytes of a PNG file of a picture.
+///
+/// # Panics
+/// When the picture has no pixels.
+pub fn png(picture: &RgbImage) -> Vec<u8> {
+    let mut bytes = Vec::new();
+    let encoder = ::image::codecs::png::PngEncoder::new(&mut bytes);
+    picture.write_with_encoder(encoder).expect("memory takes every picture that has pixels");
+    bytes
+}

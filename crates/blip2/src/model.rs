@@ -5,6 +5,7 @@
 
 mod chat;
 mod config;
+mod explain;
 mod hugging_face;
 mod stage1;
 mod stage2;
@@ -15,6 +16,7 @@ use candle_core::{Device, Tensor};
 
 pub use chat::Chat;
 pub use config::{FILE_NAME, ModelConfig, Stage1Config, Stage2Config, VisionConfig};
+pub use explain::HeatMap;
 pub use stage1::{LabelScore, MatchScore};
 pub use stage2::{Answer, Choice};
 

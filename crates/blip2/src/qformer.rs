@@ -14,16 +14,21 @@
 //! All tensors are packed rows `[N, D]`, see [`crate::layers`]. Tensor names are those of Hugging Face's BLIP-2;
 //! what its conversion drops is kept under `temp` and `cls`.
 
+mod layer;
+mod probe;
+
 use std::ops::Range;
 
 use candle_core::Tensor;
 
 use crate::config::QFormerConfig;
 use crate::layers::{
-    Activation, AttentionShape, DropoutRng, Embedding, LayerNorm, Linear, Loader, Plan, Sequence, Span,
-    activate, attention,
+    Activation, DropoutRng, Embedding, LayerNorm, Linear, Loader, Plan, Sequence, Span, activate,
 };
 use crate::{Error, Result};
+use layer::Layer;
+
+pub use probe::CrossAttentionProbe;
 
 /// Texts as token ids, packed: `ids` of all texts one after the other.
 #[derive(Debug, Clone, Default)]
@@ -135,6 +140,15 @@ struct LanguageHead {
     decoder: Linear,
 }
 
+/// What a pass writes down besides its result.
+#[derive(Default)]
+struct Notes<'a> {
+    /// The keys and values of every self-attention.
+    keys: Option<&'a mut QueryKeys>,
+    /// The cross-attention.
+    probe: Option<&'a mut CrossAttentionProbe>,
+}
+
 /// The rows of one pass: query rows first, then text rows.
 struct Rows {
     hidden: Tensor,
@@ -217,15 +231,32 @@ impl QFormer {
     /// # Errors
     /// Those of the tensor engine.
     pub fn encode_queries(&self, image: &ImageKeys, dropout: &mut DropoutRng) -> Result<(Tensor, QueryKeys)> {
+        let mut keys = QueryKeys::default();
+        let notes = Notes { keys: Some(&mut keys), probe: None };
+        Ok((self.run_queries(image, notes, dropout)?, keys))
+    }
+
+    /// [`Self::encode_queries`] of one picture, `[Q, D]`, with its cross-attention noted in `probe`.
+    ///
+    /// # Errors
+    /// Those of the tensor engine.
+    pub fn encode_queries_probed(
+        &self,
+        image: &ImageKeys,
+        probe: &mut CrossAttentionProbe,
+    ) -> Result<Tensor> {
+        let notes = Notes { keys: None, probe: Some(probe) };
+        self.run_queries(image, notes, &mut DropoutRng::off())
+    }
+
+    fn run_queries(&self, image: &ImageKeys, notes: Notes<'_>, dropout: &mut DropoutRng) -> Result<Tensor> {
         let images: Vec<usize> = (0..image.n_images).collect();
         let rows = Rows {
             hidden: self.embed_queries(images.len(), dropout)?,
             n_query_rows: self.n_queries(images.len()),
         };
         let plan = (0..images.len()).map(|i| full(vec![self.query_span(i)])).collect();
-        let mut keys = QueryKeys::default();
-        let rows = self.run(rows, &plan, Some((image, &images)), None, Some(&mut keys), dropout)?;
-        Ok((rows.hidden, keys))
+        Ok(self.run(rows, &plan, Some((image, &images)), None, notes, dropout)?.hidden)
     }
 
     /// Runs texts alone; row `spans[i].start` of the result is the `[CLS]` feature of text `i`.
@@ -235,7 +266,7 @@ impl QFormer {
     pub fn encode_text(&self, texts: &TextBatch, dropout: &mut DropoutRng) -> Result<Tensor> {
         let rows = Rows { hidden: self.embed_text(texts, dropout)?, n_query_rows: 0 };
         let plan = (0..texts.len()).map(|i| full(vec![span(texts.span(i), 0)])).collect();
-        Ok(self.run(rows, &plan, None, None, None, dropout)?.hidden)
+        Ok(self.run(rows, &plan, None, None, Notes::default(), dropout)?.hidden)
     }
 
     /// Runs queries and text together, fully bidirectional: pair `i` is picture `images[i]` with text `i`.
@@ -251,6 +282,36 @@ impl QFormer {
         texts: &TextBatch,
         dropout: &mut DropoutRng,
     ) -> Result<(Tensor, Tensor)> {
+        let hidden = self.run_pairs(image, images, texts, Notes::default(), dropout)?;
+        let n_query_rows = self.n_queries(images.len());
+        let n_text_rows = hidden.dim(0)? - n_query_rows;
+        Ok((hidden.narrow(0, 0, n_query_rows)?, hidden.narrow(0, n_query_rows, n_text_rows)?))
+    }
+
+    /// The query rows `[Q, D]` of [`Self::encode_pairs`] for one picture and one text, with the cross-attention noted in
+    /// `probe`.
+    ///
+    /// # Errors
+    /// As [`Self::encode_pairs`].
+    pub fn encode_pair_probed(
+        &self,
+        image: &ImageKeys,
+        text: &TextBatch,
+        probe: &mut CrossAttentionProbe,
+    ) -> Result<Tensor> {
+        let notes = Notes { keys: None, probe: Some(probe) };
+        let hidden = self.run_pairs(image, &[0], text, notes, &mut DropoutRng::off())?;
+        Ok(hidden.narrow(0, 0, self.n_queries(1))?)
+    }
+
+    fn run_pairs(
+        &self,
+        image: &ImageKeys,
+        images: &[usize],
+        texts: &TextBatch,
+        notes: Notes<'_>,
+        dropout: &mut DropoutRng,
+    ) -> Result<Tensor> {
         if images.len() != texts.len() {
             return Err(Error::Request(format!("{} pictures for {} texts", images.len(), texts.len())));
         }
@@ -261,9 +322,7 @@ impl QFormer {
             .map(|i| full(vec![self.query_span(i), span(texts.span(i), n_query_rows)]))
             .collect();
         let rows = Rows { hidden, n_query_rows };
-        let hidden = self.run(rows, &plan, Some((image, images)), None, None, dropout)?.hidden;
-        let n_text_rows = hidden.dim(0)? - n_query_rows;
-        Ok((hidden.narrow(0, 0, n_query_rows)?, hidden.narrow(0, n_query_rows, n_text_rows)?))
+        Ok(self.run(rows, &plan, Some((image, images)), None, notes, dropout)?.hidden)
     }
 
     /// Runs texts causally on top of a query pass: each token sees all queries of its picture and the tokens up
@@ -286,7 +345,7 @@ impl QFormer {
             })
             .collect();
         let rows = Rows { hidden: self.embed_text(texts, dropout)?, n_query_rows: 0 };
-        Ok(self.run(rows, &plan, None, Some(queries), None, dropout)?.hidden)
+        Ok(self.run(rows, &plan, None, Some(queries), Notes::default(), dropout)?.hidden)
     }
 
     /// The picture's features in the comparison space, `[B * Q, E]`, each of length 1.
@@ -388,7 +447,7 @@ impl QFormer {
         plan: &Plan,
         image: Option<(&ImageKeys, &[usize])>,
         prefix: Option<&QueryKeys>,
-        mut record: Option<&mut QueryKeys>,
+        mut notes: Notes<'_>,
         dropout: &mut DropoutRng,
     ) -> Result<Rows> {
         let cross_plan: Option<Plan> = image.map(|(keys, images)| {
@@ -403,8 +462,8 @@ impl QFormer {
         for (i, layer) in self.layers.iter().enumerate() {
             let (k, v) =
                 (layer.attention.key.forward(&rows.hidden)?, layer.attention.value.forward(&rows.hidden)?);
-            if let Some(record) = &mut record {
-                record.layers.push((k.clone(), v.clone()));
+            if let Some(keys) = &mut notes.keys {
+                keys.layers.push((k.clone(), v.clone()));
             }
             let (k, v) = match prefix {
                 Some(prefix) => {
@@ -413,12 +472,13 @@ impl QFormer {
                 }
                 None => (k, v),
             };
-            let hidden = layer.attention.forward(&rows.hidden, &k, &v, plan, dropout)?;
+            let hidden = layer.attention.forward(&rows.hidden, &k, &v, plan, None, dropout)?;
             let cross = match (&layer.crossattention, &mut cross_layers, &cross_plan) {
                 (Some(block), Some(keys), Some(plan)) => keys.next().map(|keys| (block, keys, plan)),
                 _ => None,
             };
-            rows.hidden = layer.feed_forward(&hidden, rows.n_query_rows, cross, dropout)?;
+            rows.hidden =
+                layer.feed_forward(&hidden, rows.n_query_rows, cross, notes.probe.as_deref_mut(), dropout)?;
         }
         Ok(rows)
     }
@@ -455,128 +515,6 @@ impl LanguageHead {
             transform_norm: LayerNorm::load(&transform.at("LayerNorm"), width, config.layer_norm_eps)?,
             decoder: Linear::new(tied, Some(cls.tensor("bias", &[vocab])?)),
         })
-    }
-}
-
-#[derive(Debug, Clone)]
-struct Layer {
-    attention: Attention,
-    crossattention: Option<Attention>,
-    query: FeedForward,
-    text: Option<FeedForward>,
-}
-
-impl Layer {
-    fn load(config: &QFormerConfig, loader: &Loader<'_>, layer_idx: usize, with_text: bool) -> Result<Self> {
-        let crosses = layer_idx.is_multiple_of(config.cross_attention_frequency);
-        let cross = || Attention::load(config, &loader.at("crossattention"), config.encoder_hidden_size);
-        Ok(Self {
-            attention: Attention::load(config, &loader.at("attention"), config.hidden_size)?,
-            crossattention: crosses.then(cross).transpose()?,
-            query: FeedForward::load(config, loader, "_query")?,
-            text: with_text.then(|| FeedForward::load(config, loader, "")).transpose()?,
-        })
-    }
-
-    fn feed_forward(
-        &self,
-        hidden: &Tensor,
-        n_query_rows: usize,
-        cross: Option<(&Attention, &(Tensor, Tensor), &Plan)>,
-        dropout: &mut DropoutRng,
-    ) -> Result<Tensor> {
-        let n_text_rows = hidden.dim(0)? - n_query_rows;
-        let queries = if n_query_rows > 0 {
-            let mut queries = hidden.narrow(0, 0, n_query_rows)?;
-            if let Some((block, (k, v), plan)) = cross {
-                queries = block.forward(&queries, k, v, plan, dropout)?;
-            }
-            Some(self.query.forward(&queries, dropout)?)
-        } else {
-            None
-        };
-        if n_text_rows == 0 {
-            return queries.ok_or_else(|| Error::Request("an empty batch".into()));
-        }
-        let Some(text) = &self.text else {
-            return Err(Error::Request("this checkpoint was loaded without the Q-Former's text side".into()));
-        };
-        let text = text.forward(&hidden.narrow(0, n_query_rows, n_text_rows)?, dropout)?;
-        match queries {
-            Some(queries) => Ok(Tensor::cat(&[&queries, &text], 0)?),
-            None => Ok(text),
-        }
-    }
-}
-
-/// Attention with its output projection and post-norm residual; keys and values come from the caller.
-#[derive(Debug, Clone)]
-struct Attention {
-    query: Linear,
-    key: Linear,
-    value: Linear,
-    dense: Linear,
-    layer_norm: LayerNorm,
-    shape: AttentionShape,
-}
-
-impl Attention {
-    fn load(config: &QFormerConfig, loader: &Loader<'_>, key_width: usize) -> Result<Self> {
-        let (width, n_heads) = (config.hidden_size, config.num_attention_heads);
-        let (inner, output) = (loader.at("attention"), loader.at("output"));
-        let head_dim = width / n_heads;
-        Ok(Self {
-            query: inner.linear("query", width, width)?,
-            key: inner.linear("key", key_width, width)?,
-            value: inner.linear("value", key_width, width)?,
-            dense: output.linear("dense", width, width)?,
-            layer_norm: LayerNorm::load(&output.at("LayerNorm"), width, config.layer_norm_eps)?,
-            shape: AttentionShape {
-                n_heads,
-                n_kv_heads: n_heads,
-                head_dim,
-                scale: (head_dim as f32).sqrt().recip(),
-            },
-        })
-    }
-
-    fn forward(
-        &self,
-        x: &Tensor,
-        k: &Tensor,
-        v: &Tensor,
-        plan: &Plan,
-        dropout: &mut DropoutRng,
-    ) -> Result<Tensor> {
-        let q = self.query.forward(x)?;
-        let context = attention(&q, k, v, plan, self.shape, dropout.draw())?;
-        let out = dropout.apply(&self.dense.forward(&context)?)?;
-        Ok(self.layer_norm.forward_residual(&out, x)?)
-    }
-}
-
-#[derive(Debug, Clone)]
-struct FeedForward {
-    intermediate: Linear,
-    output: Linear,
-    layer_norm: LayerNorm,
-}
-
-impl FeedForward {
-    fn load(config: &QFormerConfig, loader: &Loader<'_>, suffix: &str) -> Result<Self> {
-        let (width, inner) = (config.hidden_size, config.intermediate_size);
-        let output = loader.at(format!("output{suffix}"));
-        Ok(Self {
-            intermediate: loader.at(format!("intermediate{suffix}")).linear("dense", width, inner)?,
-            output: output.linear("dense", inner, width)?,
-            layer_norm: LayerNorm::load(&output.at("LayerNorm"), width, config.layer_norm_eps)?,
-        })
-    }
-
-    fn forward(&self, x: &Tensor, dropout: &mut DropoutRng) -> Result<Tensor> {
-        let inner = activate(&self.intermediate.forward(x)?, Activation::GeluErf)?;
-        let out = dropout.apply(&self.output.forward(&inner)?)?;
-        Ok(self.layer_norm.forward_residual(&out, x)?)
     }
 }
 

@@ -161,6 +161,7 @@ struct ExpectedMatch {
     itm_logits: [f32; 2],
     itc: f32,
     text_embeds: Vec<f32>,
+    relevance: Vec<f32>,
 }
 
 #[track_caller]
@@ -212,6 +213,44 @@ fn pictures_of_another_size_are_seen_as_by_transformers() {
     assert_close(&tokens.to_vec1::<f32>().expect("numbers"), expected.twice_the_size.iter().flatten());
     let error = open(0).expect_err("refused").to_string();
     assert!(error.contains("image_size"), "{error}");
+}
+
+/// Grad-CAM over the picture's patches; the golden's first token is the class token.
+#[test]
+fn a_heat_map_is_the_weighted_attention_of_transformers() {
+    let model = Blip2::open(golden("blip2_itm"), &OpenOptions::default()).expect("a model");
+    let text = std::fs::read_to_string(golden("blip2_itm").join("expected.json")).expect("readable");
+    let expected: ExpectedMatches = serde_json::from_str(&text).expect("JSON");
+    let features = features(&model);
+    for text in &expected.texts {
+        let map = model.explain_match(&features, &text.text).expect("a map");
+        let largest = text.relevance[1..].iter().copied().fold(0.0, f32::max);
+        let scaled: Vec<f32> = text.relevance[1..].iter().map(|x| x / largest).collect();
+        assert_eq!(map.side, 2);
+        for (found, expected) in map.values.iter().zip(&scaled) {
+            assert!((found - expected).abs() < 1e-3, "{}: {:?} {scaled:?}", text.text, map.values);
+        }
+    }
+}
+
+#[test]
+fn words_of_an_answer_have_maps_of_their_own() {
+    let model = Blip2::open(golden("blip2_opt"), &OpenOptions::default()).expect("a model");
+    let features = features(&model);
+    let map =
+        |word| model.explain_answer(&features, Some("what is this?"), "a red cat", word).expect("a map");
+    let (whole, red, cat) = (map(None), map(Some("red")), map(Some("CAT")));
+    for map in [&whole, &red, &cat] {
+        assert_eq!(map.values.iter().copied().fold(0.0, f32::max), 1.0, "{map:?}");
+    }
+    assert!(red != cat && whole != red);
+    let caption = model.explain_answer(&features, None, "a red cat", None).expect("a map");
+    assert_ne!(caption, whole);
+    let error = model.explain_answer(&features, None, "a red cat", Some("dog")).expect_err("refused");
+    assert!(error.to_string().contains("dog"), "{error}");
+    let t5 = Blip2::open(golden("blip2_t5"), &OpenOptions::default()).expect("a model");
+    let error = t5.explain_answer(&self::features(&t5), None, "a", None).expect_err("refused").to_string();
+    assert!(error.contains("encoder-decoder"), "{error}");
 }
 
 /// The tensors of a golden folder stored as `dtype`, and a copy of those values as f32.

@@ -80,7 +80,7 @@ impl Stage1 {
         &self.qformer
     }
 
-    fn tokenize(&self, texts: &[&str]) -> Result<TextBatch> {
+    pub(super) fn tokenize(&self, texts: &[&str]) -> Result<TextBatch> {
         let limit = self.qformer.config().max_position_embeddings;
         let encode = |text: &&str| {
             let text = match self.texts {

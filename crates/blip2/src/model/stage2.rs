@@ -100,6 +100,20 @@ impl Stage2 {
         self.n_parameters
     }
 
+    pub(super) fn qformer(&self) -> &QFormer {
+        &self.qformer
+    }
+
+    /// How a question is put.
+    pub(super) fn prompt(&self) -> &PromptFormat {
+        &self.prompt
+    }
+
+    /// How a caption is asked for.
+    pub(super) fn caption_prompt(&self) -> &PromptFormat {
+        &self.caption_prompt
+    }
+
     pub(super) fn language_model(&self) -> &LanguageModel {
         &self.language_model
     }
@@ -116,9 +130,14 @@ impl Stage2 {
     pub(super) fn soft_tokens(&self, features: &[&ImageFeatures]) -> Result<Vec<Tensor>> {
         let keys = image_keys(&self.qformer, features)?;
         let (queries, _) = self.qformer.encode_queries(&keys, &mut DropoutRng::off())?;
-        let rows = self.language_projection.forward(&queries)?;
+        let rows = self.project(&queries)?;
         let n = self.n_queries();
         (0..features.len()).map(|i| Ok(rows.narrow(0, i * n, n)?)).collect()
+    }
+
+    /// Query outputs as the language model reads them.
+    pub(super) fn project(&self, queries: &Tensor) -> Result<Tensor> {
+        Ok(self.language_projection.forward(queries)?)
     }
 
     /// A prompt that waits for the answer to the last of `turns`, leaving `room` tokens for it.
@@ -129,7 +148,7 @@ impl Stage2 {
         self.render_as(&self.prompt, turns, room)
     }
 
-    fn render_as(&self, format: &PromptFormat, turns: &[Turn], room: usize) -> Result<Prompt> {
+    pub(super) fn render_as(&self, format: &PromptFormat, turns: &[Turn], room: usize) -> Result<Prompt> {
         let limit = self.language_model.context_len().saturating_sub(room);
         format.render_within(&self.tokenizer, turns, Some(self.n_queries()), limit)
     }
