@@ -1,11 +1,13 @@
 //! Weight files: memory-mapped readers that hand out rows as f32, and the atomic writer.
 //!
 //! Flow: file → [`Safetensors`](safetensors::Safetensors) or [`Gguf`](gguf::Gguf) → [`TensorRows`] →
-//! packed weights of a layer; PyTorch's own files through [`torch_pickle`]. Nothing here knows a model: names, shapes and bytes only. Every reader treats the file
+//! packed weights of a layer; PyTorch's own files through [`torch_pickle`]; a [`Checkpoint`] is either, to be carried into
+//! another file. Nothing here knows a model: names, shapes and bytes only. Every reader treats the file
 //! as hostile (sizes are checked before memory is spent) and remembers which tensors were asked for, so that a
 //! checkpoint of another model is noticed instead of half used.
 
 use std::{
+    borrow::Cow,
     fmt::Write as _,
     fs::{self, File},
     io::{self, BufWriter},
@@ -22,12 +24,14 @@ use sha2::{Digest, Sha256};
 use crate::{Error, Result};
 
 mod blocks;
+mod checkpoint;
 pub mod gguf;
 pub mod int8;
 pub mod safetensors;
 pub mod torch_pickle;
 
 pub use blocks::Encoding;
+pub use checkpoint::Checkpoint;
 
 /// A read-only view of a whole file, shared by the readers that hand out parts of it.
 #[derive(Debug, Clone)]
@@ -196,6 +200,17 @@ impl<'a> TensorRows<'a> {
     }
 }
 
+/// A tensor as a file holds it, to be carried into another file without a change.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct StoredTensor<'a> {
+    /// Its shape, slowest dimension first.
+    pub shape: Vec<usize>,
+    /// How its elements are stored.
+    pub encoding: Encoding,
+    /// The elements, the last dimension fastest.
+    pub bytes: Cow<'a, [u8]>,
+}
+
 /// Writes a file so that its readers see all of it or the one that was there before, also after a power cut.
 ///
 /// `write` fills a new file beside `path`; that is flushed to the disk, renamed over `path`, and the folder is flushed
@@ -291,12 +306,12 @@ fn recognise(bytes: &[u8]) -> Option<&'static str> {
     } else if is_header {
         "this looks like a safetensors file"
     } else if start.starts_with(b"PK\x03\x04") {
-        "this is a zip archive (a PyTorch checkpoint or a wheel): convert the checkpoint to safetensors, or unpack the wheel"
+        "this is a zip archive (a PyTorch checkpoint or a wheel): `blip2 convert` makes safetensors of a checkpoint; unpack a wheel"
     } else if start.starts_with(b"\x80\x02")
         || start.starts_with(b"\x80\x03")
         || start.starts_with(b"\x80\x04")
     {
-        "this is a Python pickle (a PyTorch checkpoint): convert it to safetensors"
+        "this is a Python pickle (a PyTorch checkpoint): `blip2 convert` makes safetensors of it"
     } else if start.starts_with(b"\x1f\x8b") {
         "this is gzip-compressed: unpack it first"
     } else if is_json {

@@ -2,17 +2,19 @@
 
 use std::{
     collections::BTreeMap,
-    io::{self, Write},
     path::{Path, PathBuf},
     sync::atomic::{AtomicBool, Ordering},
 };
 
-use half::{bf16, f16};
 use safetensors::{Dtype, SafeTensorError, SafeTensors};
 
-use super::{Encoding, MappedFile, TensorRows, recognise, refuse, write_atomically};
+use super::{Encoding, MappedFile, TensorRows, recognise, refuse};
 use crate::layers::TensorSource;
 use crate::{Error, Result};
+
+mod write;
+
+pub use write::{NamedTensor, TensorAbout, Values, stream_safetensors, write_safetensors};
 
 /// Tensors kept in one or several safetensors files, memory-mapped.
 ///
@@ -207,14 +209,14 @@ fn encoding(dtype: Dtype) -> Option<Encoding> {
 }
 
 /// The shard files that a Hugging Face index lists, each beside the index.
-fn shards(index: &Path) -> Result<Vec<PathBuf>> {
+pub(super) fn shards(index: &Path) -> Result<Vec<PathBuf>> {
     #[derive(serde::Deserialize)]
     struct Index {
         weight_map: BTreeMap<String, String>,
     }
     let file = MappedFile::open(index)?;
     let parsed: Index = serde_json::from_slice(file.bytes())
-        .map_err(|error| refuse(index, format!("this is not an index of safetensors shards: {error}")))?;
+        .map_err(|error| refuse(index, format!("this is not an index of shards: {error}")))?;
     let mut names: Vec<_> = parsed.weight_map.into_values().collect();
     names.sort();
     names.dedup();
@@ -270,139 +272,6 @@ impl TensorSource for Safetensors {
     fn rows(&self, name: &str) -> Result<Option<TensorRows<'_>>> {
         self.tensor(name).map(Some)
     }
-}
-
-/// A tensor to be stored.
-#[derive(Debug, Clone)]
-pub struct NamedTensor<'a> {
-    /// Its name in the file.
-    pub name: String,
-    /// Its shape, slowest dimension first.
-    pub shape: Vec<usize>,
-    /// Its values, in row-major order.
-    pub values: Values<'a>,
-}
-
-/// The values of a tensor to be stored, in the type in which they are stored.
-#[derive(Debug, Clone, Copy)]
-#[allow(missing_docs)] // the names are the format's own
-pub enum Values<'a> {
-    F32(&'a [f32]),
-    /// f32 values that are rounded to f16 on the way to the disk.
-    F32AsF16(&'a [f32]),
-    F16(&'a [f16]),
-    Bf16(&'a [bf16]),
-    I8(&'a [i8]),
-    U8(&'a [u8]),
-    U32(&'a [u32]),
-    I64(&'a [i64]),
-    U64(&'a [u64]),
-}
-
-impl Values<'_> {
-    fn len(&self) -> usize {
-        match self {
-            Self::F32(v) | Self::F32AsF16(v) => v.len(),
-            Self::F16(v) => v.len(),
-            Self::Bf16(v) => v.len(),
-            Self::I8(v) => v.len(),
-            Self::U8(v) => v.len(),
-            Self::U32(v) => v.len(),
-            Self::I64(v) => v.len(),
-            Self::U64(v) => v.len(),
-        }
-    }
-
-    fn dtype(&self) -> Dtype {
-        match self {
-            Self::F32(_) => Dtype::F32,
-            Self::F32AsF16(_) | Self::F16(_) => Dtype::F16,
-            Self::Bf16(_) => Dtype::BF16,
-            Self::I8(_) => Dtype::I8,
-            Self::U8(_) => Dtype::U8,
-            Self::U32(_) => Dtype::U32,
-            Self::I64(_) => Dtype::I64,
-            Self::U64(_) => Dtype::U64,
-        }
-    }
-
-    fn n_bytes(&self) -> usize {
-        self.len() * self.dtype().bitsize() / 8
-    }
-
-    fn write(&self, file: &mut impl Write) -> io::Result<()> {
-        match *self {
-            Self::F32(v) => write_each(file, v, |x| x.to_le_bytes()),
-            Self::F32AsF16(v) => write_each(file, v, |x| f16::from_f32(x).to_le_bytes()),
-            Self::F16(v) => write_each(file, v, |x| x.to_le_bytes()),
-            Self::Bf16(v) => write_each(file, v, |x| x.to_le_bytes()),
-            Self::I8(v) => write_each(file, v, |x| x.to_le_bytes()),
-            Self::U8(v) => file.write_all(v),
-            Self::U32(v) => write_each(file, v, |x| x.to_le_bytes()),
-            Self::I64(v) => write_each(file, v, |x| x.to_le_bytes()),
-            Self::U64(v) => write_each(file, v, |x| x.to_le_bytes()),
-        }
-    }
-}
-
-/// Writes through a small buffer: a checkpoint is never held in memory a second time.
-fn write_each<T: Copy, const N: usize>(
-    file: &mut impl Write,
-    values: &[T],
-    bytes_of: impl Fn(T) -> [u8; N],
-) -> io::Result<()> {
-    let mut buffer = Vec::with_capacity(4096 * N);
-    for chunk in values.chunks(4096) {
-        buffer.clear();
-        buffer.extend(chunk.iter().flat_map(|&value| bytes_of(value)));
-        file.write_all(&buffer)?;
-    }
-    Ok(())
-}
-
-/// Writes tensors to a safetensors file, atomically (see [`write_atomically`]).
-///
-/// The bytes depend on nothing but the arguments: tensors are laid out by falling alignment and then by name, the
-/// metadata is sorted.
-///
-/// # Errors
-/// [`Error::Io`] that names the file.
-///
-/// # Panics
-/// When a shape does not fit its values or two tensors have one name.
-pub fn write_safetensors(
-    path: impl AsRef<Path>,
-    tensors: &[NamedTensor<'_>],
-    metadata: &BTreeMap<String, String>,
-) -> Result<()> {
-    let mut tensors: Vec<_> = tensors.iter().collect();
-    tensors.sort_by(|a, b| b.values.dtype().cmp(&a.values.dtype()).then_with(|| a.name.cmp(&b.name)));
-    let mut header = serde_json::Map::new();
-    if !metadata.is_empty() {
-        header.insert("__metadata__".into(), serde_json::json!(metadata));
-    }
-    let mut end = 0;
-    for tensor in &tensors {
-        let n_values: usize = tensor.shape.iter().product();
-        assert_eq!(n_values, tensor.values.len(), "shape {:?} of `{}`", tensor.shape, tensor.name);
-        let start = end;
-        end += tensor.values.n_bytes();
-        let info = serde_json::json!({
-            "dtype": tensor.values.dtype(), "shape": tensor.shape, "data_offsets": [start, end],
-        });
-        assert!(
-            header.insert(tensor.name.clone(), info).is_none(),
-            "two tensors are named `{}`",
-            tensor.name
-        );
-    }
-    let mut header = serde_json::Value::Object(header).to_string().into_bytes();
-    header.resize(header.len().next_multiple_of(8), b' '); // so that the data starts aligned
-    write_atomically(path, |file| {
-        file.write_all(&(header.len() as u64).to_le_bytes())?;
-        file.write_all(&header)?;
-        tensors.iter().try_for_each(|tensor| tensor.values.write(file))
-    })
 }
 
 #[cfg(test)]

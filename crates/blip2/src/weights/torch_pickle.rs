@@ -1,13 +1,15 @@
-//! Reader of PyTorch checkpoints (`.pth`, `.pt`) that executes nothing.
+//! PyTorch checkpoints (`.pth`, `.pt`, `.bin`): a reader that executes nothing, and a writer.
 //!
 //! Such a file is a Python pickle with tensors beside it, and unpickling it with Python runs whatever code it names.
 //! Here the pickle is interpreted by a machine that knows only what describes tensors (`machine`) and refuses the
 //! rest by name. Opening reads the description and checks every size; values are copied out one tensor at a time, with
 //! their strides: some files (EfficientNet's among them) store convolution weights in permuted order.
 //!
-//! Read is the legacy container, made of consecutive pickles and storages (`torch.save` before 1.6).
+//! Both containers are read: the zip archive that `torch.save` writes since 1.6 (`zip`), and the one before it, made of
+//! consecutive pickles and storages.
 
 use std::{
+    borrow::Cow,
     collections::{BTreeMap, HashMap},
     ops::Range,
     path::Path,
@@ -16,11 +18,15 @@ use std::{
 use half::{bf16, f16};
 
 use self::machine::{Cursor, Object, Pickle, StorageKind, StorageRef, TensorView, Value};
-use super::MappedFile;
+use super::{Encoding, MappedFile, StoredTensor};
 use crate::layers::TensorSource;
 use crate::{Error, Result};
 
 mod machine;
+mod write;
+mod zip;
+
+pub use write::write_torch;
 
 /// The number that the first pickle of a legacy file holds.
 const MAGIC: i128 = 0x1950_a86a_20f9_469c_fc6c;
@@ -34,12 +40,12 @@ const MAX_TENSORS: usize = 100_000;
 /// An opened PyTorch checkpoint: names, shapes, and values on request.
 pub struct TorchCheckpoint {
     file: MappedFile,
-    tensors: BTreeMap<String, StoredTensor>,
+    tensors: BTreeMap<String, View>,
 }
 
 /// Where a tensor's elements are; checked against the file when it was opened.
 #[derive(Debug, Clone, PartialEq, Eq)]
-struct StoredTensor {
+struct View {
     kind: StorageKind,
     /// The storage's bytes in the file.
     storage: Range<usize>,
@@ -118,11 +124,39 @@ impl TorchCheckpoint {
         }
     }
 
-    fn tensor(&self, name: &str) -> Result<&StoredTensor> {
+    /// How a tensor's elements are stored.
+    ///
+    /// # Errors
+    /// [`Error::MissingTensor`].
+    pub fn encoding(&self, name: &str) -> Result<Encoding> {
+        Ok(encoding(self.tensor(name)?.kind))
+    }
+
+    /// A tensor as it is stored, whatever it holds. Its bytes are the file's own where they lie there in order.
+    ///
+    /// # Errors
+    /// [`Error::MissingTensor`].
+    pub fn stored(&self, name: &str) -> Result<StoredTensor<'_>> {
+        let view = self.tensor(name)?;
+        let bytes = match view.in_order() {
+            Some(range) => Cow::Borrowed(&self.bytes()[range]),
+            None => Cow::Owned(view.gather_bytes(self.bytes())),
+        };
+        Ok(StoredTensor { shape: view.shape.clone(), encoding: encoding(view.kind), bytes })
+    }
+
+    /// Lets go of the memory behind a tensor; reading it again fetches it from the file again.
+    pub(super) fn release(&self, name: &str) {
+        if let Some(view) = self.tensors.get(name) {
+            self.file.release(&self.bytes()[view.storage.clone()]);
+        }
+    }
+
+    fn tensor(&self, name: &str) -> Result<&View> {
         self.tensors.get(name).ok_or_else(|| Error::MissingTensor { name: name.into() })
     }
 
-    fn tensor_of_shape(&self, name: &str, expected: &[usize]) -> Result<&StoredTensor> {
+    fn tensor_of_shape(&self, name: &str, expected: &[usize]) -> Result<&View> {
         let tensor = self.tensor(name)?;
         if tensor.shape != expected {
             return Err(Error::TensorShape {
@@ -163,7 +197,45 @@ impl std::fmt::Debug for TorchCheckpoint {
     }
 }
 
-impl StoredTensor {
+fn encoding(kind: StorageKind) -> Encoding {
+    match kind {
+        StorageKind::F64 => Encoding::F64,
+        StorageKind::F32 => Encoding::F32,
+        StorageKind::F16 => Encoding::F16,
+        StorageKind::Bf16 => Encoding::Bf16,
+        StorageKind::I64 => Encoding::I64,
+        StorageKind::I32 => Encoding::I32,
+        StorageKind::I16 => Encoding::I16,
+        StorageKind::I8 => Encoding::I8,
+        StorageKind::U8 => Encoding::U8,
+        StorageKind::Bool => Encoding::Bool,
+    }
+}
+
+impl View {
+    /// The bytes in the file, if the elements lie there in order of the shape.
+    fn in_order(&self) -> Option<Range<usize>> {
+        let mut n_elements = 1;
+        for (&extent, &stride) in self.shape.iter().zip(&self.strides).rev() {
+            if extent > 1 && stride != n_elements {
+                return None;
+            }
+            n_elements *= extent;
+        }
+        let size = self.kind.size();
+        let start = self.storage.start + self.offset * size;
+        Some(start..start + n_elements * size)
+    }
+
+    fn gather_bytes(&self, file: &[u8]) -> Vec<u8> {
+        match self.kind.size() {
+            8 => self.gather(file, |bytes: [u8; 8]| bytes).into_flattened(),
+            4 => self.gather(file, |bytes: [u8; 4]| bytes).into_flattened(),
+            2 => self.gather(file, |bytes: [u8; 2]| bytes).into_flattened(),
+            _ => self.gather(file, |[byte]| byte),
+        }
+    }
+
     /// Copies the elements in order of the shape, wherever the strides have put them.
     fn gather<T, const N: usize>(&self, file: &[u8], decode: impl Fn([u8; N]) -> T) -> Vec<T> {
         let (elements, _) = file[self.storage.clone()].as_chunks::<N>();
@@ -189,17 +261,20 @@ impl StoredTensor {
 }
 
 /// Finds the tensors of a checkpoint. The error is the reason alone; the caller knows the file.
-fn index(bytes: &[u8]) -> std::result::Result<BTreeMap<String, StoredTensor>, String> {
-    if !bytes.starts_with(b"\x80") {
+fn index(bytes: &[u8]) -> std::result::Result<BTreeMap<String, View>, String> {
+    if bytes.starts_with(b"PK") {
+        zip::index(bytes)
+    } else if bytes.starts_with(b"\x80") {
+        index_legacy(bytes)
+    } else {
         let found = super::recognise(bytes).unwrap_or("give the .pth file itself");
-        return Err(format!("this is not a PyTorch checkpoint of the legacy kind: {found}"));
+        Err(format!("this is not a PyTorch checkpoint: {found}"))
     }
-    index_legacy(bytes)
 }
 
 /// The legacy container: pickles of a magic number, a version, facts about the writer's machine, the object, and the
 /// storages' keys; then each storage, its number of elements (8 bytes) first.
-fn index_legacy(bytes: &[u8]) -> std::result::Result<BTreeMap<String, StoredTensor>, String> {
+fn index_legacy(bytes: &[u8]) -> std::result::Result<BTreeMap<String, View>, String> {
     let magic = machine::read(bytes, 0)?;
     if magic.root != Value::Int(MAGIC) {
         return Err("this is a Python pickle, but not a PyTorch checkpoint: refused".into());
@@ -217,13 +292,7 @@ fn index_legacy(bytes: &[u8]) -> std::result::Result<BTreeMap<String, StoredTens
     let checkpoint = machine::read(bytes, machine_facts.end)?;
     let keys = machine::read(bytes, checkpoint.end)?;
 
-    let mut stored: HashMap<&str, StorageRef<'_>> = HashMap::new();
-    for object in &checkpoint.objects {
-        let Object::Storage(storage) = object else { continue };
-        if stored.insert(storage.key, *storage).is_some_and(|before| before != *storage) {
-            return Err("it describes the same storage in two ways: the file is damaged".into());
-        }
-    }
+    let stored = storages(&checkpoint)?;
     let mut places = HashMap::new();
     let mut cursor = Cursor { bytes, at: keys.end };
     for key in list_of_texts(&keys).ok_or("its list of storages is damaged")? {
@@ -236,14 +305,24 @@ fn index_legacy(bytes: &[u8]) -> std::result::Result<BTreeMap<String, StoredTens
             ));
         }
         let start = cursor.at;
-        cursor.take(
-            storage.n_elements.checked_mul(storage.kind.size()).ok_or("a storage is larger than memory")?,
-        )?;
+        cursor.take(storage.n_bytes()?)?;
         if places.insert(key, start..cursor.at).is_some() {
             return Err("it holds the same storage twice: the file is damaged".into());
         }
     }
     named_tensors(&checkpoint, &places)
+}
+
+/// The storages that a checkpoint's tensors are views of, by key.
+fn storages<'a>(checkpoint: &Pickle<'a>) -> std::result::Result<HashMap<&'a str, StorageRef<'a>>, String> {
+    let mut stored: HashMap<&str, StorageRef<'_>> = HashMap::new();
+    for object in &checkpoint.objects {
+        let Object::Storage(storage) = object else { continue };
+        if stored.insert(storage.key, *storage).is_some_and(|before| before != *storage) {
+            return Err("it describes the same storage in two ways: the file is damaged".into());
+        }
+    }
+    Ok(stored)
 }
 
 /// Whether the pickled facts about the writer's machine say `little_endian`.
@@ -267,7 +346,7 @@ fn list_of_texts<'a>(pickle: &Pickle<'a>) -> Option<Vec<&'a str>> {
 fn named_tensors(
     pickle: &Pickle<'_>,
     places: &HashMap<&str, Range<usize>>,
-) -> std::result::Result<BTreeMap<String, StoredTensor>, String> {
+) -> std::result::Result<BTreeMap<String, View>, String> {
     let mut found = BTreeMap::new();
     let mut to_visit = vec![(String::new(), 0, pickle.root)];
     let mut n_visits = 0;
@@ -275,7 +354,7 @@ fn named_tensors(
         let Value::Object(object) = value else { continue };
         match &pickle.objects[object] {
             Object::Tensor(view) => {
-                let tensor = stored_tensor(view, places)?;
+                let tensor = checked_view(view, places)?;
                 if found.insert(name, tensor).is_some() {
                     return Err("it names a tensor twice: the file is damaged".into());
                 }
@@ -305,16 +384,16 @@ fn named_tensors(
     Ok(found)
 }
 
-fn stored_tensor(
+fn checked_view(
     view: &TensorView<'_>,
     places: &HashMap<&str, Range<usize>>,
-) -> std::result::Result<StoredTensor, String> {
+) -> std::result::Result<View, String> {
     let storage =
         places.get(view.storage.key).ok_or("a tensor's values are not in the file: fetch it again")?;
     // Along an axis of one element nothing is ever stepped, so its stride says nothing (and may be any number).
     let strides =
         view.shape.iter().zip(&view.strides).map(|(&extent, &stride)| if extent > 1 { stride } else { 0 });
-    Ok(StoredTensor {
+    Ok(View {
         kind: view.storage.kind,
         storage: storage.clone(),
         offset: view.offset,

@@ -1,5 +1,7 @@
 use std::fs;
 
+use half::f16;
+
 use super::*;
 
 fn sample(n_rows: usize) -> (Vec<f32>, Vec<f16>, Vec<i8>) {
@@ -68,6 +70,25 @@ fn unused_missing_and_misshapen_tensors_are_named() {
     let Err(Error::UnusedTensors { names }) = file.finish() else { panic!("nothing was missed") };
     assert_eq!(names, ["bytes", "halves", "rounded"]);
     assert!(matches!(file.read_f32("absent"), Err(Error::MissingTensor { name }) if name == "absent"));
+}
+
+#[test]
+fn a_stream_of_another_length_leaves_nothing() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("a.safetensors");
+    let about = |name: &str| TensorAbout { name: name.into(), shape: vec![2], encoding: Encoding::Bf16 };
+    let tensors = [about("b"), about("a")];
+    stream_safetensors(&path, &tensors, &BTreeMap::new(), |i, file| file.write_all(&[i as u8; 4])).unwrap();
+    let file = Safetensors::open(&path).unwrap();
+    assert_eq!(file.tensor("a").unwrap().bytes(), [1; 4]);
+    assert_eq!(file.tensor("b").unwrap().bytes(), [0; 4]);
+    for n_bytes in [3, 5] {
+        let other = folder.path().join("other.safetensors");
+        let write = |_: usize, file: &mut dyn std::io::Write| file.write_all(&[0; 5][..n_bytes]);
+        let error = stream_safetensors(&other, &tensors, &BTreeMap::new(), write).unwrap_err().to_string();
+        assert!(error.contains("`b`") || error.contains("`a`"), "{error}");
+        assert_eq!(fs::read_dir(folder.path()).unwrap().count(), 1);
+    }
 }
 
 #[test]

@@ -105,6 +105,14 @@ pub(super) struct StorageRef<'a> {
     pub(super) n_elements: usize,
 }
 
+impl StorageRef<'_> {
+    pub(super) fn n_bytes(&self) -> Result<usize, String> {
+        self.n_elements
+            .checked_mul(self.kind.size())
+            .ok_or_else(|| "a storage is larger than memory: the file is damaged".into())
+    }
+}
+
 /// A strided view of a storage; every index it can reach was checked to be inside.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) struct TensorView<'a> {
@@ -505,7 +513,7 @@ fn size(value: i128) -> Result<usize, String> {
 }
 
 /// A name from the file, safe to show: short, without control characters.
-fn printable(name: &str) -> String {
+pub(super) fn printable(name: &str) -> String {
     name.chars().take(60).map(|c| if c.is_control() { '\u{fffd}' } else { c }).collect()
 }
 

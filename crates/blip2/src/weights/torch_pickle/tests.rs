@@ -18,12 +18,12 @@ fn legacy(checkpoint: &[u8], storages: &[(&str, u64, &[u8])]) -> Vec<u8> {
     file
 }
 
-fn text(text: &str) -> Vec<u8> {
+pub(super) fn text(text: &str) -> Vec<u8> {
     [b"X", &(text.len() as u32).to_le_bytes()[..], text.as_bytes()].concat()
 }
 
 /// LONG1 of eight bytes.
-fn int(value: i64) -> Vec<u8> {
+pub(super) fn int(value: i64) -> Vec<u8> {
     [b"\x8a\x08", &value.to_le_bytes()[..]].concat()
 }
 
@@ -32,7 +32,14 @@ fn ints(values: &[i64]) -> Vec<u8> {
 }
 
 /// The instructions that leave one tensor on the stack.
-fn tensor(class: &str, key: &str, n_elements: i64, offset: i64, shape: &[i64], strides: &[i64]) -> Vec<u8> {
+pub(super) fn tensor(
+    class: &str,
+    key: &str,
+    n_elements: i64,
+    offset: i64,
+    shape: &[i64],
+    strides: &[i64],
+) -> Vec<u8> {
     [
         &b"ctorch._utils\n_rebuild_tensor_v2\n((X\x07\x00\x00\x00storagectorch\n"[..],
         format!("{class}\n").as_bytes(),
@@ -49,22 +56,22 @@ fn tensor(class: &str, key: &str, n_elements: i64, offset: i64, shape: &[i64], s
 }
 
 /// A state dict with the one tensor that `instructions` make.
-fn state_dict(name: &str, instructions: &[u8]) -> Vec<u8> {
+pub(super) fn state_dict(name: &str, instructions: &[u8]) -> Vec<u8> {
     [&b"\x80\x02ccollections\nOrderedDict\n)R"[..], &text(name), instructions, b"s."].concat()
 }
 
-fn floats(values: &[f32]) -> Vec<u8> {
+pub(super) fn floats(values: &[f32]) -> Vec<u8> {
     values.iter().flat_map(|value| value.to_le_bytes()).collect()
 }
 
-fn open(bytes: &[u8]) -> Result<TorchCheckpoint> {
+pub(super) fn open(bytes: &[u8]) -> Result<TorchCheckpoint> {
     let folder = tempfile::tempdir().unwrap();
     let path = folder.path().join("weights.pth");
     std::fs::write(&path, bytes).unwrap();
     TorchCheckpoint::open(&path)
 }
 
-fn refusal(bytes: &[u8]) -> String {
+pub(super) fn refusal(bytes: &[u8]) -> String {
     let message = open(bytes).expect_err("this file must be refused").to_string();
     assert!(message.contains("weights.pth"), "the message names the file: {message}");
     message
