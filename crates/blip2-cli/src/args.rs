@@ -36,6 +36,8 @@ pub(crate) enum Command {
     Train(TrainArgs),
     /// Make a model folder of training checkpoints.
     Pack(PackArgs),
+    /// Carry a checkpoint from LAVIS's layout to Hugging Face's or back, or from PyTorch's files into safetensors.
+    Convert(ConvertArgs),
     /// Fetch the frozen parts of the default model.
     Fetch,
     /// Make training data.
@@ -283,6 +285,45 @@ pub(crate) enum StorageArg {
     F16,
     /// Matrices in eight bits.
     Int8,
+}
+
+#[derive(Debug, clap::Args)]
+pub(crate) struct ConvertArgs {
+    /// A LAVIS checkpoint (.pth), or a Hugging Face folder (safetensors or pytorch_model.bin); any file of tensors with `as-is`.
+    pub(crate) input: PathBuf,
+    /// The folder to make; for `lavis` a file (.pth or .safetensors), for `as-is` a .safetensors file.
+    pub(crate) out: PathBuf,
+    /// The layout to make; without it `lavis` for a .pth file, `as-is` for a .safetensors file, `hf` for a folder.
+    #[arg(long, value_enum)]
+    pub(crate) to: Option<LayoutArg>,
+    /// The frozen image encoder that a LAVIS checkpoint was trained with (eva_vit_g.pth, clip_vit_L.pth).
+    #[arg(long, value_name = "FILE")]
+    pub(crate) vit: Option<PathBuf>,
+    /// The language model that a LAVIS checkpoint was trained with, a Hugging Face folder with tokenizer.json.
+    #[arg(long, value_name = "FOLDER")]
+    pub(crate) language_model: Option<PathBuf>,
+    /// BERT's vocab.txt, for a LAVIS checkpoint of stage 1.
+    #[arg(long, value_name = "FILE")]
+    pub(crate) vocabulary: Option<PathBuf>,
+    /// A config.json that says the numbers of attention heads, for a LAVIS checkpoint of a model of unpublished width.
+    #[arg(long, value_name = "FILE")]
+    pub(crate) config: Option<PathBuf>,
+    /// Leave out tensors that the model does not have instead of refusing the checkpoint.
+    #[arg(long)]
+    pub(crate) allow_unknown: bool,
+    /// Split a folder's weights into files of at most this size.
+    #[arg(long, value_name = "BYTES", default_value_t = 5_000_000_000)]
+    pub(crate) max_shard_bytes: u64,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
+pub(crate) enum LayoutArg {
+    /// A Hugging Face folder.
+    Hf,
+    /// A LAVIS state dict.
+    Lavis,
+    /// The tensors under the names they have, in one safetensors file.
+    AsIs,
 }
 
 #[derive(Debug, clap::Args)]

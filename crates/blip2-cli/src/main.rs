@@ -5,6 +5,7 @@
 
 mod args;
 mod compare;
+mod convert;
 mod data;
 mod describe;
 mod eval;
@@ -44,6 +45,7 @@ fn main() -> ExitCode {
         Command::Eval(args) => eval::run(&args),
         Command::Info(args) => info::run(&args),
         Command::Pack(args) => pack::run(&args),
+        Command::Convert(args) => convert::run(&args),
         Command::Fetch => frozen::ensure(true).map(|()| Done::All),
         Command::Train(args) => train::run(&args).map(|()| Done::All),
         Command::Data(args) => data::run(&args).map(|()| Done::All),

@@ -58,6 +58,21 @@ pub enum Error {
         /// Their full names.
         names: Vec<String>,
     },
+    /// The tensors of a checkpoint are not those of the model that it should be.
+    #[error(
+        "the tensors are not those of this model{}{}{}",
+        list("missing", missing),
+        list("of another shape", misshapen),
+        list("unknown", unknown)
+    )]
+    TensorNames {
+        /// Names of tensors that the model has and the checkpoint lacks.
+        missing: Vec<String>,
+        /// Tensors of another shape, each with the shape it has and the one it should have.
+        misshapen: Vec<String>,
+        /// Names of tensors that the model does not have.
+        unknown: Vec<String>,
+    },
     /// Text could not be turned into tokens or back.
     #[error("tokenizer: {0}")]
     Tokenizer(String),
@@ -75,4 +90,14 @@ pub enum Error {
     /// The tensor engine failed.
     #[error("tensor engine: {0}")]
     Tensor(#[from] candle_core::Error),
+}
+
+/// Names in a message that stays readable when all of a model is missing.
+fn list(what: &str, names: &[String]) -> String {
+    const SHOWN: usize = 40;
+    match names.len() {
+        0 => String::new(),
+        n if n > SHOWN => format!("; {what}: {} and {} more", names[..SHOWN].join(", "), n - SHOWN),
+        _ => format!("; {what}: {}", names.join(", ")),
+    }
 }

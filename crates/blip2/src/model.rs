@@ -7,6 +7,7 @@ mod chat;
 mod config;
 mod explain;
 mod hugging_face;
+pub mod layout;
 mod stage1;
 mod stage2;
 

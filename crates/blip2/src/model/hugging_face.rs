@@ -110,7 +110,9 @@ fn load_vision(
     if let Some(side) = options.image_size {
         (config.image_size, processor.image_side) = (side, side);
     }
-    Ok((Vit::load(config, &loader, AlignCorners::No)?, processor))
+    // LAVIS resizes the positions of its two encoders by two conventions.
+    let align = if config.pre_norm { AlignCorners::Yes } else { AlignCorners::No };
+    Ok((Vit::load(config, &loader, align)?, processor))
 }
 
 fn folder_name(folder: &Path) -> String {
@@ -139,8 +141,8 @@ fn open_generation(folder: &Path, json: &Json, options: &OpenOptions) -> Result<
     let vit = vit_config(&json["vision_config"])?;
     let mut qformer = qformer_config(json)?;
     qformer.encoder_hidden_size = vit.hidden_size;
-    let text_config = &json["text_config"];
-    let family = match text_config["model_type"].as_str().unwrap_or("opt") {
+    let text = text_config(json);
+    let family = match text["model_type"].as_str().unwrap_or_default() {
         "opt" => Family::Opt,
         "t5" => Family::T5,
         other => return Err(wrong("text_config.model_type", &format!("is `{other}`, expected opt or t5"))),
@@ -153,8 +155,6 @@ fn open_generation(folder: &Path, json: &Json, options: &OpenOptions) -> Result<
     let (encoder, processor) = load_vision(folder, vit, &loader, options)?;
     let vit = encoder.config().clone();
     let bridge = QFormer::load(&qformer, &loader, TextSide::None)?;
-    let mut text = text_config.clone();
-    text["model_type"] = family.name().into();
     let language_model = LanguageModel::from_safetensors(&text, &file, "language_model.", options.precision)?;
     let language_projection =
         loader.linear("language_projection", qformer.hidden_size, language_model.hidden_size())?;
@@ -197,6 +197,13 @@ fn open_generation(folder: &Path, json: &Json, options: &OpenOptions) -> Result<
     Ok(Blip2 { config, vision, stage1: None, stage2: loaded })
 }
 
+/// The language model's configuration; OPT where it does not say what it is.
+pub(super) fn text_config(json: &Json) -> Json {
+    let mut fields = json["text_config"].as_object().cloned().unwrap_or_default();
+    fields.entry("model_type").or_insert_with(|| "opt".into());
+    Json::Object(fields)
+}
+
 /// The two families of language models that BLIP-2 was published with.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Family {
@@ -205,13 +212,6 @@ enum Family {
 }
 
 impl Family {
-    fn name(self) -> &'static str {
-        match self {
-            Self::Opt => "opt",
-            Self::T5 => "t5",
-        }
-    }
-
     /// What is said as it is: the beginning of a caption.
     fn caption(self) -> PromptFormat {
         self.format("{image}{prompt}", " ")
@@ -291,7 +291,7 @@ fn number(json: &Json, part: &str, field: &str, default: f64) -> Result<f64> {
     }
 }
 
-fn vit_config(json: &Json) -> Result<VitConfig> {
+pub(super) fn vit_config(json: &Json) -> Result<VitConfig> {
     let part = "vision_config";
     let base = VitConfig::eva_clip_g(224);
     let config = VitConfig {
@@ -312,7 +312,9 @@ fn vit_config(json: &Json) -> Result<VitConfig> {
                 ));
             }
         },
-        ..base
+        // Only what `layout` wrote has these: Hugging Face has no CLIP encoder for BLIP-2.
+        pre_norm: json["pre_norm"].as_bool().unwrap_or(base.pre_norm),
+        patch_bias: json["patch_bias"].as_bool().unwrap_or(base.patch_bias),
     };
     if json["qkv_bias"] == Json::Bool(false) {
         return Err(wrong(
@@ -324,11 +326,14 @@ fn vit_config(json: &Json) -> Result<VitConfig> {
     Ok(config)
 }
 
-fn qformer_config(json: &Json) -> Result<QFormerConfig> {
+pub(super) fn qformer_config(json: &Json) -> Result<QFormerConfig> {
     let (part, qformer) = ("qformer_config", &json["qformer_config"]);
     if let Some(other) = qformer["hidden_act"].as_str().filter(|act| *act != "gelu") {
         return Err(wrong("qformer_config.hidden_act", &format!("is `{other}`, expected gelu")));
     }
+    // Hugging Face gives the norm after the encoder the encoder's epsilon, LAVIS its own, which a converted folder says.
+    let vision = &json["vision_config"];
+    let encoder_eps = number(vision, "vision_config", "layer_norm_eps", 1e-6)?;
     Ok(QFormerConfig {
         vocab_size: size(qformer, part, "vocab_size", 30522)?,
         hidden_size: size(qformer, part, "hidden_size", 768)?,
@@ -341,7 +346,7 @@ fn qformer_config(json: &Json) -> Result<QFormerConfig> {
         encoder_hidden_size: size(qformer, part, "encoder_hidden_size", 1408)?,
         num_query_tokens: size(json, "config", "num_query_tokens", 32)?,
         image_text_hidden_size: size(json, "config", "image_text_hidden_size", 256)?,
-        vision_layer_norm_eps: number(&json["vision_config"], "vision_config", "layer_norm_eps", 1e-6)?,
+        vision_layer_norm_eps: number(vision, "vision_config", "post_layernorm_eps", encoder_eps)?,
     })
 }
 
