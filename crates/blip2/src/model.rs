@@ -7,8 +7,10 @@ mod chat;
 mod config;
 mod explain;
 mod hugging_face;
+mod preset;
 mod stage1;
 mod stage2;
+mod stages;
 
 use std::path::{Path, PathBuf};
 
@@ -17,6 +19,7 @@ use candle_core::{Device, Tensor};
 pub use chat::Chat;
 pub use config::{FILE_NAME, ModelConfig, Stage1Config, Stage2Config, VisionConfig};
 pub use explain::HeatMap;
+pub use preset::Preset;
 pub use stage1::{LabelScore, MatchScore};
 pub use stage2::{Answer, Choice};
 
