@@ -77,6 +77,36 @@ fn presets_and_prompts_change_what_is_written() {
     }
 }
 
+/// Published checkpoints are computed in f32: the command's tokens are the library's, which are transformers'.
+#[test]
+fn the_preset_of_transformers_gives_its_tokens_after_every_prompt() {
+    let picture = golden("blip2.png");
+    for family in ["opt", "t5"] {
+        let model = golden(&format!("blip2_{family}"));
+        let text = std::fs::read_to_string(golden(&format!("generate_{family}.json"))).expect("readable");
+        let expected: Json = serde_json::from_str(&text).expect("JSON");
+        let cases = expected["cases"].as_array().expect("cases");
+        let find = |config: Json| cases.iter().find(|case| case["config"] == config).expect("a case");
+        let greedy = find(serde_json::json!({"max_new_tokens": 20}));
+        let penalised = find(serde_json::json!({"max_new_tokens": 14, "repetition_penalty": 1.5}));
+        let unseen =
+            find(serde_json::json!({"max_new_tokens": 14, "repetition_penalty": 1.5, "sees_prompt": false}));
+        let penalty = ["--max-new-tokens", "14", "--repetition-penalty", "1.5"];
+        for (i, prompt) in expected["prompts"].as_array().expect("prompts").iter().enumerate() {
+            let prompt = format!("--prompt={}", prompt.as_str().expect("a text"));
+            let caption = |more: &[&str]| {
+                let all = ["caption", "--json", "--model", &model, &picture, &prompt];
+                rows(&[&all[..], more].concat())[0]["token_ids"].clone()
+            };
+            assert_eq!(caption(&["--preset", "hf"]), greedy["results"][i][0], "{family} {prompt}");
+            let hf = caption(&[&["--preset", "hf"][..], &penalty].concat());
+            assert_eq!(hf, penalised["results"][i][0], "{family} {prompt}");
+            let lavis = caption(&[&["--preset", "lavis", "--num-beams", "1"][..], &penalty].concat());
+            assert_eq!(lavis, unseen["results"][i][0], "{family} {prompt}");
+        }
+    }
+}
+
 #[test]
 fn every_stage_can_be_written_to_a_file() {
     let dir = tempfile::tempdir().expect("a folder");
