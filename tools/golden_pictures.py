@@ -6,7 +6,8 @@
 
 writes crates/blip2/tests/golden/pictures.json: for each picture its file, its size as it should be shown, the RGB bytes and
 by how much decoders may differ (0 for lossless formats). Transparency is laid over white and 16 bits are rounded to 8 here,
-in numpy, because Pillow's own conversions drop one and clip the other.
+in numpy, because Pillow's own conversions drop one and clip the other; where these give something else it stands beside,
+as `pillow`: width, height, RGB bytes.
 """
 
 import io
@@ -38,7 +39,10 @@ def encode(image: Image.Image, format: str, **options) -> bytes:
 
 def add(name: str, file: bytes, rgb: np.ndarray, tolerance: int = 0) -> None:
     height, width, _ = rgb.shape
-    pictures[name] = {"file": file.hex(), "width": width, "height": height, "rgb": rgb.astype(np.uint8).tobytes().hex(), "tolerance": tolerance}
+    own = pillow(file)
+    differs = own.shape != rgb.shape or not np.array_equal(own, rgb)
+    other = {"pillow": [own.shape[1], own.shape[0], own.tobytes().hex()]} if differs else {}
+    pictures[name] = {"file": file.hex(), "width": width, "height": height, "rgb": rgb.astype(np.uint8).tobytes().hex(), "tolerance": tolerance, **other}
 
 
 def over_white(rgba: np.ndarray) -> np.ndarray:

@@ -80,8 +80,8 @@ pub(crate) enum ComputeArg {
 #[command(next_help_heading = "Generation")]
 pub(crate) struct GenerationArgs {
     /// Beams of the beam search; 1 for greedy search.
-    #[arg(long)]
-    pub(crate) beams: Option<usize>,
+    #[arg(long, alias = "beams", value_name = "N")]
+    pub(crate) num_beams: Option<usize>,
     /// The longest text, in tokens.
     #[arg(long)]
     pub(crate) max_new_tokens: Option<usize>,
@@ -95,9 +95,12 @@ pub(crate) struct GenerationArgs {
     #[arg(long)]
     pub(crate) repetition_penalty: Option<f32>,
     /// No sequence of this many tokens occurs twice.
-    #[arg(long, value_name = "N")]
+    #[arg(long, alias = "no-repeat-ngram-size", value_name = "N")]
     pub(crate) no_repeat_ngram: Option<usize>,
-    /// Draw at random, at this temperature.
+    /// When a beam search with all its texts finished ends: false, true or never.
+    #[arg(long, value_enum)]
+    pub(crate) early_stopping: Option<EarlyStoppingArg>,
+    /// Draw at random, at this temperature, without beams; so do the three below.
     #[arg(long)]
     pub(crate) temperature: Option<f32>,
     /// Draw among this many best tokens.
@@ -112,12 +115,31 @@ pub(crate) struct GenerationArgs {
     /// Decides all draws.
     #[arg(long)]
     pub(crate) seed: Option<u64>,
-    /// Texts a picture.
-    #[arg(long, value_name = "N")]
-    pub(crate) num_return_sequences: Option<usize>,
+    /// Texts a picture: the best beams, or as many draws.
+    #[arg(long, alias = "num-return-sequences", value_name = "N")]
+    pub(crate) num_captions: Option<usize>,
     /// End a text when this appears in it; may be given several times.
     #[arg(long, value_name = "TEXT")]
     pub(crate) stop: Vec<String>,
+}
+
+/// Whose results are to be had.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
+pub(crate) enum PresetArg {
+    /// transformers: greedy, 20 tokens, the folder's generation_config.json; penalties see the prompt.
+    Hf,
+    /// LAVIS: 5 beams, 30 tokens, nucleus 0.9; penalties see what is written only.
+    Lavis,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
+pub(crate) enum EarlyStoppingArg {
+    /// When the best unfinished text is no better than the worst finished one.
+    False,
+    /// At once.
+    True,
+    /// When no unfinished text can become better.
+    Never,
 }
 
 #[derive(Debug, clap::Args)]
@@ -125,8 +147,14 @@ pub(crate) struct CaptionArgs {
     /// The pictures.
     #[arg(required = true)]
     pub(crate) pictures: Vec<PathBuf>,
+    /// Begin the caption with this text, as it stands, instead of the model's own prompt (`--prompt=` for none).
+    #[arg(long, value_name = "TEXT")]
+    pub(crate) prompt: Option<String>,
     #[command(flatten)]
     pub(crate) model: ModelArgs,
+    /// Write what this implementation writes: its defaults for what is not given here, its rules, its reading of pictures.
+    #[arg(long, value_enum, help_heading = "Generation")]
+    pub(crate) preset: Option<PresetArg>,
     #[command(flatten)]
     pub(crate) generation: GenerationArgs,
 }
@@ -142,6 +170,9 @@ pub(crate) struct AskArgs {
     pub(crate) choices: Vec<String>,
     #[command(flatten)]
     pub(crate) model: ModelArgs,
+    /// Write what this implementation writes: its defaults for what is not given here, its rules, its reading of pictures.
+    #[arg(long, value_enum, help_heading = "Generation")]
+    pub(crate) preset: Option<PresetArg>,
     #[command(flatten)]
     pub(crate) generation: GenerationArgs,
 }
@@ -152,6 +183,9 @@ pub(crate) struct ChatArgs {
     pub(crate) picture: PathBuf,
     #[command(flatten)]
     pub(crate) model: ModelArgs,
+    /// Write what this implementation writes: its defaults for what is not given here, its rules, its reading of pictures.
+    #[arg(long, value_enum, help_heading = "Generation")]
+    pub(crate) preset: Option<PresetArg>,
     #[command(flatten)]
     pub(crate) generation: GenerationArgs,
 }
@@ -178,6 +212,16 @@ pub(crate) struct EmbedArgs {
     /// Write the rows to this file as a NumPy array instead: a picture's queries, or a text's one, each a row.
     #[arg(long, value_name = "FILE")]
     pub(crate) npy: Option<PathBuf>,
+    /// Write what every stage makes of the pictures to this safetensors file instead: `pixel_values`, `vision.out`,
+    /// `qformer.out`, and of a model that writes `language_projection.out` and the `logits` of the prompt.
+    #[arg(long, value_name = "FILE", requires = "image", conflicts_with_all = ["npy", "text"])]
+    pub(crate) output: Option<PathBuf>,
+    /// With --output: the prompt, instead of the model's own for captions.
+    #[arg(long, value_name = "TEXT", requires = "output")]
+    pub(crate) prompt: Option<String>,
+    /// With --output: read pictures as this implementation does.
+    #[arg(long, value_enum, requires = "output")]
+    pub(crate) preset: Option<PresetArg>,
     #[command(flatten)]
     pub(crate) model: ModelArgs,
 }

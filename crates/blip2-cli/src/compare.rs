@@ -1,18 +1,20 @@
 //! `blip2 match`, `blip2 embed` and `blip2 classify`.
 
+use std::collections::BTreeMap;
 use std::io::Write;
 use std::path::Path;
 
 use anyhow::Context;
+use blip2::weights::safetensors::{NamedTensor, Values, write_safetensors};
 use serde_json::json;
 
 use crate::Done;
 use crate::args::{ClassifyArgs, EmbedArgs, MatchArgs};
-use crate::model::{Part, encode_picture, open};
+use crate::model::{Part, encode_picture, open, open_picture};
 
 pub(crate) fn match_texts(args: &MatchArgs) -> anyhow::Result<Done> {
     let model = open(&args.model, Part::Stage1)?;
-    let features = encode_picture(&model, &args.picture)?;
+    let features = encode_picture(&model, &args.picture, None)?;
     let texts: Vec<&str> = args.texts.iter().map(String::as_str).collect();
     let scores = model.match_texts(&features, &texts)?;
     let mut out = std::io::stdout().lock();
@@ -37,7 +39,7 @@ pub(crate) fn match_texts(args: &MatchArgs) -> anyhow::Result<Done> {
 
 pub(crate) fn classify(args: &ClassifyArgs) -> anyhow::Result<Done> {
     let model = open(&args.model, Part::Stage1)?;
-    let features = encode_picture(&model, &args.picture)?;
+    let features = encode_picture(&model, &args.picture, None)?;
     let labels: Vec<&str> = args.labels.iter().map(String::as_str).collect();
     let scores = model.classify(&features, &labels, &args.template)?;
     let mut out = std::io::stdout().lock();
@@ -59,12 +61,15 @@ pub(crate) fn classify(args: &ClassifyArgs) -> anyhow::Result<Done> {
 }
 
 pub(crate) fn embed(args: &EmbedArgs) -> anyhow::Result<Done> {
+    if let Some(path) = &args.output {
+        return write_stages(args, path).map(|()| Done::All);
+    }
     let model = open(&args.model, Part::Stage1)?;
     let mut items = Vec::new();
     for path in &args.image {
-        let features = encode_picture(&model, path)?;
+        let features = encode_picture(&model, path, None)?;
         let values = model.embed_images(&[&features])?.concat();
-        items.push(("image", path.display().to_string(), values));
+        items.push(("path", path.display().to_string(), values));
     }
     let texts: Vec<&str> = args.text.iter().map(String::as_str).collect();
     for (text, values) in texts.iter().zip(model.embed_texts(&texts)?) {
@@ -78,14 +83,31 @@ pub(crate) fn embed(args: &EmbedArgs) -> anyhow::Result<Done> {
     let mut out = std::io::stdout().lock();
     for (kind, name, values) in items {
         let rows: Vec<&[f32]> = values.chunks_exact(width).collect();
-        let row = if kind == "image" {
-            json!({"image": name, "embeddings": rows})
-        } else {
-            json!({"text": name, "embedding": values})
-        };
-        writeln!(out, "{row}")?;
+        writeln!(out, "{}", json!({kind: name, "embeds": rows}))?;
     }
     Ok(Done::All)
+}
+
+/// What every stage makes of the pictures, as a safetensors file.
+fn write_stages(args: &EmbedArgs, path: &Path) -> anyhow::Result<()> {
+    let model = open(&args.model, Part::Both)?;
+    let pictures =
+        args.image.iter().map(|path| open_picture(path, args.preset)).collect::<anyhow::Result<Vec<_>>>()?;
+    let stages = model.stages(&pictures, args.prompt.as_deref())?;
+    let values = stages
+        .iter()
+        .map(|(_, tensor)| Ok(tensor.flatten_all()?.to_vec1::<f32>()?))
+        .collect::<anyhow::Result<Vec<_>>>()?;
+    let tensors: Vec<_> = stages
+        .iter()
+        .zip(&values)
+        .map(|((name, tensor), values)| NamedTensor {
+            name: (*name).to_owned(),
+            shape: tensor.dims().to_vec(),
+            values: Values::F32(values),
+        })
+        .collect();
+    Ok(write_safetensors(path, &tensors, &BTreeMap::new())?)
 }
 
 /// NumPy's format, version 1.0: little-endian f32 rows of `width`.

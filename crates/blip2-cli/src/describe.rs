@@ -18,12 +18,12 @@ const PICTURES_AT_ONCE: usize = 8;
 
 pub(crate) fn caption(args: &CaptionArgs) -> anyhow::Result<Done> {
     let model = open(&args.model, Part::Stage2)?;
-    let config = generation(&model, &args.generation);
+    let config = generation(&model, args.preset, &args.generation);
     let mut rows = Vec::new();
     let mut n_failed = 0;
     let mut out = std::io::stdout().lock();
     for paths in args.pictures.chunks(PICTURES_AT_ONCE) {
-        for (path, result) in paths.iter().zip(caption_pictures(&model, paths, &config)?) {
+        for (path, result) in paths.iter().zip(caption_pictures(&model, paths, args, &config)?) {
             let path = path.display().to_string();
             match result {
                 Ok(answers) if args.model.json => rows.extend(answers.iter().map(
@@ -57,12 +57,21 @@ pub(crate) fn caption(args: &CaptionArgs) -> anyhow::Result<Done> {
 fn caption_pictures(
     model: &Blip2,
     paths: &[impl AsRef<Path>],
+    args: &CaptionArgs,
     config: &GenerationConfig,
 ) -> anyhow::Result<Vec<anyhow::Result<Vec<Answer>>>> {
     // One picture at a time: a photo in memory is a thousand times its features.
-    let features: Vec<_> = paths.iter().map(|path| encode_picture(model, path.as_ref())).collect();
+    let features: Vec<_> =
+        paths.iter().map(|path| encode_picture(model, path.as_ref(), args.preset)).collect();
     let readable: Vec<_> = features.iter().flatten().collect();
-    let mut captions = model.caption(&readable, config)?.into_iter();
+    let captions = match &args.prompt {
+        Some(prompt) => {
+            let requests: Vec<_> = readable.iter().map(|features| (*features, prompt.as_str())).collect();
+            model.complete(&requests, config)
+        }
+        None => model.caption(&readable, config),
+    };
+    let mut captions = captions?.into_iter();
     Ok(features
         .into_iter()
         .map(|features| features.and_then(|_| captions.next().context("a picture got no caption")))
@@ -74,7 +83,7 @@ pub(crate) fn ask(args: &AskArgs) -> anyhow::Result<Done> {
         anyhow::bail!("the question is empty: ask something about the picture");
     }
     let model = open(&args.model, Part::Stage2)?;
-    let features = encode_picture(&model, &args.picture)?;
+    let features = encode_picture(&model, &args.picture, args.preset)?;
     let path = args.picture.display().to_string();
     let mut out = std::io::stdout().lock();
     if !args.choices.is_empty() {
@@ -95,7 +104,7 @@ pub(crate) fn ask(args: &AskArgs) -> anyhow::Result<Done> {
         }
         return Ok(Done::All);
     }
-    let config = generation(&model, &args.generation);
+    let config = generation(&model, args.preset, &args.generation);
     let answers = model.ask(&[(&features, &args.question)], &config)?.concat();
     if args.model.json {
         let rows: Vec<_> = answers
@@ -116,9 +125,9 @@ pub(crate) fn ask(args: &AskArgs) -> anyhow::Result<Done> {
 
 pub(crate) fn chat(args: &ChatArgs) -> anyhow::Result<Done> {
     let model = open(&args.model, Part::Stage2)?;
-    let features = encode_picture(&model, &args.picture)?;
-    let mut config = generation(&model, &args.generation);
-    if args.generation.beams.is_none() {
+    let features = encode_picture(&model, &args.picture, args.preset)?;
+    let mut config = generation(&model, args.preset, &args.generation);
+    if args.generation.num_beams.is_none() && args.preset.is_none() {
         // What beams write can still change: without them the answer can be shown as it grows.
         config.num_beams = 1;
     }

@@ -56,7 +56,7 @@ fn base(args: &EvalArgs) -> &Path {
 
 fn captions_report(args: &EvalArgs, rows: &[Row], on_progress: OnProgress<'_>) -> anyhow::Result<Report> {
     let model = open(&args.model, Part::Stage2)?;
-    let config = generation(&model, &args.generation);
+    let config = generation(&model, None, &args.generation);
     let evaluated = captions(&model, base(args), rows, &config, on_progress)?;
     write_predictions(args.out.as_deref(), &evaluated)?;
     let scores = evaluated.caption_scores();
@@ -74,7 +74,7 @@ fn captions_report(args: &EvalArgs, rows: &[Row], on_progress: OnProgress<'_>) -
 
 fn questions_report(args: &EvalArgs, rows: &[Row], on_progress: OnProgress<'_>) -> anyhow::Result<Report> {
     let model = open(&args.model, Part::Stage2)?;
-    let config = generation(&model, &args.generation);
+    let config = generation(&model, None, &args.generation);
     let evaluated = questions(&model, base(args), rows, &config, on_progress)?;
     write_predictions(args.out.as_deref(), &evaluated)?;
     let (accuracy, kinds) = evaluated.accuracy();

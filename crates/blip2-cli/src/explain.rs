@@ -15,7 +15,7 @@ pub(crate) fn run(args: &ExplainArgs) -> anyhow::Result<Done> {
     if args.word.is_some() && !is_written {
         bail!("--word is a part of a caption or an answer: add --caption or --question");
     }
-    let picture = open_picture(&args.picture)?;
+    let picture = open_picture(&args.picture, None)?;
     let model = open(&args.model, if is_written { Part::Stage2 } else { Part::Stage1 })?;
     let features = model.encode(std::slice::from_ref(&picture))?.remove(0);
     let map = if is_written {

@@ -4,12 +4,12 @@ use std::env;
 use std::path::{Path, PathBuf};
 
 use anyhow::bail;
-use blip2::generate::GenerationConfig;
-use blip2::image::{Limits, Orientation, RgbImage};
+use blip2::generate::{EarlyStopping, GenerationConfig};
+use blip2::image::{Limits, Pixels, RgbImage};
 use blip2::layers::Precision;
-use blip2::model::{Blip2, FILE_NAME, ImageFeatures, OpenOptions};
+use blip2::model::{Blip2, FILE_NAME, ImageFeatures, OpenOptions, Preset};
 
-use crate::args::{ComputeArg, GenerationArgs, ModelArgs};
+use crate::args::{ComputeArg, EarlyStoppingArg, GenerationArgs, ModelArgs, PresetArg};
 use crate::frozen;
 
 /// The folder of the default model, in the repository and in an installation.
@@ -81,27 +81,38 @@ fn default_model() -> anyhow::Result<PathBuf> {
     )
 }
 
-/// Reads a picture.
+/// Reads a picture, as it is seen or as the implementation of the preset reads it.
 ///
 /// # Errors
 /// Says in one line what is wrong with the file.
-pub(crate) fn open_picture(path: &Path) -> anyhow::Result<RgbImage> {
-    Ok(blip2::image::open(path, &Limits::default(), Orientation::default())?)
+pub(crate) fn open_picture(path: &Path, preset: Option<PresetArg>) -> anyhow::Result<RgbImage> {
+    let pixels = if preset.is_some() { Pixels::Pillow } else { Pixels::AsSeen };
+    Ok(blip2::image::open(path, &Limits::default(), pixels)?)
 }
 
 /// Reads a picture and encodes it.
 ///
 /// # Errors
 /// As [`open_picture`], and those of the encoder.
-pub(crate) fn encode_picture(model: &Blip2, path: &Path) -> anyhow::Result<ImageFeatures> {
-    let mut features = model.encode(&[open_picture(path)?])?;
+pub(crate) fn encode_picture(
+    model: &Blip2,
+    path: &Path,
+    preset: Option<PresetArg>,
+) -> anyhow::Result<ImageFeatures> {
+    let mut features = model.encode(&[open_picture(path, preset)?])?;
     features.pop().ok_or_else(|| anyhow::anyhow!("the picture gave no features"))
 }
 
-/// The model's own settings with what the arguments change.
-pub(crate) fn generation(model: &Blip2, args: &GenerationArgs) -> GenerationConfig {
-    let own = model.config().stage2.as_ref().map(|stage2| stage2.generation.clone());
-    let mut config = own.unwrap_or_default();
+/// The model's own settings, or those of the preset, with what the arguments change.
+pub(crate) fn generation(
+    model: &Blip2,
+    preset: Option<PresetArg>,
+    args: &GenerationArgs,
+) -> GenerationConfig {
+    let mut config = model.generation(preset.map(|preset| match preset {
+        PresetArg::Hf => Preset::Hf,
+        PresetArg::Lavis => Preset::Lavis,
+    }));
     let draws =
         args.temperature.is_some() || args.top_k.is_some() || args.top_p.is_some() || args.min_p.is_some();
     if draws {
@@ -109,32 +120,46 @@ pub(crate) fn generation(model: &Blip2, args: &GenerationArgs) -> GenerationConf
         config.num_beams = 1;
     }
     let GenerationArgs {
-        beams,
+        num_beams,
         max_new_tokens,
         min_new_tokens,
         length_penalty,
         repetition_penalty,
         no_repeat_ngram,
+        early_stopping,
         temperature,
         top_k,
         top_p,
         min_p,
         seed,
-        num_return_sequences,
+        num_captions,
         stop,
     } = args;
-    set(&mut config.num_beams, *beams);
+    set(&mut config.num_beams, *num_beams);
     set(&mut config.max_new_tokens, *max_new_tokens);
+    // What counts new tokens holds instead of what counts the prompt too.
+    if max_new_tokens.is_some() {
+        config.max_length = None;
+    }
+    if min_new_tokens.is_some() {
+        config.min_length = 0;
+    }
     set(&mut config.min_new_tokens, *min_new_tokens);
     set(&mut config.length_penalty, *length_penalty);
     set(&mut config.repetition_penalty, *repetition_penalty);
     set(&mut config.no_repeat_ngram_size, *no_repeat_ngram);
+    let early_stopping = early_stopping.map(|given| match given {
+        EarlyStoppingArg::False => EarlyStopping::Heuristic,
+        EarlyStoppingArg::True => EarlyStopping::Immediate,
+        EarlyStoppingArg::Never => EarlyStopping::Never,
+    });
+    set(&mut config.early_stopping, early_stopping);
     set(&mut config.temperature, *temperature);
     set(&mut config.top_k, *top_k);
     set(&mut config.top_p, *top_p);
     set(&mut config.min_p, *min_p);
     set(&mut config.seed, *seed);
-    set(&mut config.num_return_sequences, *num_return_sequences);
+    set(&mut config.num_return_sequences, *num_captions);
     if !stop.is_empty() {
         config.stop_strings.clone_from(stop);
     }

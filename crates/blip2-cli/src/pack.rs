@@ -60,6 +60,7 @@ pub(crate) fn run(args: &PackArgs) -> anyhow::Result<Done> {
             language_model: name_of(&run.language_model)?,
             prompt: run.prompt,
             caption_prompt: None,
+            chat_prompt: None,
             instruction: run.instructions.into_iter().next().unwrap_or_default(),
             generation: GenerationConfig { num_beams: 5, ..GenerationConfig::default() },
         });

@@ -1,6 +1,6 @@
 //! The library's frozen image encoder, as the feature cache wants it.
 
-use blip2::image::{Limits, Orientation, decode};
+use blip2::image::{Limits, Pixels, decode};
 use blip2::vision::VisionEncoder;
 use image::RgbImage;
 
@@ -21,7 +21,7 @@ impl FeatureEncoder for VisionEncoder {
     }
 
     fn decode(&self, bytes: &[u8]) -> std::result::Result<RgbImage, String> {
-        decode(bytes, &Limits::default(), Orientation::default()).map_err(|e| e.to_string())
+        decode(bytes, &Limits::default(), Pixels::default()).map_err(|e| e.to_string())
     }
 
     fn encode(&self, pictures: &[RgbImage]) -> Result<Vec<f32>> {

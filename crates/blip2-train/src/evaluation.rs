@@ -7,7 +7,7 @@ use std::collections::BTreeMap;
 use std::path::Path;
 
 use blip2::generate::GenerationConfig;
-use blip2::image::{Limits, Orientation};
+use blip2::image::{Limits, Pixels};
 use blip2::model::{Blip2, ImageFeatures};
 
 use crate::data::{Row, Skipped, Text};
@@ -267,7 +267,7 @@ fn for_each_batch(
                 continue;
             }
             let path = base.join(&row.image);
-            match blip2::image::open(&path, &Limits::default(), Orientation::default()) {
+            match blip2::image::open(&path, &Limits::default(), Pixels::default()) {
                 Ok(picture) => {
                     for features in model.encode(&[picture])? {
                         last = Some((&row.image, features.clone()));

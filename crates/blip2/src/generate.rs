@@ -66,8 +66,8 @@ pub struct Request<'a> {
     pub config: &'a GenerationConfig,
     /// When a text is complete.
     pub stop: &'a StopRules<'a>,
-    /// For each prompt, tokens that the repetition penalty and the n-gram rule see before the generated ones. Empty:
-    /// they see generated tokens only.
+    /// For each prompt, tokens that the rules of the configuration see before the generated ones, and that its lengths
+    /// count. Empty: they see generated tokens only.
     pub seen: &'a [Vec<u32>],
 }
 
@@ -145,7 +145,7 @@ pub fn generate<D: Decoder + ?Sized>(
         return Err(Error::Config { field: "generation.stop_strings".into(), reason: reason.into() });
     }
     let limits = (0..decoder.n_prompts())
-        .map(|prompt| Limit::new(request.config, decoder.room(prompt)))
+        .map(|prompt| Limit::new(request.config, request.seen(prompt).len(), decoder.room(prompt)))
         .collect::<Result<Vec<_>>>()?;
     if request.config.num_beams > 1 {
         beam::search(decoder, request, &limits, on_event)
@@ -162,34 +162,67 @@ struct Limit {
 }
 
 impl Limit {
-    fn new(config: &GenerationConfig, room: usize) -> Result<Self> {
+    fn new(config: &GenerationConfig, n_seen: usize, room: usize) -> Result<Self> {
         if room == 0 {
             let reason =
                 "the prompt leaves no room for an answer in the language model's context: shorten it";
             return Err(Error::Request(reason.into()));
         }
-        Ok(if room < config.max_new_tokens {
+        let wanted = match config.max_length {
+            Some(max_length) => max_length.saturating_sub(n_seen),
+            None => config.max_new_tokens,
+        };
+        if wanted == 0 {
+            return Err(Error::Config {
+                field: "generation.max_length".into(),
+                reason: format!("leaves no room for an answer: the prompt has {n_seen} tokens"),
+            });
+        }
+        Ok(if room < wanted {
             Self { n_tokens: room, reason: FinishReason::ContextFull }
         } else {
-            Self { n_tokens: config.max_new_tokens, reason: FinishReason::MaxNewTokens }
+            Self { n_tokens: wanted, reason: FinishReason::MaxNewTokens }
         })
     }
 }
 
 impl Request<'_> {
-    /// Applies the rules that hold for every way of choosing a token, in place.
-    fn penalise(&self, prompt: usize, generated: &[u32], scores: &mut [f32]) {
-        let config = self.config;
-        if config.repetition_penalty != 1.0 || config.no_repeat_ngram_size > 0 {
-            let seen = self.seen.get(prompt).map_or(&[][..], Vec::as_slice);
+    fn seen(&self, prompt: usize) -> &[u32] {
+        self.seen.get(prompt).map_or(&[], Vec::as_slice)
+    }
+
+    /// Applies the rules that hold for every way of choosing a token, in place and in the order of transformers. `n_tokens`
+    /// is how many the prompt's continuation may have.
+    fn penalise(&self, prompt: usize, n_tokens: usize, generated: &[u32], scores: &mut [f32]) {
+        use crate::sampling::{forbid, no_bad_words, no_repeat_ngram, only, repetition_penalty};
+        let (config, seen, end) = (self.config, self.seen(prompt), self.stop.end_tokens());
+        let looks_back = config.repetition_penalty != 1.0
+            || config.no_repeat_ngram_size > 0
+            || !config.bad_words_ids.is_empty();
+        if looks_back {
             let tokens = [seen, generated].concat();
             if config.repetition_penalty != 1.0 {
-                crate::sampling::repetition_penalty(scores, &tokens, config.repetition_penalty);
+                repetition_penalty(scores, &tokens, config.repetition_penalty);
             }
-            crate::sampling::no_repeat_ngram(scores, &tokens, config.no_repeat_ngram_size);
+            no_repeat_ngram(scores, &tokens, config.no_repeat_ngram_size);
+            let is_end = |word: &[u32]| matches!(word, [token] if end.contains(token));
+            no_bad_words(scores, &tokens, config.bad_words_ids.iter().filter(|word| !is_end(word)));
         }
-        if generated.len() < config.min_new_tokens {
-            self.stop.end_tokens().iter().for_each(|&token| crate::sampling::forbid(scores, token));
+        let len = seen.len() + generated.len();
+        if generated.len() < config.min_new_tokens || len < config.min_length {
+            end.iter().for_each(|&token| forbid(scores, token));
+        }
+        if let Some(token) = config.forced_bos_token_id.filter(|_| len == 1) {
+            only(scores, &[token]);
+        }
+        if !config.forced_eos_token_id.is_empty() && generated.len() + 1 == n_tokens {
+            only(scores, &config.forced_eos_token_id);
+        }
+        config.suppress_tokens.iter().for_each(|&token| forbid(scores, token));
+        // A forced beginning is not the first token that the model chooses.
+        let is_forced = seen.len() <= 1 && config.forced_bos_token_id.is_some();
+        if generated.len() == usize::from(is_forced) {
+            config.begin_suppress_tokens.iter().for_each(|&token| forbid(scores, token));
         }
     }
 }

@@ -78,7 +78,7 @@ impl LanguageModel {
     }
 
     /// Loads a model with its tokenizer from a GGUF file, or from a Hugging Face folder with `config.json`,
-    /// `tokenizer.json` and one or more `.safetensors` files.
+    /// a tokenizer ([`LanguageTokenizer::from_folder`]) and one or more `.safetensors` files.
     ///
     /// # Errors
     /// When a file is missing or is not what its name says; those of [`from_gguf`](Self::from_gguf) and
@@ -109,7 +109,7 @@ impl LanguageModel {
         let file = Safetensors::open_files(&weights)?;
         let model = Self::from_safetensors(&config, &file, "", precision)?;
         file.finish()?;
-        Ok((model, LanguageTokenizer::from_json(path.join("tokenizer.json"))?))
+        Ok((model, LanguageTokenizer::from_folder(path)?))
     }
 
     /// Width of an embedding.
@@ -246,6 +246,14 @@ impl LanguageModel {
     /// at once.
     pub fn reads_prompts_whole(&self) -> bool {
         matches!(self, Self::T5(_))
+    }
+
+    /// The token that the decoder of an encoder-decoder model begins with.
+    pub fn decoder_start(&self) -> Option<u32> {
+        match self {
+            Self::T5(model) => Some(model.config().decoder_start_token_id),
+            Self::Llama(_) | Self::Opt(_) => None,
+        }
     }
 
     /// Scores of every next token, `[N, vocab_size]`, after the given rows of hidden states.

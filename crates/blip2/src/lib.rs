@@ -21,13 +21,13 @@
 //! #     return Ok(());
 //! # };
 //! # std::env::set_current_dir(concat!(env!("CARGO_MANIFEST_DIR"), "/../.."))?;
-//! use blip2::image::{self, Limits, Orientation};
+//! use blip2::image::{self, Limits, Pixels};
 //! use blip2::model::{Blip2, OpenOptions};
 //!
 //! // `frozen` is the folder with the frozen parts; `blip2 fetch` fills one.
 //! let options = OpenOptions { frozen: vec![frozen.into()], ..OpenOptions::default() };
 //! let model = Blip2::open("assets/default-model", &options)?;
-//! let picture = image::open("assets/pictures/cat.jpg", &Limits::default(), Orientation::Upright)?;
+//! let picture = image::open("assets/pictures/cat.jpg", &Limits::default(), Pixels::AsSeen)?;
 //! let features = model.encode(&[picture])?;
 //! let stage2 = model.config().stage2.as_ref().ok_or("a model that only matches")?;
 //! let captions = model.caption(&[&features[0]], &stage2.generation)?;

@@ -8,8 +8,10 @@ mod config;
 mod explain;
 mod hugging_face;
 pub mod layout;
+mod preset;
 mod stage1;
 mod stage2;
+mod stages;
 
 use std::path::{Path, PathBuf};
 
@@ -18,6 +20,7 @@ use candle_core::{Device, Tensor};
 pub use chat::Chat;
 pub use config::{FILE_NAME, ModelConfig, Stage1Config, Stage2Config, VisionConfig};
 pub use explain::HeatMap;
+pub use preset::Preset;
 pub use stage1::{LabelScore, MatchScore};
 pub use stage2::{Answer, Choice};
 

@@ -200,6 +200,15 @@ impl QFormer {
             + 2 * (d + e)
     }
 
+    /// A picture's tokens as the queries attend to them: the encoder's output after its last norm (LAVIS's `ln_vision`), in the
+    /// same shape.
+    ///
+    /// # Errors
+    /// Those of the tensor engine.
+    pub fn normalize_image(&self, image_embeds: &Tensor) -> Result<Tensor> {
+        Ok(self.vision_layernorm.forward(image_embeds)?)
+    }
+
     /// Projects a picture's tokens to the keys and values of every cross-attention layer.
     ///
     /// # Shapes
@@ -214,7 +223,7 @@ impl QFormer {
                 "{n_rows} picture tokens do not divide into {n_images} pictures"
             )));
         }
-        let x = self.vision_layernorm.forward(image_embeds)?;
+        let x = self.normalize_image(image_embeds)?;
         let layers = self
             .layers
             .iter()

@@ -1,7 +1,8 @@
 //! From logits to a token: the penalties, the filters of sampling, and the draw.
 //!
 //! The rules and their order are those of Hugging Face transformers, so that a generation configuration means the
-//! same in both: repetition penalty, no-repeat n-gram, minimum length, temperature, top-k, top-p, min-p. A token that
+//! same in both: repetition penalty, no-repeat n-gram, bad words, minimum length, forced and suppressed tokens, temperature,
+//! top-k, top-p, min-p. A token that
 //! may not be chosen has the score `-inf`. Which of them run is decided by
 //! [`GenerationConfig`](crate::generate::GenerationConfig).
 
@@ -25,6 +26,27 @@ pub fn no_repeat_ngram(scores: &mut [f32], tokens: &[u32], n: usize) {
     for ngram in tokens.windows(n) {
         if ngram[..n - 1] == *last {
             forbid(scores, ngram[n - 1]);
+        }
+    }
+}
+
+/// Forbids every token that would complete one of `words` after `tokens`.
+pub fn no_bad_words<'a>(scores: &mut [f32], tokens: &[u32], words: impl IntoIterator<Item = &'a Vec<u32>>) {
+    for word in words {
+        if let Some((&last, before)) = word.split_last()
+            && tokens.ends_with(before)
+        {
+            forbid(scores, last);
+        }
+    }
+}
+
+/// Makes all tokens but these impossible; of these all are equally likely.
+pub fn only(scores: &mut [f32], tokens: &[u32]) {
+    scores.fill(f32::NEG_INFINITY);
+    for &token in tokens {
+        if let Some(score) = scores.get_mut(token as usize) {
+            *score = 0.0;
         }
     }
 }
@@ -184,6 +206,24 @@ mod tests {
         assert_eq!(scores, [0.0, 0.0, NEG]);
         no_repeat_ngram(&mut scores, &[], 3);
         assert_eq!(scores, [0.0, 0.0, NEG]);
+    }
+
+    #[test]
+    fn a_bad_word_is_forbidden_where_it_would_become_whole() {
+        let words = [vec![0], vec![1, 2], vec![3, 1, 4], vec![9, 9]];
+        let mut scores = [0.0; 5];
+        no_bad_words(&mut scores, &[3, 1], &words);
+        assert_eq!(scores, [NEG, 0.0, NEG, 0.0, NEG]);
+        let mut scores = [0.0; 5];
+        no_bad_words(&mut scores, &[], &words);
+        assert_eq!(scores, [NEG, 0.0, 0.0, 0.0, 0.0]);
+    }
+
+    #[test]
+    fn only_the_given_tokens_are_left() {
+        let mut scores = [1.0, NEG, 3.0];
+        only(&mut scores, &[1, 7]);
+        assert_eq!(scores, [NEG, 0.0, NEG]);
     }
 
     #[test]

@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 
 use blip2::Error;
 use blip2::generate::GenerationConfig;
-use blip2::image::{self, Limits, Orientation};
+use blip2::image::{self, Limits, Pixels};
 use blip2::layers::{Loader, Precision};
 use blip2::model::layout::{self, ConvertOptions, Converted, FrozenParts, Layout};
 use blip2::model::{Blip2, OpenOptions};
@@ -119,7 +119,7 @@ fn converted_models_write_the_texts_of_transformers() {
         assert_eq!(converted.has_pretraining_heads, None);
         let model = Blip2::open(&folder, &OpenOptions::default()).expect("a model");
         let picture =
-            image::open(golden("blip2.png"), &Limits::default(), Orientation::AsStored).expect("a picture");
+            image::open(golden("blip2.png"), &Limits::default(), Pixels::Pillow).expect("a picture");
         let features = model.encode(&[picture]).expect("features").remove(0);
         let texts = expected[family].as_array().expect("texts");
         assert_eq!(texts.len(), 4);
@@ -162,8 +162,7 @@ fn a_stage_1_folder_has_the_names_of_transformers_and_the_dropped_heads() {
     assert_eq!(config["image_text_hidden_size"], 12);
 
     let model = Blip2::open(&folder, &OpenOptions::default()).expect("a model");
-    let picture =
-        image::open(golden("blip2.png"), &Limits::default(), Orientation::AsStored).expect("a picture");
+    let picture = image::open(golden("blip2.png"), &Limits::default(), Pixels::Pillow).expect("a picture");
     let features = model.encode(&[picture]).expect("features").remove(0);
     let expected = &expected()["stage1"];
     let score =
@@ -531,8 +530,7 @@ fn a_clip_encoder_is_converted_and_opened() {
     let converted = layout::to_hugging_face(lavis("opt.pth"), &folder, &parts, &ConvertOptions::default());
     assert_eq!(converted.expect("converted").left_out, ["proj"]);
     let model = Blip2::open(&folder, &OpenOptions::default()).expect("a model");
-    let picture =
-        image::open(golden("blip2.png"), &Limits::default(), Orientation::AsStored).expect("a picture");
+    let picture = image::open(golden("blip2.png"), &Limits::default(), Pixels::Pillow).expect("a picture");
     let pixels = model.vision().expect("an encoder").processor().pixels(&picture);
     let config = VitConfig {
         hidden_size: 24,

@@ -135,7 +135,7 @@ impl Search {
             let norm = log_sum_exp(row);
             scores.clear();
             scores.extend(row.iter().map(|logit| logit - norm));
-            request.penalise(self.prompt, &beam.tokens, &mut scores);
+            request.penalise(self.prompt, self.limit.n_tokens, &beam.tokens, &mut scores);
             for (token, &score) in (0..).zip(&scores) {
                 let sum = beam.sum + score;
                 let is_better = best.len() < n || best.last().is_some_and(|last| sum > last.sum);

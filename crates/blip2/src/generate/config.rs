@@ -33,6 +33,26 @@ pub struct GenerationConfig {
     pub min_new_tokens: usize,
     /// The text ends after this many tokens.
     pub max_new_tokens: usize,
+    /// The end token is impossible before the text has this many tokens, those that the rules see before it
+    /// ([`sees_prompt`](Self::sees_prompt)) counted; both minima hold.
+    pub min_length: usize,
+    /// The text ends when it has this many tokens, counted as for `min_length`: in place of `max_new_tokens`, if set.
+    pub max_length: Option<usize>,
+    /// Sequences of tokens that may not occur. One that is an end token and nothing else is passed over.
+    pub bad_words_ids: Vec<Vec<u32>>,
+    /// Tokens that are never chosen.
+    pub suppress_tokens: Vec<u32>,
+    /// Tokens that are not chosen first.
+    pub begin_suppress_tokens: Vec<u32>,
+    /// The token that comes where exactly one token stands before it: the first one of an encoder-decoder model.
+    pub forced_bos_token_id: Option<u32>,
+    /// The last token that fits is one of these.
+    pub forced_eos_token_id: Vec<u32>,
+    /// The tokens that end a text; the model's own when empty.
+    pub eos_token_id: Vec<u32>,
+    /// Whether the rules above see a prompt's ids before the generated ones, an image token for each query among them, as
+    /// in transformers since BLIP-2 has an image token there. LAVIS passes embeddings, so that they see nothing of it.
+    pub sees_prompt: bool,
     /// Texts to return for each prompt.
     pub num_return_sequences: usize,
     /// A text ends when one of these appears in it.
@@ -56,6 +76,15 @@ impl Default for GenerationConfig {
             no_repeat_ngram_size: 0,
             min_new_tokens: 0,
             max_new_tokens: 30,
+            min_length: 0,
+            max_length: None,
+            bad_words_ids: Vec::new(),
+            suppress_tokens: Vec::new(),
+            begin_suppress_tokens: Vec::new(),
+            forced_bos_token_id: None,
+            forced_eos_token_id: Vec::new(),
+            eos_token_id: Vec::new(),
+            sees_prompt: false,
             num_return_sequences: 1,
             stop_strings: Vec::new(),
             seed: 0,
@@ -125,8 +154,14 @@ impl GenerationConfig {
         let penalty = self.repetition_penalty;
         check("repetition_penalty", penalty, is_positive(penalty), "above 0 (1 is none)")?;
         check("max_new_tokens", self.max_new_tokens, self.max_new_tokens > 0, "at least 1")?;
-        let is_reachable = self.min_new_tokens <= self.max_new_tokens;
+        let is_reachable = self.max_length.is_some() || self.min_new_tokens <= self.max_new_tokens;
         check("min_new_tokens", self.min_new_tokens, is_reachable, "at most max_new_tokens")?;
+        if let Some(max_length) = self.max_length {
+            check("max_length", max_length, max_length > 0, "at least 1")?;
+            check("min_length", self.min_length, self.min_length <= max_length, "at most max_length")?;
+        }
+        let has_empty = self.bad_words_ids.iter().any(Vec::is_empty);
+        check("bad_words_ids", "an empty sequence", !has_empty, "tokens")?;
         let has_empty = self.stop_strings.iter().any(String::is_empty);
         check("stop_strings", "an empty string", !has_empty, "text")?;
 
@@ -172,7 +207,10 @@ mod tests {
         let config = parse(
             r#"{"num_beams": 5, "length_penalty": -1, "early_stopping": "never", "temperature": 0.7, "top_k": 40,
                 "top_p": 0.9, "min_p": 0.05, "repetition_penalty": 1.15, "no_repeat_ngram_size": 3, "min_new_tokens": 8,
-                "max_new_tokens": 30, "num_return_sequences": 5, "stop_strings": ["\n"], "seed": 3, "do_sample": false}"#,
+                "max_new_tokens": 30, "num_return_sequences": 5, "stop_strings": ["\n"], "seed": 3, "do_sample": false,
+                "min_length": 2, "max_length": 40, "bad_words_ids": [[3], [4, 5]], "suppress_tokens": [6],
+                "begin_suppress_tokens": [7], "forced_bos_token_id": 8, "forced_eos_token_id": [9],
+                "eos_token_id": [9, 10], "sees_prompt": true}"#,
         )
         .unwrap();
         assert_eq!(config.early_stopping, EarlyStopping::Never);
@@ -196,6 +234,12 @@ mod tests {
                 r#"{"min_new_tokens": 31}"#,
                 "`generation.min_new_tokens` is 31, expected at most max_new_tokens",
             ),
+            (r#"{"max_length": 0}"#, "`generation.max_length` is 0"),
+            (
+                r#"{"max_length": 5, "min_length": 6}"#,
+                "`generation.min_length` is 6, expected at most max_length",
+            ),
+            (r#"{"bad_words_ids": [[1], []]}"#, "`generation.bad_words_ids` is an empty sequence"),
             (r#"{"num_return_sequences": 2}"#, "greedy search has one result"),
             (r#"{"num_beams": 2, "num_return_sequences": 3}"#, "expected at most num_beams"),
             (r#"{"num_beams": 2, "do_sample": true}"#, "`generation.do_sample` is true"),

@@ -65,7 +65,7 @@ pub(super) fn run<D: Decoder + ?Sized>(
             let row = &logits[text.row * vocab_size..][..vocab_size];
             scores.clear();
             scores.extend_from_slice(row);
-            request.penalise(text.prompt, &text.tokens, &mut scores);
+            request.penalise(text.prompt, limits[text.prompt].n_tokens, &text.tokens, &mut scores);
             let token = choose(config, &mut scores, &mut text.rng).ok_or_else(no_token)?;
             let log_prob = row[token as usize] - log_sum_exp(row);
             text.tokens.push(token);

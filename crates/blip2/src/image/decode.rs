@@ -6,7 +6,7 @@ use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::Path;
 
 use ::image::error::UnsupportedErrorKind;
-use ::image::{DynamicImage, ImageDecoder, ImageReader, RgbImage};
+use ::image::{DynamicImage, ExtendedColorType, ImageDecoder, ImageReader, RgbImage};
 
 use super::ImageError;
 use super::recognise::{Format, is_complete, recognise};
@@ -28,42 +28,40 @@ impl Default for Limits {
     }
 }
 
-/// Whether a camera's note on how it was held (EXIF orientation) is followed.
+/// Which pixels a file stands for, where viewers and Pillow do not agree.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
-pub enum Orientation {
-    /// Turn and mirror the picture as the note says: what a person sees in a viewer.
+pub enum Pixels {
+    /// What a person sees in a viewer: turned and mirrored as the camera's note says (EXIF orientation), transparency laid
+    /// over white, 16-bit values rounded.
     #[default]
-    Upright,
-    /// The pixels as they are stored: what Pillow's `Image.open` gives, for comparisons with it.
-    AsStored,
+    AsSeen,
+    /// Those of Pillow's `Image.open(file).convert("RGB")`, which LAVIS and transformers read: as they are stored, the colours
+    /// under a transparency as if there were none, 16-bit colours without their lower byte, 16-bit greys clipped at 255.
+    Pillow,
 }
 
 /// Reads and decodes the picture at `path`; see [`decode`].
 ///
 /// # Errors
 /// As [`decode`], wrapped in [`ImageError::InFile`]; besides [`ImageError::NotAFile`] and [`ImageError::Unreadable`].
-pub fn open(
-    path: impl AsRef<Path>,
-    limits: &Limits,
-    orientation: Orientation,
-) -> Result<RgbImage, ImageError> {
+pub fn open(path: impl AsRef<Path>, limits: &Limits, pixels: Pixels) -> Result<RgbImage, ImageError> {
     let path = path.as_ref();
-    let picture = read(path, limits).and_then(|bytes| decode(&bytes, limits, orientation));
+    let picture = read(path, limits).and_then(|bytes| decode(&bytes, limits, pixels));
     picture.map_err(|problem| ImageError::InFile { path: path.into(), problem: Box::new(problem) })
 }
 
 /// Decodes a JPEG, PNG, WebP, GIF, BMP or TIFF file, whatever it is called.
 ///
-/// Of several frames or pages it is the first. Transparency is laid over white; 16-bit values are rounded to 8; CMYK is
-/// converted without its colour profile, as Pillow does.
+/// Of several frames or pages it is the first. CMYK is converted without its colour profile, as Pillow does; for
+/// orientation, transparency and 16-bit values see [`Pixels`].
 ///
 /// # Errors
 /// Says what is wrong with the picture in one line: see [`ImageError`].
-pub fn decode(bytes: &[u8], limits: &Limits, orientation: Orientation) -> Result<RgbImage, ImageError> {
+pub fn decode(bytes: &[u8], limits: &Limits, pixels: Pixels) -> Result<RgbImage, ImageError> {
     check_bytes(bytes.len() as u64, limits)?;
     let format = recognise(bytes)?;
     // Decoders are other people's code on hostile bytes: should one panic, only this picture is lost.
-    let decoded = catch_unwind(AssertUnwindSafe(|| decode_as(format, bytes, limits, orientation)));
+    let decoded = catch_unwind(AssertUnwindSafe(|| decode_as(format, bytes, limits, pixels)));
     let picture = decoded.unwrap_or_else(|_| {
         Err(ImageError::Damaged { format: format.name, reason: "the decoder gave up".into() })
     })?;
@@ -106,12 +104,7 @@ fn check_size((width, height): (u32, u32), format: Format, limits: &Limits) -> R
     Ok(())
 }
 
-fn decode_as(
-    format: Format,
-    bytes: &[u8],
-    limits: &Limits,
-    orientation: Orientation,
-) -> Result<RgbImage, ImageError> {
+fn decode_as(format: Format, bytes: &[u8], limits: &Limits, pixels: Pixels) -> Result<RgbImage, ImageError> {
     let in_words = |error| in_words(error, format);
     let mut reader = ImageReader::with_format(Cursor::new(bytes), format.decoder);
     let mut allocations = ::image::Limits::default();
@@ -121,12 +114,34 @@ fn decode_as(
     let mut decoder = reader.into_decoder().map_err(in_words)?;
     check_size(decoder.dimensions(), format, limits)?;
     // A note that cannot be read is no reason to refuse the picture.
-    let turn = decoder.orientation().ok().filter(|_| orientation == Orientation::Upright);
+    let turn = decoder.orientation().ok().filter(|_| pixels == Pixels::AsSeen);
+    let is_grey = matches!(decoder.original_color_type(), ExtendedColorType::L16);
     let mut picture = DynamicImage::from_decoder(decoder).map_err(in_words)?;
+    if pixels == Pixels::Pillow {
+        return Ok(stored(picture, is_grey));
+    }
     if let Some(turn) = turn {
         picture.apply_orientation(turn);
     }
     Ok(if picture.color().has_alpha() { over_white(&picture.into_rgba8()) } else { picture.into_rgb8() })
+}
+
+/// The colours as Pillow has them; `is_grey` tells 16-bit greys, which it keeps as numbers until they are converted.
+fn stored(picture: DynamicImage, is_grey: bool) -> RgbImage {
+    let to_byte = |value: u16| if is_grey { value.min(255) as u8 } else { (value >> 8) as u8 };
+    let (width, height) = (picture.width(), picture.height());
+    let grey =
+        |luma: &mut dyn Iterator<Item = u16>| luma.flat_map(|value| [to_byte(value); 3]).collect::<Vec<_>>();
+    let bytes = match &picture {
+        DynamicImage::ImageLuma16(picture) => grey(&mut picture.as_raw().iter().copied()),
+        DynamicImage::ImageLumaA16(picture) => grey(&mut picture.pixels().map(|pixel| pixel.0[0])),
+        DynamicImage::ImageRgb16(picture) => picture.as_raw().iter().copied().map(to_byte).collect(),
+        DynamicImage::ImageRgba16(picture) => {
+            picture.pixels().flat_map(|pixel| [0, 1, 2].map(|channel| to_byte(pixel.0[channel]))).collect()
+        }
+        _ => return picture.into_rgb8(),
+    };
+    RgbImage::from_raw(width, height, bytes).expect("three bytes a pixel")
 }
 
 /// Lays a picture with transparency over white, rounding to the nearest value.
@@ -195,6 +210,8 @@ mod tests {
         width: u32,
         height: u32,
         rgb: String,
+        /// What Pillow's own conversion gives, where that is something else.
+        pillow: Option<(u32, u32, String)>,
         tolerance: u8,
     }
 
@@ -212,7 +229,7 @@ mod tests {
     }
 
     fn decoded(bytes: &[u8]) -> Result<RgbImage, ImageError> {
-        decode(bytes, &Limits::default(), Orientation::default())
+        decode(bytes, &Limits::default(), Pixels::default())
     }
 
     #[test]
@@ -228,9 +245,18 @@ mod tests {
     }
 
     #[test]
-    fn orientation_can_be_left_as_stored() {
-        let picture = decode(&file("png_orientation_6"), &Limits::default(), Orientation::AsStored).unwrap();
-        assert_eq!(picture, decoded(&file("png")).unwrap());
+    fn every_kind_of_picture_can_be_had_as_pillow_converts_it() {
+        let mut n_different = 0;
+        for (name, golden) in goldens() {
+            let picture = decode(&unhex(&golden.file), &Limits::default(), Pixels::Pillow).unwrap();
+            n_different += usize::from(golden.pillow.is_some());
+            let (width, height, rgb) = golden.pillow.unwrap_or((golden.width, golden.height, golden.rgb));
+            assert_eq!(picture.dimensions(), (width, height), "{name}");
+            let differences = picture.as_raw().iter().zip(unhex(&rgb)).map(|(a, b)| a.abs_diff(b));
+            let worst = differences.max().unwrap();
+            assert!(worst <= golden.tolerance, "{name} differs by {worst}");
+        }
+        assert!(n_different >= 15, "{n_different}");
     }
 
     #[test]
@@ -291,13 +317,10 @@ mod tests {
         assert!(!matches!(decoded(&png_claiming(65_535, 1)).unwrap_err(), ImageError::TooLong { .. }));
         assert!(decoded(&png_claiming(0, 1)).is_err());
         let small = Limits { max_bytes: 100, ..Limits::default() };
-        let error = decode(&file("png"), &small, Orientation::Upright).unwrap_err();
+        let error = decode(&file("png"), &small, Pixels::AsSeen).unwrap_err();
         assert!(matches!(error, ImageError::TooManyBytes { limit: 100, .. }), "{error}");
         let few = Limits { max_pixels: 24 * 16 - 1, ..Limits::default() };
-        assert!(matches!(
-            decode(&file("jpeg"), &few, Orientation::Upright),
-            Err(ImageError::TooManyPixels { .. })
-        ));
+        assert!(matches!(decode(&file("jpeg"), &few, Pixels::AsSeen), Err(ImageError::TooManyPixels { .. })));
     }
 
     #[test]
@@ -305,10 +328,9 @@ mod tests {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("picture.txt");
         std::fs::write(&path, file("webp_lossless")).unwrap();
-        assert!(open(&path, &Limits::default(), Orientation::Upright).is_ok());
+        assert!(open(&path, &Limits::default(), Pixels::AsSeen).is_ok());
 
-        let message =
-            |path: &Path| open(path, &Limits::default(), Orientation::Upright).unwrap_err().to_string();
+        let message = |path: &Path| open(path, &Limits::default(), Pixels::AsSeen).unwrap_err().to_string();
         std::fs::write(&path, b"").unwrap();
         assert!(message(&path).contains("picture.txt: the file is empty"));
         std::fs::write(&path, b"hello").unwrap();

@@ -85,7 +85,7 @@ impl Chat<'_> {
     ) -> Result<Answer> {
         // Room for the answer, but never so much that no question would fit.
         let room = generation.max_new_tokens.min(self.stage2.language_model().context_len() / 2);
-        let prompt = self.stage2.render(&self.turns, room)?;
+        let prompt = self.stage2.conversation(&self.turns, room)?;
         let rows = self.stage2.embed(&prompt, &self.soft_tokens)?;
         let (read, mut sequence) = std::mem::take(&mut self.read);
         // Only what the cache does not hold yet is read; at least one row, since the answer starts from its logits.
@@ -100,8 +100,9 @@ impl Chat<'_> {
             Session::new(self.stage2.language_model(), &mut self.cache, vec![(sequence, new_rows)])?;
         let mut decoder = self.stage2.tokenizer().decode_stream();
         let mut streamed = false;
+        let prompts = std::slice::from_ref(&prompt);
         let mut answers =
-            self.stage2.continue_prompts(&mut session, generation, &mut |event| match event {
+            self.stage2.continue_prompts(&mut session, prompts, generation, &mut |event| match event {
                 Event::Token { token, .. } if !self.stage2.tokenizer().is_control(token) => {
                     streamed = true;
                     on_text(&decoder.push(token))

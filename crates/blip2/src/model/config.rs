@@ -75,6 +75,9 @@ pub struct Stage2Config {
     /// How it is asked for a caption, where that is not how it is asked a question.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub caption_prompt: Option<PromptFormat>,
+    /// How it is spoken to in a conversation, where that is not how it is asked a single question.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub chat_prompt: Option<PromptFormat>,
     /// What is asked for a caption; may be empty where the model describes a picture unasked.
     pub instruction: String,
     /// How captions and answers are generated unless the caller says otherwise.

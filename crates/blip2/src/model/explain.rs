@@ -101,7 +101,7 @@ impl Blip2 {
             return Err(Error::Request("the text to explain is empty".into()));
         }
         let (format, question, prompt) = match question {
-            Some(question) => (stage2.prompt(), question, stage2.render(&[Turn::open(question)], 1)?),
+            Some(question) => (stage2.prompt(), question, stage2.question(question)?),
             None => {
                 let instruction = self.config.stage2.as_ref().map_or("", |stage2| &stage2.instruction);
                 let format = stage2.caption_prompt();

@@ -8,8 +8,9 @@ use std::path::{Path, PathBuf};
 use serde_json::Value as Json;
 
 use super::config::{ModelConfig, Stage1Config, Stage2Config, VisionConfig};
+use super::preset::{FolderGeneration, OneOrMore};
 use super::stage1::{Stage1, Texts};
-use super::stage2::Stage2;
+use super::stage2::{Source, Stage2};
 use super::{Blip2, OpenOptions};
 use crate::config::QFormerConfig;
 use crate::generate::GenerationConfig;
@@ -162,27 +163,46 @@ fn open_generation(folder: &Path, json: &Json, options: &OpenOptions) -> Result<
     file.ignore(|name| name.ends_with(".position_ids"));
     file.finish()?;
 
-    let tokenizer = LanguageTokenizer::from_json(folder.join("tokenizer.json"))?;
+    let mark = |field: &str| token(&text, "text_config", field);
+    let tokenizer = LanguageTokenizer::from_folder(folder)?
+        .with_usual_marks(mark("bos_token_id")?, mark("eos_token_id")?);
     if tokenizer.n_tokens() > language_model.vocab_size() {
         let reason = format!(
-            "has {} tokens, the language model knows {}: it belongs to another model",
+            "has a tokenizer of {} tokens, the language model knows {}: it belongs to another model",
             tokenizer.n_tokens(),
             language_model.vocab_size()
         );
-        return Err(Error::File { path: folder.join("tokenizer.json"), reason });
+        return Err(Error::File { path: folder.into(), reason });
     }
     let name = folder_name(folder);
     // The models that were fine-tuned on COCO's captions expect the beginning of one.
     let instruction = if name.contains("coco") { "a photo of" } else { "" };
+    let folder_generation = FolderGeneration::read(folder)?;
+    // LAVIS's defaults, which the published captions were made with, and what the folder changes of them.
+    let mut generation = GenerationConfig {
+        num_beams: 5,
+        max_new_tokens: 30,
+        sees_prompt: true,
+        ..GenerationConfig::default()
+    };
+    folder_generation.apply(&mut generation);
+    let source = Source {
+        image_token: token(json, "config", "image_token_index")?.or(token(json, "config", "image_token_id")?),
+        end_tokens: match folder_generation.end_tokens() {
+            Some(tokens) => Some(tokens),
+            None => tokens(&text, "text_config", "eos_token_id")?,
+        },
+        generation: folder_generation,
+    };
     let stage2 = Stage2Config {
         weights: file_names(&file),
         language_model: folder.into(),
         language_model_sha256: None,
         prompt: family.question(),
         caption_prompt: Some(family.caption()),
+        chat_prompt: Some(family.turn()),
         instruction: instruction.into(),
-        // LAVIS's defaults, which the published captions were made with.
-        generation: GenerationConfig { num_beams: 5, max_new_tokens: 30, ..GenerationConfig::default() },
+        generation,
     };
     let n_parameters = bridge.n_query_parameters()
         + qformer.hidden_size * language_model.hidden_size()
@@ -190,7 +210,10 @@ fn open_generation(folder: &Path, json: &Json, options: &OpenOptions) -> Result<
     let vision = vision(options, encoder, processor, &name, vit.image_size)?;
     let loaded = options
         .stage2
-        .then(|| Stage2::new(bridge, language_projection, language_model, tokenizer, &stage2, n_parameters))
+        .then(|| {
+            let (projection, config) = (language_projection, &stage2);
+            Stage2::new(bridge, projection, language_model, tokenizer, config, n_parameters, source)
+        })
         .transpose()?;
     let config =
         ModelConfig { name, vision: VisionConfig::Vit(vit), qformer, stage1: None, stage2: Some(stage2) };
@@ -217,7 +240,12 @@ impl Family {
         self.format("{image}{prompt}", " ")
     }
 
-    /// How BLIP-2's authors ask, once and over several turns.
+    /// How BLIP-2's authors talk about a picture, with either family.
+    fn turn(self) -> PromptFormat {
+        self.format("{image}Question: {prompt} Answer:", ". ")
+    }
+
+    /// How BLIP-2's authors ask a question.
     fn question(self) -> PromptFormat {
         match self {
             Self::Opt => self.format("{image}Question: {prompt} Answer:", ". "),
@@ -280,6 +308,22 @@ fn size(json: &Json, part: &str, field: &str, default: usize) -> Result<usize> {
             wrong(&format!("{part}.{field}"), &format!("is {value}, expected a whole number"))
         }),
     }
+}
+
+/// Token ids of `part`, if it names any.
+fn tokens(json: &Json, part: &str, field: &str) -> Result<Option<Vec<u32>>> {
+    if json[field].is_null() {
+        return Ok(None);
+    }
+    let read: std::result::Result<OneOrMore, _> = serde_json::from_value(json[field].clone());
+    let refuse =
+        |_| wrong(&format!("{part}.{field}"), &format!("is {}, expected a token's number", json[field]));
+    read.map(|tokens| Some(tokens.list())).map_err(refuse)
+}
+
+/// The first of them.
+fn token(json: &Json, part: &str, field: &str) -> Result<Option<u32>> {
+    Ok(tokens(json, part, field)?.and_then(|tokens| tokens.first().copied()))
 }
 
 fn number(json: &Json, part: &str, field: &str, default: f64) -> Result<f64> {

@@ -4,6 +4,7 @@ use std::path::{Path, PathBuf};
 
 use candle_core::Tensor;
 
+use super::preset::FolderGeneration;
 use super::{Blip2, ImageFeatures, ModelConfig, Stage2Config, image_keys};
 use crate::cache::CachedSequence;
 use crate::generate::{
@@ -24,8 +25,22 @@ pub(super) struct Stage2 {
     tokenizer: LanguageTokenizer,
     prompt: PromptFormat,
     caption_prompt: PromptFormat,
-    end_tokens: Vec<u32>,
+    chat_prompt: PromptFormat,
+    /// What ends an answer by the prompt's format.
+    end_of_answer: Vec<u32>,
+    source: Source,
     n_parameters: usize,
+}
+
+/// What only a checkpoint of Hugging Face says.
+#[derive(Debug, Default)]
+pub(super) struct Source {
+    /// What stands for each query among the tokens of a prompt.
+    pub(super) image_token: Option<u32>,
+    /// What ends a text, where that is not what the prompt's format says.
+    pub(super) end_tokens: Option<Vec<u32>>,
+    /// Its own settings.
+    pub(super) generation: FolderGeneration,
 }
 
 /// A caption or an answer.
@@ -70,7 +85,8 @@ impl Stage2 {
         let language_projection =
             loader.linear("language_projection", config.qformer.hidden_size, language_model.hidden_size())?;
         weights.finish()?;
-        Self::new(qformer, language_projection, language_model, tokenizer, stage2, weights.n_parameters())
+        let (n_parameters, source) = (weights.n_parameters(), Source::default());
+        Self::new(qformer, language_projection, language_model, tokenizer, stage2, n_parameters, source)
     }
 
     pub(super) fn new(
@@ -80,10 +96,12 @@ impl Stage2 {
         tokenizer: LanguageTokenizer,
         config: &Stage2Config,
         n_parameters: usize,
+        source: Source,
     ) -> Result<Self> {
-        let end_tokens = end_tokens(&config.prompt, &tokenizer)?;
+        let end_of_answer = end_tokens(&config.prompt, &tokenizer)?;
         let prompt = config.prompt.clone();
         let caption_prompt = config.caption_prompt.clone().unwrap_or_else(|| prompt.clone());
+        let chat_prompt = config.chat_prompt.clone().unwrap_or_else(|| prompt.clone());
         Ok(Self {
             qformer,
             language_projection,
@@ -91,7 +109,9 @@ impl Stage2 {
             tokenizer,
             prompt,
             caption_prompt,
-            end_tokens,
+            chat_prompt,
+            end_of_answer,
+            source,
             n_parameters,
         })
     }
@@ -140,12 +160,42 @@ impl Stage2 {
         Ok(self.language_projection.forward(queries)?)
     }
 
-    /// A prompt that waits for the answer to the last of `turns`, leaving `room` tokens for it.
-    pub(super) fn render(&self, turns: &[Turn], room: usize) -> Result<Prompt> {
+    pub(super) fn folder_generation(&self) -> &FolderGeneration {
+        &self.source.generation
+    }
+
+    /// The tokens that end an answer by the prompt's format.
+    pub(super) fn end_of_answer(&self) -> &[u32] {
+        &self.end_of_answer
+    }
+
+    /// A prompt that waits for the answer to a question, leaving room for a token of it.
+    pub(super) fn question(&self, question: &str) -> Result<Prompt> {
+        self.render_question(&self.prompt, &[Turn::open(question)], 1)
+    }
+
+    /// A prompt that waits for the answer to the last turn of a conversation, leaving `room` tokens for it.
+    pub(super) fn conversation(&self, turns: &[Turn], room: usize) -> Result<Prompt> {
+        self.render_question(&self.chat_prompt, turns, room)
+    }
+
+    fn render_question(&self, format: &PromptFormat, turns: &[Turn], room: usize) -> Result<Prompt> {
         if turns.last().is_some_and(|turn| turn.question.trim().is_empty()) {
             return Err(Error::Request("the question is empty: ask something about the picture".into()));
         }
-        self.render_as(&self.prompt, turns, room)
+        self.render_as(format, turns, room)
+    }
+
+    /// A prompt of the given text and nothing else, but for the marks that begin and end what the model reads.
+    pub(super) fn raw(&self, text: &str) -> Result<Prompt> {
+        let prompt = self.caption_prompt.raw(&self.tokenizer, text)?;
+        let (n_tokens, limit) = (prompt.n_rows(self.n_queries()), self.language_model.context_len() - 1);
+        if n_tokens > limit { Err(Error::TextTooLong { n_tokens, limit }) } else { Ok(prompt) }
+    }
+
+    /// The prompt that asks for a caption with the model's own words.
+    pub(super) fn instruction(&self, instruction: &str) -> Result<Prompt> {
+        self.render_as(&self.caption_prompt, &[Turn::open(instruction)], 1)
     }
 
     pub(super) fn render_as(&self, format: &PromptFormat, turns: &[Turn], room: usize) -> Result<Prompt> {
@@ -167,6 +217,20 @@ impl Stage2 {
         Ok(Tensor::cat(&pieces, 0)?)
     }
 
+    /// The scores of the next token after every row of a prompt, `[N, V]`; of an encoder-decoder model after the decoder's first,
+    /// `[1, V]`.
+    pub(super) fn prompt_logits(&self, prompt: &Prompt, soft_tokens: &Tensor) -> Result<Tensor> {
+        let rows = self.embed(prompt, soft_tokens)?;
+        let lengths = [rows.dim(0)?];
+        let hidden = if self.language_model.reads_prompts_whole() {
+            let (mut cache, mut sequences) = (self.language_model.new_cache(), [CachedSequence::new()]);
+            self.language_model.read_prompts(&rows, &mut cache, &mut sequences, &lengths)?
+        } else {
+            self.language_model.forward(&rows, &lengths)?
+        };
+        self.language_model.logits(&hidden)
+    }
+
     /// Continues a prompt about each picture.
     fn continue_all(
         &self,
@@ -184,27 +248,47 @@ impl Stage2 {
             .collect::<Result<Vec<_>>>()?;
         let mut cache = self.language_model.new_cache();
         let mut session = Session::new(&self.language_model, &mut cache, rows)?;
-        self.continue_prompts(&mut session, generation, &mut |_| std::ops::ControlFlow::Continue(()))
+        self.continue_prompts(&mut session, prompts, generation, &mut |_| std::ops::ControlFlow::Continue(()))
     }
 
+    /// Continues the prompts that a session has read.
     pub(super) fn continue_prompts(
         &self,
         session: &mut Session<'_>,
+        prompts: &[Prompt],
         generation: &GenerationConfig,
         on_event: &mut dyn FnMut(Event<'_>) -> std::ops::ControlFlow<()>,
     ) -> Result<Vec<Vec<Answer>>> {
         let decode = |ids: &[u32]| Ok(self.tokenizer.decode(ids));
-        let stop = StopRules::new(&self.end_tokens).with_text(&decode);
-        let request = Request { config: generation, stop: &stop, seen: &[] };
+        let end_tokens = match &generation.eos_token_id[..] {
+            [] => self.source.end_tokens.as_deref().unwrap_or(&self.end_of_answer),
+            named => named,
+        };
+        let stop = StopRules::new(end_tokens).with_text(&decode);
+        let seen: Vec<_> = prompts.iter().map(|prompt| self.seen(prompt, generation)).collect();
+        let request = Request { config: generation, stop: &stop, seen: &seen };
         let generated = generate(session, request, on_event)?;
-        let answer = |generation: Generation| self.answer(generation);
+        let answer = |generation: Generation| self.answer(generation, end_tokens);
         Ok(generated.into_iter().map(|of_prompt| of_prompt.into_iter().map(answer).collect()).collect())
     }
 
-    fn answer(&self, generation: Generation) -> Answer {
+    /// What the rules of generation see before the first generated token. A decoder always sees what it begins with.
+    fn seen(&self, prompt: &Prompt, generation: &GenerationConfig) -> Vec<u32> {
+        if let Some(start) = self.language_model.decoder_start() {
+            return vec![start];
+        }
+        if !generation.sees_prompt {
+            return Vec::new();
+        }
+        let n_image = self.source.image_token.map_or(0, |_| self.n_queries());
+        let image = vec![self.source.image_token.unwrap_or_default(); n_image];
+        [prompt.before_image(), &image, prompt.after_image()].concat()
+    }
+
+    fn answer(&self, generation: Generation, end_tokens: &[u32]) -> Answer {
         let Generation { token_ids, log_probs, score, finish } = generation;
         let words = match token_ids.split_last() {
-            Some((last, words)) if self.end_tokens.contains(last) => words,
+            Some((last, words)) if end_tokens.contains(last) => words,
             _ => &token_ids[..],
         };
         let text = self.tokenizer.decode(words).trim().to_owned();
@@ -240,9 +324,29 @@ impl Blip2 {
         generation: &GenerationConfig,
     ) -> Result<Vec<Vec<Answer>>> {
         let stage2 = self.stage2()?;
-        let instruction = self.config.stage2.as_ref().map_or("", |stage2| &stage2.instruction);
-        let prompt = stage2.render_as(&stage2.caption_prompt, &[Turn::open(instruction)], 1)?;
+        let prompt = stage2.instruction(self.instruction())?;
         stage2.continue_all(features, &vec![prompt; features.len()], generation)
+    }
+
+    /// What is asked for a caption.
+    pub(super) fn instruction(&self) -> &str {
+        self.config.stage2.as_ref().map_or("", |stage2| &stage2.instruction)
+    }
+
+    /// Goes on from a text about each picture, which is read as it stands: no question is made of it, no blank is left out.
+    /// A model that is spoken to in turns reads it as what the user says. The results are those that each would get alone.
+    ///
+    /// # Errors
+    /// When the model has no stage-2 part, a text is too long, or `generation` contradicts itself.
+    pub fn complete(
+        &self,
+        requests: &[(&ImageFeatures, &str)],
+        generation: &GenerationConfig,
+    ) -> Result<Vec<Vec<Answer>>> {
+        let stage2 = self.stage2()?;
+        let features: Vec<_> = requests.iter().map(|(features, _)| *features).collect();
+        let prompts = requests.iter().map(|(_, text)| stage2.raw(text)).collect::<Result<Vec<_>>>()?;
+        stage2.continue_all(&features, &prompts, generation)
     }
 
     /// Answers a question about each picture; the answers are those that each would get alone.
@@ -256,10 +360,8 @@ impl Blip2 {
     ) -> Result<Vec<Vec<Answer>>> {
         let stage2 = self.stage2()?;
         let features: Vec<_> = requests.iter().map(|(features, _)| *features).collect();
-        let prompts = requests
-            .iter()
-            .map(|(_, question)| stage2.render(&[Turn::open(*question)], 1))
-            .collect::<Result<Vec<_>>>()?;
+        let prompts =
+            requests.iter().map(|(_, question)| stage2.question(question)).collect::<Result<Vec<_>>>()?;
         stage2.continue_all(&features, &prompts, generation)
     }
 
@@ -289,7 +391,7 @@ impl Blip2 {
             .iter()
             .map(|choice| stage2.prompt.answer_ids(&stage2.tokenizer, question, choice.as_ref()))
             .collect::<Result<Vec<_>>>()?;
-        let prompt = stage2.render(&[Turn::open(question)], 1)?;
+        let prompt = stage2.question(question)?;
         let soft_tokens = stage2.soft_tokens(&[features])?.remove(0);
         let rows = stage2.embed(&prompt, &soft_tokens)?;
         let mut cache = stage2.language_model.new_cache();

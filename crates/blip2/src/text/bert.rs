@@ -27,6 +27,9 @@ pub struct BertTokenizer {
     unk: u32,
 }
 
+/// What BLIP-2 adds behind BERT's pieces: the mark of text to write and, in newer revisions, that of the image.
+const ADDED: [&str; 2] = ["[DEC]", "<image>"];
+
 impl BertTokenizer {
     /// Reads a `vocab.txt`: one piece a line, its id the line's number from 0.
     ///
@@ -41,7 +44,8 @@ impl BertTokenizer {
         })
     }
 
-    /// Reads the vocabulary of a model folder: `vocab.txt`, or the pieces in `tokenizer.json`.
+    /// Reads the vocabulary of a model folder: `vocab.txt`, or the pieces in `tokenizer.json`. The tokens that BLIP-2 adds behind
+    /// them may be there or not.
     ///
     /// # Errors
     /// [`Error::File`] when there is neither, or it is not BERT's.
@@ -61,6 +65,9 @@ impl BertTokenizer {
         let pieces = parsed["model"]["vocab"].as_object().filter(|_| parsed["model"]["type"] == "WordPiece");
         let pieces = pieces
             .ok_or_else(|| refuse("is not the tokenizer of a BERT: it has no WordPiece vocabulary".into()))?;
+        if parsed["normalizer"]["lowercase"] == false {
+            return Err(refuse("tells capitals from small letters, BLIP-2's does not".into()));
+        }
         let mut by_id = vec![None; pieces.len()];
         for (piece, id) in pieces {
             let id = id.as_u64().and_then(|id| by_id.get_mut(usize::try_from(id).ok()?));
@@ -87,7 +94,10 @@ impl BertTokenizer {
     }
 
     /// From the pieces in the order of their ids.
-    fn from_pieces(pieces: Vec<String>) -> Result<Self> {
+    fn from_pieces(mut pieces: Vec<String>) -> Result<Self> {
+        while pieces.last().is_some_and(|piece| ADDED.contains(&piece.as_str())) {
+            pieces.pop();
+        }
         let refuse = |reason: String| Error::Tokenizer(format!("not a BERT vocabulary: {reason}"));
         let mut ids = HashMap::with_capacity(pieces.len());
         for (id, piece) in (0..).zip(&pieces) {
@@ -227,6 +237,15 @@ mod tests {
     }
 
     #[test]
+    fn tokens_that_blip2_adds_may_be_in_the_file() {
+        let lines = "[PAD]\n[UNK]\n[CLS]\n[SEP]\na\n";
+        for added in ["", "[DEC]\n", "[DEC]\n<image>\n"] {
+            let bert = BertTokenizer::from_bytes(format!("{lines}{added}").as_bytes()).unwrap();
+            assert_eq!((bert.dec_id(), bert.n_tokens()), (5, 6), "{added}");
+        }
+    }
+
+    #[test]
     fn what_is_no_vocabulary_is_refused() {
         for (vocab, reason) in [
             (&b"[PAD]\n[UNK]\n[CLS]\n"[..], "no line [SEP]"),
@@ -245,6 +264,10 @@ mod tests {
             (r#"{"model": {"type": "WordPiece", "vocab": {"a": 1}}}"#, "out of order"),
             (r#"{"model": {"type": "WordPiece", "vocab": {"a": 0, "b": 0}}}"#, "one id"),
             (r#"{"model": {"type": "WordPiece", "vocab": {"a": 0}}}"#, "no line [CLS]"),
+            (
+                r#"{"normalizer": {"lowercase": false}, "model": {"type": "WordPiece", "vocab": {"a": 0}}}"#,
+                "capitals",
+            ),
         ] {
             std::fs::write(folder.path().join("tokenizer.json"), json).unwrap();
             let error = BertTokenizer::from_folder(&folder).unwrap_err().to_string();

@@ -157,9 +157,32 @@ impl PromptFormat {
         }
         let mut parts = Vec::new();
         for (turn_idx, turn) in turns.iter().enumerate() {
-            self.push_turn(&mut parts, turn, turn_idx, with_image, turn_idx + 1 == turns.len())?;
+            let is_last = turn_idx + 1 == turns.len();
+            self.push_turn(&mut parts, turn, turn_idx, with_image, is_last, last.answer.is_none())?;
         }
         self.assemble(tokenizer, parts)
+    }
+
+    /// The ids of an open prompt that is `text` as it stands, after the image and between the marks of the format. Models that
+    /// chat read it as what the user says in the only turn, without white space around it.
+    ///
+    /// # Errors
+    /// As [`render`](Self::render); [`Error::Request`] when a model that chats is told nothing.
+    pub fn raw(&self, tokenizer: &LanguageTokenizer, text: &str) -> Result<Prompt> {
+        match self {
+            Self::ChatMl if text.trim().is_empty() => {
+                let reason = "the prompt is empty: this model has to be told what to do with the picture";
+                Err(Error::Request(reason.into()))
+            }
+            Self::ChatMl => self.render(tokenizer, &[Turn::open(text)], true),
+            Self::Plain { bos, eos, .. } => {
+                let mut parts = vec![Part::Image];
+                parts.extend(bos.then_some(Part::Bos));
+                parts.push(Part::Text(text.into()));
+                parts.extend(eos.then_some(Part::Eos));
+                self.assemble(tokenizer, parts)
+            }
+        }
     }
 
     /// [`render`](Self::render), leaving out the oldest turns until the prompt takes at most `limit` rows.
@@ -223,6 +246,7 @@ impl PromptFormat {
         turn_idx: usize,
         with_image: bool,
         is_last: bool,
+        is_open: bool,
     ) -> Result<()> {
         let question = turn.question.trim();
         let answer = turn.answer.as_deref().map(str::trim);
@@ -263,6 +287,11 @@ impl PromptFormat {
                 if let Some(answer) = answer {
                     // A blank before a word belongs to the word's token.
                     let blank = if text.is_empty() || text.ends_with(char::is_whitespace) { "" } else { " " };
+                    if is_open {
+                        // Nothing is to be learned: the dialogue is one text, and its tokens may reach across answers.
+                        parts.push(Part::Text(format!("{text}{blank}{answer}{between_turns}")));
+                        return Ok(());
+                    }
                     parts.extend([Part::Text(text), Part::Answer(format!("{blank}{answer}"))]);
                     parts.push(if is_last { Part::EndOfAnswer } else { Part::Text(between_turns.clone()) });
                 } else {
@@ -414,6 +443,40 @@ mod tests {
         let with_beginning =
             PromptFormat::plain().render(&tokenizer, &[Turn::open("a photo of")], true).unwrap();
         assert_eq!(spelled(&tokenizer, &with_beginning), "{image}a photo of");
+    }
+
+    fn questions() -> PromptFormat {
+        PromptFormat::Plain {
+            template: "{image}Question: {prompt} Answer:".into(),
+            bos: true,
+            eos: true,
+            end_of_answer: "\n".into(),
+            between_turns: ". ".into(),
+        }
+    }
+
+    #[test]
+    fn an_open_dialogue_is_one_text_to_the_tokenizer() {
+        let tokenizer = tiny_tokenizer();
+        let turns = [Turn::answered("a?", " the "), Turn::open("the?")];
+        let prompt = questions().render(&tokenizer, &turns, true).unwrap();
+        let text = tokenizer.encode_text("Question: a? Answer: the. Question: the? Answer:").unwrap();
+        assert_eq!(prompt.ids, [&[1], &text[..], &[2]].concat());
+        assert_eq!((prompt.image_at, prompt.answers.len()), (Some(0), 0));
+    }
+
+    #[test]
+    fn a_raw_prompt_stays_as_it_is() {
+        let tokenizer = tiny_tokenizer();
+        for text in ["", " the dog ", "Question:\n", "<|im_end|>"] {
+            let prompt = questions().raw(&tokenizer, text).unwrap();
+            assert_eq!(prompt.ids, [&[1], &tokenizer.encode_text(text).unwrap()[..], &[2]].concat());
+            assert_eq!(prompt.image_at, Some(0));
+        }
+        let told = PromptFormat::ChatMl.raw(&tokenizer, " the dog ").unwrap();
+        assert_eq!(told, PromptFormat::ChatMl.render(&tokenizer, &[Turn::open("the dog")], true).unwrap());
+        let error = PromptFormat::ChatMl.raw(&tokenizer, " ").unwrap_err().to_string();
+        assert!(error.contains("prompt is empty"), "{error}");
     }
 
     #[test]

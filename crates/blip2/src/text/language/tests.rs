@@ -1,6 +1,7 @@
 use proptest::prelude::*;
 use serde_json::json;
 
+use super::gguf::{TokenType, byte_level_bpe, byte_level_split};
 use super::*;
 use crate::text::tests::{frozen_tokenizer, golden_texts, shared_golden_texts, tiny_tokenizer};
 

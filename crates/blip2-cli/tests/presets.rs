@@ -1,0 +1,134 @@
+//! The verbs on tiny models in Hugging Face folders: presets, raw prompts, and what is printed as JSON.
+
+use std::path::{Path, PathBuf};
+use std::process::{Command, Output};
+
+use serde_json::Value as Json;
+
+fn golden(name: &str) -> String {
+    let path: PathBuf = Path::new(env!("CARGO_MANIFEST_DIR")).join("../blip2/tests/golden").join(name);
+    path.to_str().expect("UTF-8").to_owned()
+}
+
+fn blip2(arguments: &[&str]) -> Output {
+    Command::new(env!("CARGO_BIN_EXE_blip2")).args(arguments).output().expect("the command runs")
+}
+
+fn printed(arguments: &[&str]) -> String {
+    let output = blip2(arguments);
+    assert!(output.status.success(), "{arguments:?}: {}", String::from_utf8_lossy(&output.stderr));
+    String::from_utf8(output.stdout).expect("UTF-8")
+}
+
+fn rows(arguments: &[&str]) -> Vec<Json> {
+    serde_json::from_str(&printed(arguments)).expect("JSON")
+}
+
+fn tokens(row: &Json) -> Vec<u64> {
+    row["token_ids"].as_array().expect("tokens").iter().map(|id| id.as_u64().expect("a number")).collect()
+}
+
+#[test]
+fn presets_and_prompts_change_what_is_written() {
+    let picture = golden("blip2.png");
+    for family in ["blip2_opt", "blip2_t5"] {
+        let model = golden(family);
+        let caption =
+            |more: &[&str]| rows(&[&["caption", "--json", "--model", &model, &picture], more].concat());
+        let hf = caption(&["--preset", "hf"]);
+        assert!(hf.len() == 1 && tokens(&hf[0]).len() <= 20, "{hf:?}");
+        // The same by hand, with the names of transformers.
+        let by_hand = caption(&["--num-beams", "1", "--max-new-tokens", "20"]);
+        assert_eq!(tokens(&by_hand[0]), tokens(&hf[0]));
+        assert_eq!(
+            tokens(&caption(&["--preset", "hf", "--prompt="])[0]),
+            tokens(&hf[0]),
+            "the model's own is empty"
+        );
+        let begun = caption(&["--preset", "hf", "--prompt", "a photo of"]);
+        assert_ne!(tokens(&begun[0]), tokens(&hf[0]));
+        assert!(!begun[0]["caption"].as_str().expect("a caption").starts_with("a photo of"));
+        let lavis = caption(&["--preset", "lavis", "--num-captions", "3"]);
+        assert!(lavis.len() == 3 && lavis.iter().all(|row| tokens(row).len() <= 30));
+        let all = ["--preset", "hf", "--num-beams", "3", "--max-new-tokens", "6", "--min-new-tokens", "6"];
+        let more = ["--length-penalty", "-1", "--repetition-penalty", "1.2", "--early-stopping", "never"];
+        assert_eq!(tokens(&caption(&[&all[..], &more].concat())[0]).len(), 6);
+        let drawn = [
+            "--preset",
+            "hf",
+            "--temperature",
+            "1.5",
+            "--top-k",
+            "9",
+            "--top-p",
+            "0.9",
+            "--num-captions",
+            "2",
+        ];
+        let drawn = |seed| caption(&[&drawn[..], &["--seed", seed]].concat());
+        assert_eq!(drawn("1"), drawn("1"));
+        assert!(drawn("1") != drawn("2") || drawn("1") != drawn("3"));
+        let ask =
+            rows(&["ask", "--json", "--preset", "hf", "--model", &model, &picture, "which city is this?"]);
+        assert!(tokens(&ask[0]).len() <= 20);
+        let refused =
+            blip2(&["caption", "--model", &model, &picture, "--preset", "hf", "--num-captions", "2"]);
+        assert!(String::from_utf8_lossy(&refused.stderr).contains("greedy search has one result"));
+    }
+}
+
+/// Published checkpoints are computed in f32: the command's tokens are the library's, which are transformers'.
+#[test]
+fn the_preset_of_transformers_gives_its_tokens_after_every_prompt() {
+    let picture = golden("blip2.png");
+    for family in ["opt", "t5"] {
+        let model = golden(&format!("blip2_{family}"));
+        let text = std::fs::read_to_string(golden(&format!("generate_{family}.json"))).expect("readable");
+        let expected: Json = serde_json::from_str(&text).expect("JSON");
+        let cases = expected["cases"].as_array().expect("cases");
+        let find = |config: Json| cases.iter().find(|case| case["config"] == config).expect("a case");
+        let greedy = find(serde_json::json!({"max_new_tokens": 20}));
+        let penalised = find(serde_json::json!({"max_new_tokens": 14, "repetition_penalty": 1.5}));
+        let unseen =
+            find(serde_json::json!({"max_new_tokens": 14, "repetition_penalty": 1.5, "sees_prompt": false}));
+        let penalty = ["--max-new-tokens", "14", "--repetition-penalty", "1.5"];
+        for (i, prompt) in expected["prompts"].as_array().expect("prompts").iter().enumerate() {
+            let prompt = format!("--prompt={}", prompt.as_str().expect("a text"));
+            let caption = |more: &[&str]| {
+                let all = ["caption", "--json", "--model", &model, &picture, &prompt];
+                rows(&[&all[..], more].concat())[0]["token_ids"].clone()
+            };
+            assert_eq!(caption(&["--preset", "hf"]), greedy["results"][i][0], "{family} {prompt}");
+            let hf = caption(&[&["--preset", "hf"][..], &penalty].concat());
+            assert_eq!(hf, penalised["results"][i][0], "{family} {prompt}");
+            let lavis = caption(&[&["--preset", "lavis", "--num-beams", "1"][..], &penalty].concat());
+            assert_eq!(lavis, unseen["results"][i][0], "{family} {prompt}");
+        }
+    }
+}
+
+#[test]
+fn every_stage_can_be_written_to_a_file() {
+    let dir = tempfile::tempdir().expect("a folder");
+    let file = dir.path().join("stages.safetensors");
+    let file = file.to_str().expect("UTF-8");
+    let picture = golden("blip2.png");
+    for (family, n_rows) in [("blip2_opt", 5 + 1 + 4), ("blip2_t5", 1)] {
+        let model = golden(family);
+        let arguments =
+            ["embed", "--model", &model, "--image", &picture, "--image", &picture, "--output", file];
+        assert_eq!(printed(&[&arguments[..], &["--prompt", "a ph"]].concat()), "");
+        let stages = blip2::weights::safetensors::Safetensors::open(file).expect("a file");
+        let shape = |name: &str| stages.shape(name).expect("a stage").to_vec();
+        assert_eq!(shape("pixel_values"), [2, 3, 28, 28]);
+        assert_eq!(shape("vision.out"), [2, 5, 24]);
+        assert_eq!(shape("qformer.out"), [2, 5, 32]);
+        assert_eq!(shape("language_projection.out"), [2, 5, 32]);
+        assert_eq!(shape("logits")[..2], [2, n_rows]);
+    }
+    for wrong in
+        [&["--output", file][..], &["--image", "a.png", "--prompt", "a"], &["--text", "a", "--output", file]]
+    {
+        assert_eq!(blip2(&[&["embed"][..], wrong].concat()).status.code(), Some(2), "{wrong:?}");
+    }
+}
