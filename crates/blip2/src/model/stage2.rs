@@ -142,10 +142,21 @@ impl Stage2 {
 
     /// A prompt that waits for the answer to the last of `turns`, leaving `room` tokens for it.
     pub(super) fn render(&self, turns: &[Turn], room: usize) -> Result<Prompt> {
-        if turns.last().is_some_and(|turn| turn.question.trim().is_empty()) {
-            return Err(Error::Request("the question is empty: ask something about the picture".into()));
-        }
+        refuse_empty(turns)?;
         self.render_as(&self.prompt, turns, room)
+    }
+
+    /// As [`render`](Self::render), but nothing is left out; without turns, the prompt for a caption.
+    pub(super) fn render_whole(&self, turns: &[Turn], instruction: &str) -> Result<Prompt> {
+        let prompt = if turns.is_empty() {
+            self.caption_prompt.render(&self.tokenizer, &[Turn::open(instruction)], true)?
+        } else {
+            refuse_empty(turns)?;
+            self.prompt.render(&self.tokenizer, turns, true)?
+        };
+        // An answer has at least one token.
+        let (n_tokens, limit) = (prompt.n_rows(self.n_queries()) + 1, self.language_model.context_len());
+        if n_tokens > limit { Err(Error::TextTooLong { n_tokens, limit }) } else { Ok(prompt) }
     }
 
     pub(super) fn render_as(&self, format: &PromptFormat, turns: &[Turn], room: usize) -> Result<Prompt> {
@@ -201,7 +212,11 @@ impl Stage2 {
         Ok(generated.into_iter().map(|of_prompt| of_prompt.into_iter().map(answer).collect()).collect())
     }
 
-    fn answer(&self, generation: Generation) -> Answer {
+    pub(super) fn end_tokens(&self) -> &[u32] {
+        &self.end_tokens
+    }
+
+    pub(super) fn answer(&self, generation: Generation) -> Answer {
         let Generation { token_ids, log_probs, score, finish } = generation;
         let words = match token_ids.split_last() {
             Some((last, words)) if self.end_tokens.contains(last) => words,
@@ -210,6 +225,13 @@ impl Stage2 {
         let text = self.tokenizer.decode(words).trim().to_owned();
         Answer { text, token_ids, log_probs, score, finish }
     }
+}
+
+fn refuse_empty(turns: &[Turn]) -> Result<()> {
+    if turns.last().is_some_and(|turn| turn.question.trim().is_empty()) {
+        return Err(Error::Request("the question is empty: ask something about the picture".into()));
+    }
+    Ok(())
 }
 
 /// The tokens that end an answer: those of the prompt's format, and the model's own end of text.
