@@ -13,6 +13,7 @@ mod frozen;
 mod info;
 mod model;
 mod pack;
+mod serve;
 mod train;
 
 use std::process::ExitCode;
@@ -45,6 +46,7 @@ fn main() -> ExitCode {
         Command::Info(args) => info::run(&args),
         Command::Pack(args) => pack::run(&args),
         Command::Fetch => frozen::ensure(true).map(|()| Done::All),
+        Command::Serve(args) => serve::run(args).map(|()| Done::All),
         Command::Train(args) => train::run(&args).map(|()| Done::All),
         Command::Data(args) => data::run(&args).map(|()| Done::All),
         Command::Completions { shell } => {
