@@ -33,6 +33,7 @@ mod engine;
 mod error;
 mod fetch;
 mod generation;
+mod json;
 mod listen;
 mod metrics;
 mod ollama;

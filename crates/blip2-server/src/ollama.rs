@@ -3,7 +3,7 @@
 use std::sync::Arc;
 use std::time::{Duration, Instant, SystemTime};
 
-use axum::Json;
+use crate::json::Json;
 use axum::extract::{Extension, Request, State};
 use axum::response::{IntoResponse, Response};
 use blip2::generate::GenerationConfig;
@@ -270,7 +270,7 @@ struct EmbedRequest {
     input: OneOrMany<String>,
 }
 
-pub(crate) async fn embed(State(app): State<Arc<App>>, request: Request) -> Result<Json<Value>, ApiError> {
+pub(crate) async fn embed(State(app): State<Arc<App>>, request: Request) -> Result<Json, ApiError> {
     let start = Instant::now();
     let body = app.body(request).await?;
     let asked: EmbedRequest = body.json()?;
@@ -285,7 +285,7 @@ pub(crate) async fn embed(State(app): State<Arc<App>>, request: Request) -> Resu
     })))
 }
 
-pub(crate) async fn tags(State(app): State<Arc<App>>) -> Json<Value> {
+pub(crate) async fn tags(State(app): State<Arc<App>>) -> Json {
     let size = app.model.language_model().map_or(0, blip2::language::LanguageModel::n_bytes);
     Json(json!({"models": [{
         "name": app.name,
@@ -303,7 +303,7 @@ struct ShowRequest {
     model: Option<String>,
 }
 
-pub(crate) async fn show(State(app): State<Arc<App>>, request: Request) -> Result<Json<Value>, ApiError> {
+pub(crate) async fn show(State(app): State<Arc<App>>, request: Request) -> Result<Json, ApiError> {
     let body = app.body(request).await?;
     let asked: ShowRequest = body.json()?;
     app.check_model(asked.model.as_deref())?;
@@ -332,7 +332,7 @@ pub(crate) async fn show(State(app): State<Arc<App>>, request: Request) -> Resul
     })))
 }
 
-pub(crate) async fn version() -> Json<Value> {
+pub(crate) async fn version() -> Json {
     Json(json!({"version": env!("CARGO_PKG_VERSION")}))
 }
 

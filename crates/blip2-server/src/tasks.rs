@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use axum::Json;
+use crate::json::Json;
 use axum::extract::{Request, State};
 use axum::http::header::CONTENT_TYPE;
 use blip2::model::Answer;
@@ -48,7 +48,7 @@ struct ClassifyRequest {
 }
 
 /// Describes a picture: JSON, or the picture's file itself as the body.
-pub(crate) async fn caption(State(app): State<Arc<App>>, request: Request) -> Result<Json<Value>, ApiError> {
+pub(crate) async fn caption(State(app): State<Arc<App>>, request: Request) -> Result<Json, ApiError> {
     let kind = request.headers().get(CONTENT_TYPE).and_then(|kind| kind.to_str().ok()).unwrap_or_default();
     let is_file = kind.starts_with("image/") || kind == "application/octet-stream";
     let body = app.body(request).await?;
@@ -66,7 +66,7 @@ pub(crate) async fn caption(State(app): State<Arc<App>>, request: Request) -> Re
 }
 
 /// Answers a question, freely or by choosing among given answers.
-pub(crate) async fn answer(State(app): State<Arc<App>>, request: Request) -> Result<Json<Value>, ApiError> {
+pub(crate) async fn answer(State(app): State<Arc<App>>, request: Request) -> Result<Json, ApiError> {
     let body = app.body(request).await?;
     let VqaRequest { model, image, question, choices } = body.json()?;
     let fields: GenerationFields = body.json()?;
@@ -102,10 +102,7 @@ pub(crate) async fn answer(State(app): State<Arc<App>>, request: Request) -> Res
 }
 
 /// How well texts fit a picture.
-pub(crate) async fn match_texts(
-    State(app): State<Arc<App>>,
-    request: Request,
-) -> Result<Json<Value>, ApiError> {
+pub(crate) async fn match_texts(State(app): State<Arc<App>>, request: Request) -> Result<Json, ApiError> {
     let body = app.body(request).await?;
     let MatchRequest { model, image, texts } = body.json()?;
     drop(body);
@@ -131,7 +128,7 @@ pub(crate) async fn match_texts(
 }
 
 /// Which of the labels a picture shows.
-pub(crate) async fn classify(State(app): State<Arc<App>>, request: Request) -> Result<Json<Value>, ApiError> {
+pub(crate) async fn classify(State(app): State<Arc<App>>, request: Request) -> Result<Json, ApiError> {
     let body = app.body(request).await?;
     let ClassifyRequest { model, image, labels, template } = body.json()?;
     drop(body);
@@ -160,7 +157,7 @@ pub(crate) async fn classify(State(app): State<Arc<App>>, request: Request) -> R
 }
 
 /// Waits for what is written, and tells it under `name`.
-async fn answers(app: &App, mut accepted: Accepted, name: &str) -> Result<Json<Value>, ApiError> {
+async fn answers(app: &App, mut accepted: Accepted, name: &str) -> Result<Json, ApiError> {
     let Complete { answers, .. } = accepted.complete().await?;
     let row = |answer: &Answer| {
         let text = GrowingText::new(&accepted.generation.stop_strings).finish(&answer.text).to_owned();

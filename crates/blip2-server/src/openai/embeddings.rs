@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use axum::Json;
+use crate::json::Json;
 use axum::extract::{Request, State};
 use base64::Engine as _;
 use base64::engine::general_purpose::STANDARD;
@@ -51,7 +51,7 @@ enum Input {
     Named { text: String },
 }
 
-pub(crate) async fn embed(State(app): State<Arc<App>>, request: Request) -> Result<Json<Value>, ApiError> {
+pub(crate) async fn embed(State(app): State<Arc<App>>, request: Request) -> Result<Json, ApiError> {
     let body = app.body(request).await?;
     let asked: EmbeddingRequest = body.json()?;
     drop(body);
