@@ -54,7 +54,7 @@ enum Input {
 pub(crate) async fn embed(State(app): State<Arc<App>>, request: Request) -> Result<Json, ApiError> {
     let body = app.body(request).await?;
     let asked: EmbeddingRequest = body.json()?;
-    drop(body);
+    let _memory = body.understood();
     app.check_model(asked.model.as_deref())?;
     let width = app.model.config().qformer.image_text_hidden_size;
     if let Some(dimensions) = asked.dimensions.filter(|dimensions| *dimensions != width) {
