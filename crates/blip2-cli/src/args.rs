@@ -32,6 +32,8 @@ pub(crate) enum Command {
     Eval(EvalArgs),
     /// What a model is made of.
     Info(ModelArgs),
+    /// Serve the model over HTTP, in the interfaces of OpenAI and Ollama.
+    Serve(crate::serve::ServeArgs),
     /// Train the bridge on your pictures and texts (stage 1 or 2), from a configuration file.
     Train(TrainArgs),
     /// Make a model folder of training checkpoints.

@@ -14,6 +14,7 @@ mod frozen;
 mod info;
 mod model;
 mod pack;
+mod serve;
 mod train;
 
 use std::process::ExitCode;
@@ -47,6 +48,7 @@ fn main() -> ExitCode {
         Command::Pack(args) => pack::run(&args),
         Command::Convert(args) => convert::run(&args),
         Command::Fetch => frozen::ensure(true).map(|()| Done::All),
+        Command::Serve(args) => serve::run(args).map(|()| Done::All),
         Command::Train(args) => train::run(&args).map(|()| Done::All),
         Command::Data(args) => data::run(&args).map(|()| Done::All),
         Command::Completions { shell } => {

@@ -77,8 +77,48 @@ impl CachedSequence {
         }
     }
 
+    /// Its rows, in order.
+    fn rows(&self) -> impl Iterator<Item = usize> {
+        self.spans.iter().copied().flat_map(rows_of)
+    }
+
     fn end(&self) -> usize {
         self.spans.iter().map(|span| span.start + span.len).max().unwrap_or(0)
+    }
+}
+
+impl LayerRows {
+    /// Keeps these rows, in this order.
+    fn keep(&mut self, rows: &[usize], width: usize) {
+        for buffer in [&mut self.keys, &mut self.values] {
+            *buffer = rows.iter().flat_map(|row| &buffer[row * width..(row + 1) * width]).copied().collect();
+        }
+    }
+}
+
+fn rows_of(span: Span) -> std::ops::Range<usize> {
+    span.start..span.start + span.len
+}
+
+/// Where rows move that stay.
+struct Places {
+    /// The old place of each.
+    old: Vec<usize>,
+    /// The new place of each old row; of one that does not stay, nothing that means anything.
+    new: Vec<usize>,
+}
+
+impl Places {
+    /// Rows in the order of their first use.
+    fn of(used: impl Iterator<Item = usize>, n_rows: usize) -> Self {
+        let (mut old, mut new) = (Vec::new(), vec![usize::MAX; n_rows]);
+        for row in used {
+            if new[row] == usize::MAX {
+                new[row] = old.len();
+                old.push(row);
+            }
+        }
+        Self { old, new }
     }
 }
 
@@ -142,6 +182,11 @@ impl KvCache {
         self.n_rows
     }
 
+    /// Bytes of a row in all layers.
+    pub fn row_bytes(&self) -> usize {
+        self.layers.len().max(self.memory.len()) * self.width * 2 * size_of::<f32>()
+    }
+
     /// Memory held, in bytes.
     pub fn n_bytes(&self) -> usize {
         let all = self.layers.iter().chain(&self.memory);
@@ -159,6 +204,31 @@ impl KvCache {
         }
         self.rewind(end);
         self.rewind_memory(memory_end);
+    }
+
+    /// How many rows `sequences` have, shared ones counted once.
+    pub(crate) fn n_rows_of(&self, sequences: &[CachedSequence]) -> usize {
+        let mut is_used = vec![false; self.n_rows];
+        sequences.iter().flat_map(CachedSequence::rows).for_each(|row| is_used[row] = true);
+        is_used.into_iter().filter(|is_used| *is_used).count()
+    }
+
+    /// Forgets all rows but those of `sequences`, wherever they are, and moves these together, each text's side by side
+    /// as far as they are not shared. Every other [`CachedSequence`] of this cache is invalid afterwards.
+    pub(crate) fn compact(&mut self, sequences: &mut [CachedSequence]) {
+        let rows = Places::of(sequences.iter().flat_map(CachedSequence::rows), self.n_rows);
+        let memory = sequences.iter().filter_map(|sequence| sequence.memory).flat_map(rows_of);
+        let memory = Places::of(memory, self.n_memory_rows);
+        for sequence in sequences {
+            let mut moved = CachedSequence::new();
+            sequence.rows().for_each(|row| moved.push(Span { start: rows.new[row], len: 1 }));
+            // A memory is one span that texts share whole, so it stays one.
+            moved.memory = sequence.memory.map(|span| Span { start: memory.new[span.start], ..span });
+            *sequence = moved;
+        }
+        self.layers.iter_mut().for_each(|layer| layer.keep(&rows.old, self.width));
+        self.memory.iter_mut().for_each(|layer| layer.keep(&memory.old, self.width));
+        (self.n_rows, self.n_memory_rows) = (rows.old.len(), memory.old.len());
     }
 
     /// Forgets all rows but the first `n_rows`.
@@ -265,7 +335,7 @@ mod tests {
     }
 
     fn rows(sequence: &CachedSequence) -> Vec<usize> {
-        sequence.spans.iter().flat_map(|span| span.start..span.start + span.len).collect()
+        sequence.rows().collect()
     }
 
     #[test]
@@ -324,6 +394,30 @@ mod tests {
         append(&mut cache, &mut sequences, &[1]);
         assert_eq!(cache.layers[0].keys, [0.0, 1.0, 2.0]);
         assert_eq!(rows(&sequences[0]), [0, 1, 2]);
+    }
+
+    #[test]
+    fn compaction_keeps_what_is_used_and_puts_it_side_by_side() {
+        let mut cache = KvCache::new(2, 1);
+        let mut prompts = [CachedSequence::new(), CachedSequence::new()];
+        append(&mut cache, &mut prompts, &[2, 3]);
+        // Two texts take turns; one forks.
+        append(&mut cache, &mut prompts, &[1, 1]);
+        let mut texts = [prompts[1].clone(), prompts[1].clone()];
+        append(&mut cache, &mut texts, &[1, 1]);
+        assert_eq!(texts.each_ref().map(rows), [vec![2, 3, 4, 6, 7], vec![2, 3, 4, 6, 8]]);
+        assert_eq!((cache.n_rows(), cache.n_rows_of(&texts)), (9, 6));
+        let values = |cache: &KvCache, text: &CachedSequence| -> Vec<f32> {
+            text.rows().map(|row| cache.layers[1].values[row]).collect()
+        };
+        let before = texts.each_ref().map(|text| values(&cache, text));
+        cache.compact(&mut texts);
+        assert_eq!(texts.each_ref().map(rows), [vec![0, 1, 2, 3, 4], vec![0, 1, 2, 3, 5]]);
+        assert_eq!(texts[0].spans.len(), 1, "side by side");
+        assert_eq!(texts.each_ref().map(|text| values(&cache, text)), before);
+        assert_eq!(cache.n_rows(), 6);
+        append(&mut cache, &mut texts, &[1, 1]);
+        assert_eq!(texts.each_ref().map(rows), [vec![0, 1, 2, 3, 4, 6], vec![0, 1, 2, 3, 5, 7]]);
     }
 
     #[test]

@@ -2,23 +2,27 @@
 //!
 //! [`generate`] continues a batch of prompts greedily, by beam search or by sampling; [`score`] says how likely given
 //! answers are. Both work on anything that is a [`Decoder`]; the real one is [`Session`], a language model with its
-//! key-value cache. Configuration and results mean what they mean in Hugging Face transformers. Nothing here knows
+//! key-value cache. [`Batch`] is the same loop driven by the caller, for prompts that come and go between tokens. Configuration and results mean what they mean in Hugging Face transformers. Nothing here knows
 //! words: prompts come as rows of embeddings, results leave as token ids.
 //!
 //! A prompt's result does not depend on the prompts beside it.
 
+mod batch;
 mod beam;
 mod config;
 mod draw;
+mod growth;
 mod session;
 mod stop;
 
 use std::ops::ControlFlow;
 
+pub use batch::{Batch, Finished, Newcomer};
 pub use config::{EarlyStopping, GenerationConfig};
 pub use session::Session;
 pub use stop::StopRules;
 
+use self::growth::{Growth, Rules};
 use crate::sampling::log_sum_exp;
 use crate::{Error, Result};
 
@@ -115,6 +119,8 @@ pub enum Event<'a> {
         token: u32,
         /// Its log-probability.
         log_prob: f32,
+        /// The model's scores of every token in this place, before penalties and filters.
+        logits: &'a [f32],
     },
     /// Beam search took a step; this is its best unfinished text, which later steps may replace by another.
     BestBeam {
@@ -139,18 +145,54 @@ pub fn generate<D: Decoder + ?Sized>(
     request: Request<'_>,
     on_event: OnEvent<'_>,
 ) -> Result<Vec<Vec<Generation>>> {
-    request.config.validate()?;
-    if !request.config.stop_strings.is_empty() && !request.stop.can_decode() {
-        let reason = "needs a tokenizer to decode the text with";
-        return Err(Error::Config { field: "generation.stop_strings".into(), reason: reason.into() });
-    }
+    check(request.config, request.stop)?;
     let limits = (0..decoder.n_prompts())
         .map(|prompt| Limit::new(request.config, request.seen(prompt).len(), decoder.room(prompt)))
         .collect::<Result<Vec<_>>>()?;
-    if request.config.num_beams > 1 {
-        beam::search(decoder, request, &limits, on_event)
-    } else {
-        draw::run(decoder, request, &limits, on_event)
+    let vocab_size = decoder.vocab_size();
+    let rules = |prompt: usize| Rules {
+        prompt,
+        config: request.config,
+        stop: request.stop,
+        seen: request.seen(prompt),
+        limit: limits[prompt],
+    };
+    let mut texts: Vec<_> = (0..limits.len()).map(|prompt| Growth::new(request.config, prompt)).collect();
+    let mut logits = decoder.prompt_logits()?;
+    let mut is_cancelled = false;
+    loop {
+        for (prompt, growth) in texts.iter_mut().enumerate().filter(|(_, growth)| growth.n_running() > 0) {
+            growth.step(&logits, vocab_size, &rules(prompt), on_event, &mut is_cancelled)?;
+        }
+        if is_cancelled {
+            texts.iter_mut().for_each(|growth| growth.cancel(request.config));
+        }
+        let unread: Vec<_> = texts.iter().flat_map(Growth::unread).collect();
+        if unread.is_empty() {
+            break;
+        }
+        logits = decoder.extend(&unread)?;
+        place(&mut texts);
+    }
+    Ok(texts.into_iter().map(|growth| growth.into_texts(request.config)).collect())
+}
+
+/// Checks a configuration, alone and against what ends a text.
+fn check(config: &GenerationConfig, stop: &StopRules<'_>) -> Result<()> {
+    config.validate()?;
+    if !config.stop_strings.is_empty() && !stop.can_decode() {
+        let reason = "needs a tokenizer to decode the text with";
+        return Err(Error::Config { field: "generation.stop_strings".into(), reason: reason.into() });
+    }
+    Ok(())
+}
+
+/// After their last tokens were read together, the running texts have their rows in this order.
+fn place<'a>(texts: impl IntoIterator<Item = &'a mut Growth>) {
+    let mut row = 0;
+    for growth in texts {
+        growth.place(row);
+        row += growth.n_running();
     }
 }
 
@@ -189,41 +231,6 @@ impl Limit {
 impl Request<'_> {
     fn seen(&self, prompt: usize) -> &[u32] {
         self.seen.get(prompt).map_or(&[], Vec::as_slice)
-    }
-
-    /// Applies the rules that hold for every way of choosing a token, in place and in the order of transformers. `n_tokens`
-    /// is how many the prompt's continuation may have.
-    fn penalise(&self, prompt: usize, n_tokens: usize, generated: &[u32], scores: &mut [f32]) {
-        use crate::sampling::{forbid, no_bad_words, no_repeat_ngram, only, repetition_penalty};
-        let (config, seen, end) = (self.config, self.seen(prompt), self.stop.end_tokens());
-        let looks_back = config.repetition_penalty != 1.0
-            || config.no_repeat_ngram_size > 0
-            || !config.bad_words_ids.is_empty();
-        if looks_back {
-            let tokens = [seen, generated].concat();
-            if config.repetition_penalty != 1.0 {
-                repetition_penalty(scores, &tokens, config.repetition_penalty);
-            }
-            no_repeat_ngram(scores, &tokens, config.no_repeat_ngram_size);
-            let is_end = |word: &[u32]| matches!(word, [token] if end.contains(token));
-            no_bad_words(scores, &tokens, config.bad_words_ids.iter().filter(|word| !is_end(word)));
-        }
-        let len = seen.len() + generated.len();
-        if generated.len() < config.min_new_tokens || len < config.min_length {
-            end.iter().for_each(|&token| forbid(scores, token));
-        }
-        if let Some(token) = config.forced_bos_token_id.filter(|_| len == 1) {
-            only(scores, &[token]);
-        }
-        if !config.forced_eos_token_id.is_empty() && generated.len() + 1 == n_tokens {
-            only(scores, &config.forced_eos_token_id);
-        }
-        config.suppress_tokens.iter().for_each(|&token| forbid(scores, token));
-        // A forced beginning is not the first token that the model chooses.
-        let is_forced = seen.len() <= 1 && config.forced_bos_token_id.is_some();
-        if generated.len() == usize::from(is_forced) {
-            config.begin_suppress_tokens.iter().for_each(|&token| forbid(scores, token));
-        }
     }
 }
 

@@ -3,6 +3,7 @@
 //! A [`Blip2`] is immutable after loading. A picture goes through the frozen encoder once ([`Blip2::encode`]); whatever is
 //! asked about it afterwards starts from its [`ImageFeatures`].
 
+mod answers;
 mod chat;
 mod config;
 mod explain;
@@ -17,6 +18,7 @@ use std::path::{Path, PathBuf};
 
 use candle_core::{Device, Tensor};
 
+pub use answers::{AnswerBatch, Answered, Ask, Piece};
 pub use chat::Chat;
 pub use config::{FILE_NAME, ModelConfig, Stage1Config, Stage2Config, VisionConfig};
 pub use explain::HeatMap;
@@ -166,6 +168,11 @@ impl Blip2 {
     /// The frozen language model, where it is loaded.
     pub fn language_model(&self) -> Option<&crate::language::LanguageModel> {
         self.stage2.as_ref().map(|stage2| stage2.language_model())
+    }
+
+    /// The language model's tokenizer, where it is loaded.
+    pub fn language_tokenizer(&self) -> Option<&crate::text::LanguageTokenizer> {
+        self.stage2.as_ref().map(|stage2| stage2.tokenizer())
     }
 
     /// Parameters of what stage 1 trained, where it is loaded.

@@ -7,18 +7,17 @@
 use std::cmp::Ordering;
 
 use super::{
-    Continuation, Decoder, EarlyStopping, Event, FinishReason, Generation, Limit, OnEvent, Request, no_token,
-    normalised,
+    EarlyStopping, Event, FinishReason, Generation, GenerationConfig, OnEvent, Rules, no_token, normalised,
 };
 use crate::Result;
 use crate::sampling::log_sum_exp;
 
 /// An unfinished text.
 #[derive(Debug, Clone)]
-struct Beam {
+pub(super) struct Beam {
     /// Row of the last logits that belongs to it: its own, or its parent's while its last token is not read.
-    row: usize,
-    tokens: Vec<u32>,
+    pub(super) row: usize,
+    pub(super) tokens: Vec<u32>,
     log_probs: Vec<f32>,
     /// Sum of the log-probabilities after penalties.
     sum: f32,
@@ -41,67 +40,51 @@ impl Candidate {
 }
 
 /// The search of one prompt.
-struct Search {
-    prompt: usize,
-    limit: Limit,
-    beams: Vec<Beam>,
+pub(super) struct Search {
+    /// The unfinished texts, best first; none when the search is over.
+    pub(super) beams: Vec<Beam>,
     /// Best first, at most `num_beams`.
     finished: Vec<Generation>,
 }
 
-pub(super) fn search<D: Decoder + ?Sized>(
-    decoder: &mut D,
-    request: Request<'_>,
-    limits: &[Limit],
-    on_event: OnEvent<'_>,
-) -> Result<Vec<Vec<Generation>>> {
-    let vocab_size = decoder.vocab_size();
-    let mut searches: Vec<Search> = limits
-        .iter()
-        .enumerate()
-        .map(|(prompt, &limit)| {
-            let empty = Beam { row: prompt, tokens: Vec::new(), log_probs: Vec::new(), sum: 0.0 };
-            Search { prompt, limit, beams: vec![empty], finished: Vec::new() }
-        })
-        .collect();
-    let mut logits = decoder.prompt_logits()?;
-    loop {
-        let mut is_cancelled = false;
-        for search in searches.iter_mut().filter(|search| !search.beams.is_empty()) {
-            search.step(&logits, vocab_size, &request)?;
-            if let Some(best) = search.beams.first() {
-                let event = Event::BestBeam { prompt: search.prompt, token_ids: &best.tokens };
-                is_cancelled |= on_event(event).is_break();
-            }
-        }
-        if is_cancelled {
-            searches.iter_mut().for_each(|search| search.cancel(&request));
-        }
-        let mut running: Vec<&mut Beam> = searches.iter_mut().flat_map(|search| &mut search.beams).collect();
-        if running.is_empty() {
-            break;
-        }
-        let last = |beam: &Beam| beam.tokens.len() - 1;
-        let continuations: Vec<_> = running
-            .iter()
-            .map(|beam| Continuation { parent: beam.row, tokens: &beam.tokens[last(beam)..] })
-            .collect();
-        logits = decoder.extend(&continuations)?;
-        running.iter_mut().enumerate().for_each(|(row, beam)| beam.row = row);
-    }
-    let n = request.config.num_return_sequences;
-    let results = searches.into_iter().map(|mut search| {
-        search.finished.truncate(n);
-        search.finished
-    });
-    Ok(results.collect())
-}
-
 impl Search {
+    /// A search that starts from one row of logits.
+    pub(super) fn new(row: usize) -> Self {
+        let empty = Beam { row, tokens: Vec::new(), log_probs: Vec::new(), sum: 0.0 };
+        Self { beams: vec![empty], finished: Vec::new() }
+    }
+
+    /// [`advance`](Self::advance)s and tells of the best beam; once `is_cancelled`, beams that have tokens end as they are.
+    pub(super) fn step(
+        &mut self,
+        logits: &[f32],
+        vocab_size: usize,
+        rules: &Rules<'_>,
+        on_event: OnEvent<'_>,
+        is_cancelled: &mut bool,
+    ) -> Result<()> {
+        if *is_cancelled && self.beams.iter().all(|beam| !beam.tokens.is_empty()) {
+            self.cancel(rules.config);
+            return Ok(());
+        }
+        self.advance(logits, vocab_size, rules)?;
+        if let Some(best) = self.beams.first() {
+            let event = Event::BestBeam { prompt: rules.prompt, token_ids: &best.tokens };
+            *is_cancelled |= on_event(event).is_break();
+        }
+        Ok(())
+    }
+
+    /// The best finished texts.
+    pub(super) fn into_texts(mut self, n: usize) -> Vec<Generation> {
+        self.finished.truncate(n);
+        self.finished
+    }
+
     /// Takes the beams one token further, or ends the search by leaving none.
-    fn step(&mut self, logits: &[f32], vocab_size: usize, request: &Request<'_>) -> Result<()> {
-        let config = request.config;
-        let candidates = self.candidates(logits, vocab_size, request);
+    fn advance(&mut self, logits: &[f32], vocab_size: usize, rules: &Rules<'_>) -> Result<()> {
+        let config = rules.config;
+        let candidates = self.candidates(logits, vocab_size, rules);
         if candidates.is_empty() {
             return Err(no_token());
         }
@@ -110,23 +93,19 @@ impl Search {
         let mut next = Vec::with_capacity(config.num_beams);
         for (rank, candidate) in candidates.iter().enumerate() {
             let beam = self.extended(candidate);
-            let mut finish = request.stop.check(&beam.tokens, &config.stop_strings)?;
-            if beam.tokens.len() == self.limit.n_tokens {
-                finish = finish.or(Some(self.limit.reason));
-            }
-            match finish {
+            match rules.finish(&beam.tokens)? {
                 None if next.len() < config.num_beams => next.push(beam),
-                Some(finish) if rank < config.num_beams && takes_more => self.complete(beam, finish, request),
+                Some(finish) if rank < config.num_beams && takes_more => self.complete(beam, finish, config),
                 _ => {}
             }
         }
-        self.beams = if self.can_improve(&next, request) { next } else { Vec::new() };
+        self.beams = if self.can_improve(&next, rules) { next } else { Vec::new() };
         Ok(())
     }
 
     /// The best continuations, best first.
-    fn candidates(&self, logits: &[f32], vocab_size: usize, request: &Request<'_>) -> Vec<Candidate> {
-        let n = request.config.num_beams * (1 + request.stop.end_tokens().len()).max(2);
+    fn candidates(&self, logits: &[f32], vocab_size: usize, rules: &Rules<'_>) -> Vec<Candidate> {
+        let n = rules.config.num_beams * (1 + rules.stop.end_tokens().len()).max(2);
         // Kept best first; most tokens are turned away by one comparison with the last.
         let mut best: Vec<Candidate> = Vec::with_capacity(n + 1);
         let mut scores = Vec::with_capacity(vocab_size);
@@ -135,7 +114,7 @@ impl Search {
             let norm = log_sum_exp(row);
             scores.clear();
             scores.extend(row.iter().map(|logit| logit - norm));
-            request.penalise(self.prompt, self.limit.n_tokens, &beam.tokens, &mut scores);
+            rules.penalise(&beam.tokens, &mut scores);
             for (token, &score) in (0..).zip(&scores) {
                 let sum = beam.sum + score;
                 let is_better = best.len() < n || best.last().is_some_and(|last| sum > last.sum);
@@ -161,24 +140,24 @@ impl Search {
     }
 
     /// Enters a complete text into the list of finished ones, if it is good enough.
-    fn complete(&mut self, beam: Beam, finish: FinishReason, request: &Request<'_>) {
-        let score = normalised(beam.sum, beam.tokens.len(), request.config.length_penalty);
+    fn complete(&mut self, beam: Beam, finish: FinishReason, config: &GenerationConfig) {
+        let score = normalised(beam.sum, beam.tokens.len(), config.length_penalty);
         let text = Generation { token_ids: beam.tokens, log_probs: beam.log_probs, score, finish };
         let at = self.finished.partition_point(|other| other.score >= score);
         self.finished.insert(at, text);
-        self.finished.truncate(request.config.num_beams);
+        self.finished.truncate(config.num_beams);
     }
 
     /// Whether going on with `next` can change the list of finished texts.
-    fn can_improve(&self, next: &[Beam], request: &Request<'_>) -> bool {
-        let config = request.config;
+    fn can_improve(&self, next: &[Beam], rules: &Rules<'_>) -> bool {
+        let config = rules.config;
         let Some(best) = next.first() else { return false };
         if self.finished.len() < config.num_beams {
             return true;
         }
         let len = match config.early_stopping {
             EarlyStopping::Immediate => return false,
-            EarlyStopping::Never if config.length_penalty > 0.0 => self.limit.n_tokens,
+            EarlyStopping::Never if config.length_penalty > 0.0 => rules.limit.n_tokens,
             EarlyStopping::Never | EarlyStopping::Heuristic => best.tokens.len(),
         };
         let worst = self.finished.last().map_or(f32::NEG_INFINITY, |text| text.score);
@@ -186,9 +165,9 @@ impl Search {
     }
 
     /// Ends all beams as they are.
-    fn cancel(&mut self, request: &Request<'_>) {
+    pub(super) fn cancel(&mut self, config: &GenerationConfig) {
         for beam in std::mem::take(&mut self.beams) {
-            self.complete(beam, FinishReason::Cancelled, request);
+            self.complete(beam, FinishReason::Cancelled, config);
         }
     }
 }

@@ -1,108 +1,94 @@
 //! One token after the other: greedy search and sampling.
 
-use super::{
-    Continuation, Decoder, Event, FinishReason, Generation, GenerationConfig, Limit, OnEvent, Request,
-    no_token, normalised,
-};
+use super::{Event, FinishReason, Generation, GenerationConfig, OnEvent, Rules, no_token, normalised};
 use crate::Result;
 use crate::sampling::{self, SampleRng, log_sum_exp};
 
+/// The texts of one prompt.
+pub(super) struct Draws {
+    pub(super) running: Vec<Running>,
+    finished: Vec<(usize, Generation)>,
+}
+
 /// A text that grows.
-struct Running {
-    prompt: usize,
+pub(super) struct Running {
     sequence: usize,
     /// Row of the last logits that belongs to it.
-    row: usize,
-    tokens: Vec<u32>,
+    pub(super) row: usize,
+    pub(super) tokens: Vec<u32>,
     log_probs: Vec<f32>,
     rng: SampleRng,
 }
 
 impl Running {
-    fn finish(self, finish: FinishReason, config: &GenerationConfig) -> Finished {
+    fn finish(self, finish: FinishReason, config: &GenerationConfig) -> (usize, Generation) {
         let sum = self.log_probs.iter().sum();
         let score = normalised(sum, self.tokens.len(), config.length_penalty);
-        let generation = Generation { token_ids: self.tokens, log_probs: self.log_probs, score, finish };
-        Finished { prompt: self.prompt, sequence: self.sequence, generation }
+        let text = Generation { token_ids: self.tokens, log_probs: self.log_probs, score, finish };
+        (self.sequence, text)
     }
 }
 
-struct Finished {
-    prompt: usize,
-    sequence: usize,
-    generation: Generation,
-}
+impl Draws {
+    /// Texts that all start from one row of logits.
+    pub(super) fn new(config: &GenerationConfig, row: usize) -> Self {
+        let running = (0..config.num_return_sequences)
+            .map(|sequence| Running {
+                sequence,
+                row,
+                tokens: Vec::new(),
+                log_probs: Vec::new(),
+                rng: SampleRng::new(config.seed, sequence as u64),
+            })
+            .collect();
+        Self { running, finished: Vec::new() }
+    }
 
-pub(super) fn run<D: Decoder + ?Sized>(
-    decoder: &mut D,
-    request: Request<'_>,
-    limits: &[Limit],
-    on_event: OnEvent<'_>,
-) -> Result<Vec<Vec<Generation>>> {
-    let (config, vocab_size) = (request.config, decoder.vocab_size());
-    let mut running: Vec<Running> = (0..decoder.n_prompts())
-        .flat_map(|prompt| (0..config.num_return_sequences).map(move |sequence| (prompt, sequence)))
-        .map(|(prompt, sequence)| Running {
-            prompt,
-            sequence,
-            row: prompt,
-            tokens: Vec::new(),
-            log_probs: Vec::new(),
-            rng: SampleRng::new(config.seed, sequence as u64),
-        })
-        .collect();
-    let mut finished = Vec::with_capacity(running.len());
-    let mut logits = decoder.prompt_logits()?;
-    let mut scores = Vec::with_capacity(vocab_size);
-    let mut is_cancelled = false;
-    while !running.is_empty() {
-        let mut still_running = Vec::with_capacity(running.len());
-        for mut text in running {
-            if is_cancelled && !text.tokens.is_empty() {
-                finished.push(text.finish(FinishReason::Cancelled, config));
+    /// Gives every text one more token; once `is_cancelled`, those that have some stay as they are.
+    pub(super) fn step(
+        &mut self,
+        logits: &[f32],
+        vocab_size: usize,
+        rules: &Rules<'_>,
+        on_event: OnEvent<'_>,
+        is_cancelled: &mut bool,
+    ) -> Result<()> {
+        let config = rules.config;
+        let mut scores = Vec::with_capacity(vocab_size);
+        for mut text in std::mem::take(&mut self.running) {
+            if *is_cancelled && !text.tokens.is_empty() {
+                self.finished.push(text.finish(FinishReason::Cancelled, config));
                 continue;
             }
             let row = &logits[text.row * vocab_size..][..vocab_size];
             scores.clear();
             scores.extend_from_slice(row);
-            request.penalise(text.prompt, limits[text.prompt].n_tokens, &text.tokens, &mut scores);
+            rules.penalise(&text.tokens, &mut scores);
             let token = choose(config, &mut scores, &mut text.rng).ok_or_else(no_token)?;
             let log_prob = row[token as usize] - log_sum_exp(row);
             text.tokens.push(token);
             text.log_probs.push(log_prob);
-            let Running { prompt, sequence, .. } = text;
-            is_cancelled |= on_event(Event::Token { prompt, sequence, token, log_prob }).is_break();
-
-            let mut finish = request.stop.check(&text.tokens, &config.stop_strings)?;
-            if text.tokens.len() == limits[prompt].n_tokens {
-                finish = finish.or(Some(limits[prompt].reason));
-            }
-            if is_cancelled {
-                finish = finish.or(Some(FinishReason::Cancelled));
-            }
-            match finish {
-                Some(finish) => finished.push(text.finish(finish, config)),
-                None => still_running.push(text),
+            let (prompt, sequence) = (rules.prompt, text.sequence);
+            let event = Event::Token { prompt, sequence, token, log_prob, logits: row };
+            *is_cancelled |= on_event(event).is_break();
+            match rules.finish(&text.tokens)? {
+                Some(finish) => self.finished.push(text.finish(finish, config)),
+                None => self.running.push(text),
             }
         }
-        running = still_running;
-        if is_cancelled {
-            finished.extend(running.drain(..).map(|text| text.finish(FinishReason::Cancelled, config)));
-        }
-        if !running.is_empty() {
-            let last = |text: &Running| text.tokens.len() - 1;
-            let continuations: Vec<_> = running
-                .iter()
-                .map(|text| Continuation { parent: text.row, tokens: &text.tokens[last(text)..] })
-                .collect();
-            logits = decoder.extend(&continuations)?;
-            running.iter_mut().enumerate().for_each(|(row, text)| text.row = row);
-        }
+        Ok(())
     }
-    finished.sort_by_key(|text| (text.prompt, text.sequence));
-    let mut results = vec![Vec::with_capacity(config.num_return_sequences); limits.len()];
-    finished.into_iter().for_each(|text| results[text.prompt].push(text.generation));
-    Ok(results)
+
+    /// Ends all texts as they are.
+    pub(super) fn cancel(&mut self, config: &GenerationConfig) {
+        let running = std::mem::take(&mut self.running).into_iter();
+        self.finished.extend(running.map(|text| text.finish(FinishReason::Cancelled, config)));
+    }
+
+    pub(super) fn into_texts(mut self) -> Vec<Generation> {
+        self.finished.sort_by_key(|(sequence, _)| *sequence);
+        self.finished.into_iter().map(|(_, text)| text).collect()
+    }
 }
 
 fn choose(config: &GenerationConfig, scores: &mut [f32], rng: &mut SampleRng) -> Option<u32> {

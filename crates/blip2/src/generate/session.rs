@@ -35,32 +35,14 @@ impl<'a> Session<'a> {
         prompts: Vec<(CachedSequence, Tensor)>,
     ) -> Result<Self> {
         let (mut sequences, embeds): (Vec<_>, Vec<_>) = prompts.into_iter().unzip();
-        let lengths = embeds.iter().map(|rows| Ok(rows.dims2()?.0)).collect::<Result<Vec<_>>>()?;
-        if lengths.is_empty() || lengths.contains(&0) {
-            return Err(Error::Request("there is no prompt to continue".into()));
-        }
-        for (sequence, len) in sequences.iter().zip(&lengths) {
-            let (n_tokens, limit) = (sequence.len() + len, model.context_len());
-            if n_tokens > limit {
-                return Err(Error::TextTooLong { n_tokens, limit });
-            }
-        }
-        let (n_rows, n_memory_rows) = (cache.n_rows(), cache.n_memory_rows());
-        let embeds = Tensor::cat(&embeds, 0)?.detach();
-        let logits = model
-            .read_prompts(&embeds, cache, &mut sequences, &lengths)
-            .and_then(|hidden| model.logits(&hidden));
-        let logits = logits.inspect_err(|_| {
-            cache.rewind(n_rows);
-            cache.rewind_memory(n_memory_rows);
-        })?;
+        let prompt_logits = read_prompts(model, cache, &mut sequences, &embeds)?;
         Ok(Self {
             model,
             n_kept_rows: cache.n_rows(),
             cache,
             live: sequences.clone(),
             prompts: sequences,
-            prompt_logits: logits.flatten_all()?.to_vec1()?,
+            prompt_logits,
         })
     }
 
@@ -97,16 +79,56 @@ impl Decoder for Session<'_> {
     }
 
     fn extend(&mut self, continuations: &[Continuation<'_>]) -> Result<Vec<f32>> {
-        let mut next: Vec<_> = continuations.iter().map(|c| self.live[c.parent].clone()).collect();
-        let lengths: Vec<_> = continuations.iter().map(|c| c.tokens.len()).collect();
-        let tokens: Vec<u32> = continuations.iter().flat_map(|c| c.tokens).copied().collect();
-        let mut logits = Vec::new();
-        if !tokens.is_empty() {
-            let embeds = self.model.embed(&tokens)?;
-            let hidden = self.model.forward_cached(&embeds, self.cache, &mut next, &lengths)?;
-            logits = self.model.logits(&hidden)?.flatten_all()?.to_vec1()?;
-        }
-        self.live = next;
-        Ok(logits)
+        extend(self.model, self.cache, &mut self.live, continuations)
     }
+}
+
+/// Replaces the texts `live` of a cache by `continuations`; gives the logits after every new token. When the model fails
+/// nothing has changed.
+pub(super) fn extend(
+    model: &LanguageModel,
+    cache: &mut KvCache,
+    live: &mut Vec<CachedSequence>,
+    continuations: &[Continuation<'_>],
+) -> Result<Vec<f32>> {
+    let mut next: Vec<_> = continuations.iter().map(|c| live[c.parent].clone()).collect();
+    let lengths: Vec<_> = continuations.iter().map(|c| c.tokens.len()).collect();
+    let tokens: Vec<u32> = continuations.iter().flat_map(|c| c.tokens).copied().collect();
+    let mut logits = Vec::new();
+    if !tokens.is_empty() {
+        let embeds = model.embed(&tokens)?;
+        let hidden = model.forward_cached(&embeds, cache, &mut next, &lengths)?;
+        logits = model.logits(&hidden)?.flatten_all()?.to_vec1()?;
+    }
+    *live = next;
+    Ok(logits)
+}
+
+/// Reads prompts: lengthens each of `sequences` by its rows of embeddings; gives the logits after each,
+/// `[prompts, vocab_size]`. When the model fails nothing has changed.
+pub(super) fn read_prompts(
+    model: &LanguageModel,
+    cache: &mut KvCache,
+    sequences: &mut [CachedSequence],
+    embeds: &[Tensor],
+) -> Result<Vec<f32>> {
+    let lengths = embeds.iter().map(|rows| Ok(rows.dims2()?.0)).collect::<Result<Vec<_>>>()?;
+    if lengths.is_empty() || lengths.contains(&0) {
+        return Err(Error::Request("there is no prompt to continue".into()));
+    }
+    for (sequence, len) in sequences.iter().zip(&lengths) {
+        let (n_tokens, limit) = (sequence.len() + len, model.context_len());
+        if n_tokens > limit {
+            return Err(Error::TextTooLong { n_tokens, limit });
+        }
+    }
+    let (n_rows, n_memory_rows) = (cache.n_rows(), cache.n_memory_rows());
+    let embeds = Tensor::cat(embeds, 0)?.detach();
+    let logits = model
+        .read_prompts(&embeds, cache, sequences, &lengths)
+        .and_then(|hidden| Ok(model.logits(&hidden)?.flatten_all()?.to_vec1()?));
+    logits.inspect_err(|_| {
+        cache.rewind(n_rows);
+        cache.rewind_memory(n_memory_rows);
+    })
 }

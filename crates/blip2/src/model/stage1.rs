@@ -179,6 +179,15 @@ impl Blip2 {
         Ok(stage1.embed_texts(&batch)?.to_vec2()?)
     }
 
+    /// How many tokens the Q-Former reads of each text.
+    ///
+    /// # Errors
+    /// As [`embed_texts`](Self::embed_texts).
+    pub fn n_matcher_tokens(&self, texts: &[&str]) -> Result<Vec<usize>> {
+        let batch = self.stage1()?.tokenize(texts)?;
+        Ok((0..batch.len()).map(|text| batch.text(text).len()).collect())
+    }
+
     /// Which of the labels a picture shows, the likeliest first; each is compared as `template` with `{label}` replaced.
     ///
     /// # Errors

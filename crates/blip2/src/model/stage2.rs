@@ -180,10 +180,7 @@ impl Stage2 {
     }
 
     fn render_question(&self, format: &PromptFormat, turns: &[Turn], room: usize) -> Result<Prompt> {
-        if turns.last().is_some_and(|turn| turn.question.trim().is_empty()) {
-            return Err(Error::Request("the question is empty: ask something about the picture".into()));
-        }
-        self.render_as(format, turns, room)
+        self.render_as(format, refuse_empty(turns)?, room)
     }
 
     /// A prompt of the given text and nothing else, but for the marks that begin and end what the model reads.
@@ -196,6 +193,18 @@ impl Stage2 {
     /// The prompt that asks for a caption with the model's own words.
     pub(super) fn instruction(&self, instruction: &str) -> Result<Prompt> {
         self.render_as(&self.caption_prompt, &[Turn::open(instruction)], 1)
+    }
+
+    /// As [`render`](Self::render), but nothing is left out; without turns, the prompt for a caption.
+    pub(super) fn render_whole(&self, turns: &[Turn], instruction: &str) -> Result<Prompt> {
+        let prompt = match turns {
+            [] => self.caption_prompt.render(&self.tokenizer, &[Turn::open(instruction)], true)?,
+            [_] => self.prompt.render(&self.tokenizer, refuse_empty(turns)?, true)?,
+            _ => self.chat_prompt.render(&self.tokenizer, refuse_empty(turns)?, true)?,
+        };
+        // An answer has at least one token.
+        let (n_tokens, limit) = (prompt.n_rows(self.n_queries()) + 1, self.language_model.context_len());
+        if n_tokens > limit { Err(Error::TextTooLong { n_tokens, limit }) } else { Ok(prompt) }
     }
 
     pub(super) fn render_as(&self, format: &PromptFormat, turns: &[Turn], room: usize) -> Result<Prompt> {
@@ -260,10 +269,7 @@ impl Stage2 {
         on_event: &mut dyn FnMut(Event<'_>) -> std::ops::ControlFlow<()>,
     ) -> Result<Vec<Vec<Answer>>> {
         let decode = |ids: &[u32]| Ok(self.tokenizer.decode(ids));
-        let end_tokens = match &generation.eos_token_id[..] {
-            [] => self.source.end_tokens.as_deref().unwrap_or(&self.end_of_answer),
-            named => named,
-        };
+        let end_tokens = self.end_tokens(&generation.eos_token_id);
         let stop = StopRules::new(end_tokens).with_text(&decode);
         let seen: Vec<_> = prompts.iter().map(|prompt| self.seen(prompt, generation)).collect();
         let request = Request { config: generation, stop: &stop, seen: &seen };
@@ -272,8 +278,16 @@ impl Stage2 {
         Ok(generated.into_iter().map(|of_prompt| of_prompt.into_iter().map(answer).collect()).collect())
     }
 
+    /// What ends a text: the named tokens, or without any the model's own.
+    pub(super) fn end_tokens<'a>(&'a self, named: &'a [u32]) -> &'a [u32] {
+        match named {
+            [] => self.source.end_tokens.as_deref().unwrap_or(&self.end_of_answer),
+            named => named,
+        }
+    }
+
     /// What the rules of generation see before the first generated token. A decoder always sees what it begins with.
-    fn seen(&self, prompt: &Prompt, generation: &GenerationConfig) -> Vec<u32> {
+    pub(super) fn seen(&self, prompt: &Prompt, generation: &GenerationConfig) -> Vec<u32> {
         if let Some(start) = self.language_model.decoder_start() {
             return vec![start];
         }
@@ -285,7 +299,7 @@ impl Stage2 {
         [prompt.before_image(), &image, prompt.after_image()].concat()
     }
 
-    fn answer(&self, generation: Generation, end_tokens: &[u32]) -> Answer {
+    pub(super) fn answer(&self, generation: Generation, end_tokens: &[u32]) -> Answer {
         let Generation { token_ids, log_probs, score, finish } = generation;
         let words = match token_ids.split_last() {
             Some((last, words)) if end_tokens.contains(last) => words,
@@ -294,6 +308,13 @@ impl Stage2 {
         let text = self.tokenizer.decode(words).trim().to_owned();
         Answer { text, token_ids, log_probs, score, finish }
     }
+}
+
+fn refuse_empty(turns: &[Turn]) -> Result<&[Turn]> {
+    if turns.last().is_some_and(|turn| turn.question.trim().is_empty()) {
+        return Err(Error::Request("the question is empty: ask something about the picture".into()));
+    }
+    Ok(turns)
 }
 
 /// The tokens that end an answer: those of the prompt's format, and the model's own end of text.

@@ -1,0 +1,132 @@
+//! `blip2 serve` as a process: how it starts, refuses to start, and ends.
+#![cfg(unix)]
+
+use std::io::{BufRead, BufReader, Read, Write};
+use std::net::TcpStream;
+use std::path::PathBuf;
+use std::process::{Child, ChildStderr, Command, Stdio};
+use std::time::Duration;
+
+fn serve(arguments: &[&str], environment: &[(&str, &str)]) -> Command {
+    let model = PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("../blip2/tests/golden/blip2_t5");
+    let mut command = Command::new(env!("CARGO_BIN_EXE_blip2"));
+    command.arg("serve").arg("--model").arg(model).args(arguments).env_clear();
+    command.env("HOME", "/nonexistent").envs(environment.iter().copied());
+    command.stdout(Stdio::null()).stderr(Stdio::piped()).stdin(Stdio::null());
+    command
+}
+
+/// A server that listens.
+struct Running {
+    child: Child,
+    address: String,
+    log: BufReader<ChildStderr>,
+}
+
+impl Running {
+    fn start(environment: &[(&str, &str)]) -> Self {
+        let mut child =
+            serve(&["--port", "0", "--log-format", "json"], environment).spawn().expect("started");
+        let mut log = BufReader::new(child.stderr.take().expect("a pipe"));
+        loop {
+            let mut line = String::new();
+            assert!(log.read_line(&mut line).expect("readable") > 0, "it ended before it listened");
+            let line: serde_json::Value = serde_json::from_str(&line).expect("JSON");
+            if line["message"] == "listening" {
+                let address = line["address"].as_str().expect("an address").to_owned();
+                return Self { child, address, log };
+            }
+        }
+    }
+
+    /// Sends a request.
+    fn send(&self, method: &str, path: &str, headers: &str, body: &str) -> TcpStream {
+        let mut stream = TcpStream::connect(&self.address).expect("connected");
+        stream.set_read_timeout(Some(Duration::from_secs(60))).expect("set");
+        let head = format!(
+            "{method} {path} HTTP/1.1\r\nhost: {}\r\nconnection: close\r\n{headers}content-length: {}\r\n\r\n",
+            self.address,
+            body.len()
+        );
+        stream.write_all(&[head.as_bytes(), body.as_bytes()].concat()).expect("sent");
+        stream
+    }
+
+    fn signal(&self, name: &str) {
+        let status = Command::new("kill").arg(name).arg(self.child.id().to_string()).status();
+        assert!(status.expect("kill is there").success());
+    }
+}
+
+impl Drop for Running {
+    fn drop(&mut self) {
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
+
+fn answer(mut stream: TcpStream) -> String {
+    let mut text = String::new();
+    stream.read_to_string(&mut text).expect("an answer");
+    text
+}
+
+/// A red square.
+const PICTURE: &str =
+    "iVBORw0KGgoAAAANSUhEUgAAAAIAAAACCAIAAAD91JpzAAAAEElEQVR4nGP4z8AARAwQCgAf7gP9i18U1AAAAABJRU5ErkJggg==";
+
+#[test]
+fn a_signal_ends_it_when_all_is_answered() {
+    for signal in ["-TERM", "-INT"] {
+        let mut server = Running::start(&[]);
+        let body = format!(
+            r#"{{"max_tokens": 300, "min_tokens": 300, "n": 4, "temperature": 1, "messages": [{{"role": "user",
+                "content": [{{"type": "image_url", "image_url": "{PICTURE}"}}, {{"type": "text", "text": "a secret?"}}]}}]}}"#
+        );
+        let running: Vec<_> =
+            (0..4).map(|_| server.send("POST", "/v1/chat/completions", "", &body)).collect();
+        while answer(server.send("GET", "/metrics", "", "")).contains("blip2_batch_texts_count 0") {}
+        server.signal(signal);
+        for stream in running {
+            let answer = answer(stream);
+            assert!(answer.starts_with("HTTP/1.1 200"), "{answer}");
+            assert!(answer.contains("finish_reason"), "whole: {answer}");
+        }
+        assert_eq!(server.child.wait().expect("it ends").code(), Some(0));
+        let mut log = String::new();
+        server.log.read_to_string(&mut log).expect("readable");
+        assert!(log.contains("shutting down") && log.contains("\"outcome\":\"ok\""), "{log}");
+        assert!(
+            !log.contains("secret") && !log.contains(&PICTURE[..20]),
+            "the log tells what was asked: {log}"
+        );
+    }
+}
+
+#[test]
+fn keys_come_from_the_environment() {
+    let server = Running::start(&[("BLIP2_API_KEY", "one, two")]);
+    let status = |headers: &str| answer(server.send("GET", "/v1/models", headers, ""))[9..12].to_owned();
+    assert_eq!(status(""), "401");
+    assert_eq!(status("authorization: Bearer two\r\n"), "200");
+}
+
+#[test]
+fn what_is_not_safe_or_not_possible_does_not_start() {
+    for (arguments, environment, word) in [
+        (&["--host", "0.0.0.0"][..], &[][..], "key"),
+        (&[], &[("BLIP2_HOST", "::")], "key"),
+        (&["--api-key-file", "/nonexistent/keys"], &[], "/nonexistent/keys"),
+        (&["--queue", "0"], &[], "queue"),
+        (&["--max-bodies-mib", "1"], &[], "bodies"),
+    ] {
+        let output = serve(arguments, environment).output().expect("it ends");
+        let said = String::from_utf8_lossy(&output.stderr);
+        assert_eq!(output.status.code(), Some(1), "{arguments:?}: {said}");
+        assert!(said.contains(word), "{arguments:?}: {said}");
+    }
+    let taken = std::net::TcpListener::bind("127.0.0.1:0").expect("a port");
+    let port = taken.local_addr().expect("an address").port().to_string();
+    let output = serve(&["--port", &port], &[]).output().expect("it ends");
+    assert!(String::from_utf8_lossy(&output.stderr).contains("cannot listen"), "{output:?}");
+}

@@ -1,0 +1,162 @@
+//! A request's body, read within limits and within a memory budget of all requests.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use axum::body::Body;
+use axum::http::HeaderMap;
+use axum::http::header::CONTENT_LENGTH;
+use hyper::body::Body as _;
+use serde::de::DeserializeOwned;
+use tokio::sync::{OwnedSemaphorePermit, Semaphore};
+use tokio::time::timeout;
+
+use crate::config::Limits;
+use crate::error::ApiError;
+
+/// How much memory one permit stands for: a semaphore counts to 2²⁹ at most.
+const PERMIT_BYTES: usize = 4 << 10;
+
+/// Memory that the bodies of all requests share.
+#[derive(Debug, Clone)]
+pub(crate) struct Budget(Arc<Semaphore>);
+
+impl Budget {
+    pub(crate) fn new(bytes: usize) -> Self {
+        Self(Arc::new(Semaphore::new(bytes.div_ceil(PERMIT_BYTES))))
+    }
+}
+
+/// A whole body, and its share of the budget.
+#[derive(Debug)]
+pub(crate) struct RequestBody {
+    bytes: Vec<u8>,
+    memory: Memory,
+}
+
+/// A share of the budget, held while what was read is being understood.
+#[derive(Debug, Default)]
+pub(crate) struct Memory {
+    _permit: Option<OwnedSemaphorePermit>,
+}
+
+impl RequestBody {
+    /// Reads it; memory is taken as it arrives, so that a client who announces much and sends nothing holds nothing.
+    pub(crate) async fn read(
+        headers: &HeaderMap,
+        mut body: Body,
+        limits: &Limits,
+        budget: &Budget,
+    ) -> Result<Self, ApiError> {
+        let limit = limits.body_bytes;
+        let announced =
+            headers.get(CONTENT_LENGTH).and_then(|value| value.to_str().ok()?.parse::<u64>().ok());
+        if announced.is_some_and(|announced| announced > limit as u64) {
+            discard(body).await;
+            return Err(ApiError::body_too_large(limit));
+        }
+        let mut bytes = Vec::new();
+        let mut memory: Option<OwnedSemaphorePermit> = None;
+        loop {
+            let next = std::future::poll_fn(|context| std::pin::Pin::new(&mut body).poll_frame(context));
+            let frame = match timeout(limits.idle, next).await {
+                Err(_) => return Err(ApiError::body_too_slow()),
+                Ok(None) => return Ok(Self { bytes, memory: Memory { _permit: memory } }),
+                Ok(Some(Err(_))) => {
+                    return Err(ApiError::body("the request's body ended early or is malformed"));
+                }
+                Ok(Some(Ok(frame))) => frame,
+            };
+            let Ok(data) = frame.into_data() else { continue };
+            if bytes.len() + data.len() > limit {
+                drop((bytes, memory));
+                discard(body).await;
+                return Err(ApiError::body_too_large(limit));
+            }
+            // Vectors grow by doubling, so that much is what they may hold.
+            let wanted = (2 * (bytes.len() + data.len())).div_ceil(PERMIT_BYTES);
+            let held = memory.as_ref().map_or(0, OwnedSemaphorePermit::num_permits);
+            if let Some(missing) = wanted.checked_sub(held).filter(|missing| *missing > 0) {
+                let more =
+                    u32::try_from(missing).ok().and_then(|n| budget.0.clone().try_acquire_many_owned(n).ok());
+                let Some(more) = more else {
+                    drop((bytes, memory));
+                    discard(body).await;
+                    return Err(ApiError::overloaded());
+                };
+                match &mut memory {
+                    Some(memory) => memory.merge(more),
+                    None => memory = Some(more),
+                }
+            }
+            bytes.extend_from_slice(&data);
+        }
+    }
+
+    /// The bytes, and the memory that they take.
+    pub(crate) fn into_parts(self) -> (Vec<u8>, Memory) {
+        (self.bytes, self.memory)
+    }
+
+    /// Frees the bytes; what was made of them takes the same memory until it is dropped.
+    pub(crate) fn understood(self) -> Memory {
+        self.memory
+    }
+
+    /// Reads it as JSON. Unknown fields are left alone: clients send new ones all the time.
+    pub(crate) fn json<T: DeserializeOwned>(&self) -> Result<T, ApiError> {
+        if self.bytes.iter().all(u8::is_ascii_whitespace) {
+            return Err(ApiError::body("the request's body is empty, it should be a JSON object"));
+        }
+        serde_json::from_slice(&self.bytes).map_err(|error| {
+            // The message may quote what it did not expect, and that may be a picture.
+            let message = error.to_string();
+            let short: String = message.chars().take(160).collect();
+            let place = message.rfind(" at line ").map_or("", |at| &message[at..]);
+            let short = if short.len() < message.len() { format!("{short}…{place}") } else { short };
+            ApiError::body(format!("the request's body is not the JSON that this address takes: {short}"))
+        })
+    }
+}
+
+/// Takes what a client still sends, for a moment: to close while it sends would lose the answer that says why.
+pub(crate) async fn discard(mut body: Body) {
+    const LONGEST: Duration = Duration::from_secs(2);
+    let all = async {
+        while let Some(Ok(_)) =
+            std::future::poll_fn(|context| std::pin::Pin::new(&mut body).poll_frame(context)).await
+        {}
+    };
+    let _ = timeout(LONGEST, all).await;
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    async fn read(bytes: usize, limits: &Limits, budget: &Budget) -> Result<RequestBody, ApiError> {
+        RequestBody::read(&HeaderMap::new(), Body::from(vec![b' '; bytes]), limits, budget).await
+    }
+
+    #[tokio::test]
+    async fn bodies_share_their_memory() {
+        let limits = Limits { body_bytes: 100_000, ..Limits::default() };
+        let budget = Budget::new(300_000);
+        let first = read(100_000, &limits, &budget).await.expect("read");
+        assert_eq!(first.bytes.len(), 100_000);
+        assert_eq!(read(100_001, &limits, &budget).await.expect_err("too large").status, 413);
+        assert_eq!(read(100_000, &limits, &budget).await.expect_err("no memory").status, 429);
+        drop(first);
+        assert!(read(100_000, &limits, &budget).await.is_ok());
+    }
+
+    #[tokio::test]
+    async fn a_message_never_quotes_a_picture() {
+        let json = format!("{{\"n\": \"{}\"}}", "A".repeat(10_000));
+        let body = RequestBody { bytes: json.into_bytes(), memory: Memory::default() };
+        let error = body.json::<std::collections::BTreeMap<String, u32>>().expect_err("no number");
+        assert!(error.message.len() < 400 && error.message.ends_with("column 10008"), "{}", error.message);
+        let deep = RequestBody { bytes: "[".repeat(100_000).into_bytes(), memory: Memory::default() };
+        assert_eq!(deep.json::<serde_json::Value>().expect_err("too deep").status, 400);
+    }
+}

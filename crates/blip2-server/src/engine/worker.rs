@@ -1,0 +1,367 @@
+//! The model's thread: between two tokens it lets requests in and out, encodes their pictures, reads their prompts.
+
+use std::collections::HashMap;
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::sync::atomic::Ordering;
+use std::sync::{Arc, OnceLock};
+use std::time::Instant;
+
+use blip2::generate::GenerationConfig;
+use blip2::image::RgbImage;
+use blip2::model::{AnswerBatch, Answered, Ask, Blip2, ImageFeatures, Piece};
+use blip2::sampling::log_sum_exp;
+use tokio::sync::mpsc::UnboundedSender;
+
+use super::queue::{Next, Queue};
+use super::{Event, Job, Token, Work, Write, kv_bytes, n_texts};
+use crate::error::ApiError;
+use crate::metrics::{Metrics, Stage};
+use crate::picture::{Picture, PictureCache, SeenPicture};
+
+/// What one round between two tokens may take on, so that answers in progress do not wait long for newcomers.
+const PICTURES_A_ROUND: usize = 8;
+const PROMPT_ROWS_A_ROUND: usize = 768;
+
+pub(super) struct Worker {
+    pub(super) model: Arc<Blip2>,
+    pub(super) queue: Arc<Queue>,
+    pub(super) cache: Arc<PictureCache>,
+    pub(super) metrics: Arc<Metrics>,
+    pub(super) batch: usize,
+    pub(super) kv_budget: usize,
+    pub(super) row_bytes: usize,
+}
+
+/// A request that is being answered.
+struct Writing {
+    id: usize,
+    events: UnboundedSender<Event>,
+    accepted: Instant,
+    last_token: Option<Instant>,
+    top_log_probs: usize,
+    /// What is set aside for it of the batch and of the memory.
+    n_texts: usize,
+    kv_bytes: usize,
+    span: tracing::Span,
+}
+
+/// Runs every part of the model once, so that the first request is not the first to find a mistake or to wait for memory.
+pub(super) fn warm_up(model: &Blip2) -> blip2::Result<()> {
+    if model.vision().is_none() {
+        return Ok(());
+    }
+    let features = model.encode(&[RgbImage::new(32, 32)])?;
+    if model.language_model().is_some() {
+        let generation = GenerationConfig { max_new_tokens: 2, ..GenerationConfig::default() };
+        model.caption(&[&features[0]], &generation)?;
+    }
+    if model.matcher().is_some() {
+        model.match_texts(&features[0], &["a"])?;
+    }
+    Ok(())
+}
+
+impl Worker {
+    pub(super) fn run(&self) {
+        let mut batch = self.model.answer_batch().ok();
+        let mut writing: Vec<Writing> = Vec::new();
+        loop {
+            match self.queue.next(writing.is_empty(), self.admission(&writing)) {
+                Next::Closed => return,
+                Next::Aborted => {
+                    self.queue.drain().into_iter().for_each(|job| job.refuse(ApiError::shutting_down()));
+                    let end =
+                        |writing: Writing| writing.events.send(Event::Done(Err(ApiError::shutting_down())));
+                    return writing.into_iter().for_each(|writing| drop(end(writing)));
+                }
+                Next::Jobs(jobs) => {
+                    // A panic is a mistake of the program: whoever was part of it gets an error, the server goes on.
+                    let round = AssertUnwindSafe(|| self.round(jobs, batch.as_mut(), &mut writing));
+                    if catch_unwind(round).is_err() {
+                        self.metrics.panics.fetch_add(1, Ordering::Relaxed);
+                        tracing::error!("the model's thread met a mistake of the program and starts anew");
+                        for lost in writing.drain(..) {
+                            let _ = lost.events.send(Event::Done(Err(ApiError::internal())));
+                        }
+                        batch = self.model.answer_batch().ok();
+                    }
+                }
+            }
+            let kv_bytes = batch.as_ref().map_or(0, AnswerBatch::n_bytes);
+            let n_texts = batch.as_ref().map_or(0, AnswerBatch::n_texts);
+            self.metrics.kv_bytes.store(kv_bytes, Ordering::Relaxed);
+            self.metrics.running_texts.store(n_texts, Ordering::Relaxed);
+            self.metrics.cached_picture_bytes.store(self.cache.n_bytes(), Ordering::Relaxed);
+        }
+    }
+
+    /// Which requests can begin beside those that are being answered.
+    fn admission(&self, writing: &[Writing]) -> impl FnMut(&Job) -> bool {
+        let mut texts_left = self.batch.saturating_sub(writing.iter().map(|writing| writing.n_texts).sum());
+        let mut kv_left = self.kv_budget.saturating_sub(writing.iter().map(|writing| writing.kv_bytes).sum());
+        let (mut pictures_left, mut rows_left) = (PICTURES_A_ROUND, PROMPT_ROWS_A_ROUND);
+        let mut is_first = true;
+        move |job| {
+            let (n_pictures, n_rows, n_texts, kv_bytes) = match &job.work {
+                Work::Write { write, .. } => (
+                    1,
+                    write.prompt.n_rows(self.model.config().qformer.num_query_tokens),
+                    n_texts(&write.generation),
+                    kv_bytes(write, &self.model, self.row_bytes),
+                ),
+                Work::Compute { pictures, .. } => (pictures.len(), 0, 0, 0),
+            };
+            let has_place = n_texts <= texts_left && kv_bytes <= kv_left;
+            let is_short = n_pictures <= pictures_left && n_rows <= rows_left;
+            // The first may be longer than a round should be: it has to begin some time.
+            if !has_place || !(is_short || is_first) {
+                return false;
+            }
+            texts_left -= n_texts;
+            kv_left -= kv_bytes;
+            pictures_left = pictures_left.saturating_sub(n_pictures);
+            rows_left = rows_left.saturating_sub(n_rows);
+            is_first = false;
+            true
+        }
+    }
+
+    /// Lets newcomers in and leavers out, then gives every text a token.
+    fn round<'m>(&self, jobs: Vec<Job>, mut batch: Option<&mut AnswerBatch<'m>>, writing: &mut Vec<Writing>) {
+        if !jobs.is_empty() {
+            self.begin(jobs, batch.as_deref_mut(), writing);
+        }
+        let Some(batch) = batch else { return };
+        writing.retain(|writing| {
+            let is_wanted = !writing.events.is_closed();
+            if !is_wanted {
+                batch.leave(writing.id);
+            }
+            is_wanted
+        });
+        if !batch.is_empty() {
+            self.step(batch, writing);
+        }
+    }
+
+    fn begin(&self, jobs: Vec<Job>, batch: Option<&mut AnswerBatch<'_>>, writing: &mut Vec<Writing>) {
+        let now = Instant::now();
+        jobs.iter().for_each(|job| self.metrics.stage(Stage::Wait, now - job.accepted));
+        let seen = match self.see(&jobs) {
+            Ok(seen) => seen,
+            Err(error) => {
+                let error = ApiError::library(&error, "image");
+                return jobs.into_iter().for_each(|job| job.refuse(error.clone()));
+            }
+        };
+        let mut writes = Vec::new();
+        for job in jobs {
+            match job.work {
+                Work::Write { write, events } => writes.push((*write, events, job.accepted, job.span)),
+                Work::Compute { pictures, run, .. } => {
+                    let _entered = job.span.enter();
+                    let pictures: Vec<_> = pictures.iter().map(|picture| seen.of(picture)).collect();
+                    let features: Vec<&ImageFeatures> =
+                        pictures.iter().map(|picture| &picture.features).collect();
+                    run(Ok((&self.model, &features)));
+                }
+            }
+        }
+        let Some(batch) = batch.filter(|_| !writes.is_empty()) else { return };
+        let start = Instant::now();
+        let asks: Vec<Ask> = writes
+            .iter()
+            .filter_map(|(write, ..)| {
+                Some(Ask {
+                    prompt: write.prompt.clone(),
+                    soft_tokens: seen.of(&write.picture).soft_tokens.get()?.clone(),
+                    generation: write.generation.clone(),
+                })
+            })
+            .collect();
+        let ids = match batch.join(&asks) {
+            Ok(ids) if ids.len() == writes.len() => ids,
+            result => {
+                let error = result
+                    .map_or_else(|error| ApiError::library(&error, "messages"), |_| ApiError::internal());
+                return writes.into_iter().for_each(|(_, events, ..)| {
+                    let _ = events.send(Event::Done(Err(error.clone())));
+                });
+            }
+        };
+        self.metrics.stage(Stage::Prompt, start.elapsed());
+        for (id, (write, events, accepted, span)) in ids.into_iter().zip(writes) {
+            let n_rows = write.prompt.n_rows(self.model.config().qformer.num_query_tokens);
+            self.metrics.prompt_tokens.fetch_add(n_rows as u64, Ordering::Relaxed);
+            writing.push(Writing {
+                id,
+                events,
+                accepted,
+                last_token: None,
+                top_log_probs: write.top_log_probs,
+                n_texts: n_texts(&write.generation),
+                kv_bytes: kv_bytes(&write, &self.model, self.row_bytes),
+                span,
+            });
+        }
+    }
+
+    /// Encodes the pictures that are new, each once, and makes the soft tokens of those that are written about.
+    fn see(&self, jobs: &[Job]) -> blip2::Result<Seen> {
+        let start = Instant::now();
+        let pictures = jobs.iter().flat_map(|job| match &job.work {
+            Work::Write { write, .. } => std::slice::from_ref(&write.picture),
+            Work::Compute { pictures, .. } => pictures.as_slice(),
+        });
+        let mut seen = Seen::default();
+        let mut new: Vec<([u8; 32], &[f32])> = Vec::new();
+        for picture in pictures {
+            let Picture::New { key, pixels } = picture else { continue };
+            if seen.0.contains_key(key) || new.iter().any(|(known, _)| known == key) {
+                continue;
+            }
+            match self.cache.get(key) {
+                Some(known) => drop(seen.0.insert(*key, known)),
+                None => new.push((*key, pixels.as_slice())),
+            }
+        }
+        let n_new = new.len();
+        for group in new.chunks(PICTURES_A_ROUND) {
+            let Some(vision) = self.model.vision() else { break };
+            let pixels: Vec<f32> = group.iter().flat_map(|(_, pixels)| *pixels).copied().collect();
+            let rows = vision.encode(&pixels)?;
+            for ((key, _), rows) in group.iter().zip(rows.chunks_exact(vision.n_tokens() * vision.width())) {
+                let features = ImageFeatures::from_rows(rows.to_vec(), vision.width())?;
+                let picture = Arc::new(SeenPicture { features, soft_tokens: OnceLock::new() });
+                self.cache.insert(*key, picture.clone());
+                seen.0.insert(*key, picture);
+            }
+        }
+        let mut without: Vec<Arc<SeenPicture>> = Vec::new();
+        for job in jobs {
+            let Work::Write { write, .. } = &job.work else { continue };
+            let picture = seen.of(&write.picture);
+            if picture.soft_tokens.get().is_none()
+                && !without.iter().any(|known| Arc::ptr_eq(known, &picture))
+            {
+                without.push(picture);
+            }
+        }
+        if !without.is_empty() {
+            let features: Vec<&ImageFeatures> = without.iter().map(|picture| &picture.features).collect();
+            for (picture, soft_tokens) in without.iter().zip(self.model.soft_tokens(&features)?) {
+                let _ = picture.soft_tokens.set(soft_tokens);
+            }
+        }
+        if n_new + without.len() > 0 {
+            self.metrics.stage(Stage::Encode, start.elapsed());
+        }
+        Ok(seen)
+    }
+
+    fn step(&self, batch: &mut AnswerBatch<'_>, writing: &mut Vec<Writing>) {
+        let start = Instant::now();
+        self.metrics.batch(batch.n_texts());
+        let answered = batch.step(&mut |piece| {
+            self.metrics.generated_tokens.fetch_add(1, Ordering::Relaxed);
+            if let Some(writing) = writing.iter_mut().find(|writing| writing.id == piece.id) {
+                if piece.sequence == 0 {
+                    writing.count(&self.metrics);
+                }
+                let _ = writing.events.send(Event::Token(token(piece, writing.top_log_probs)));
+            }
+        });
+        self.metrics.stage(Stage::Step, start.elapsed());
+        match answered {
+            Ok(answered) => {
+                for Answered { id, result } in answered {
+                    let Some(at) = writing.iter().position(|writing| writing.id == id) else { continue };
+                    let mut done = writing.swap_remove(at);
+                    let _entered = done.span.clone().entered();
+                    if let (None, Ok(answers)) = (done.last_token, &result) {
+                        // Beams show nothing before their end.
+                        done.count(&self.metrics);
+                        let n_tokens = answers.iter().map(|answer| answer.token_ids.len()).sum::<usize>();
+                        self.metrics.generated_tokens.fetch_add(n_tokens as u64, Ordering::Relaxed);
+                    }
+                    let result = result.map_err(|error| ApiError::library(&error, "messages"));
+                    let _ = done.events.send(Event::Done(result));
+                }
+            }
+            Err(error) => {
+                tracing::error!(%error, "the language model failed");
+                for lost in writing.drain(..) {
+                    let _ = lost.events.send(Event::Done(Err(ApiError::internal())));
+                }
+            }
+        }
+    }
+}
+
+impl Writing {
+    /// A token came.
+    fn count(&mut self, metrics: &Metrics) {
+        let now = Instant::now();
+        match self.last_token.replace(now) {
+            None => metrics.first_token(now - self.accepted),
+            Some(last) => metrics.next_token(now - last),
+        }
+    }
+}
+
+/// The pictures of a round.
+#[derive(Default)]
+struct Seen(HashMap<[u8; 32], Arc<SeenPicture>>);
+
+impl Seen {
+    fn of(&self, picture: &Picture) -> Arc<SeenPicture> {
+        match picture {
+            Picture::Seen(seen) => seen.clone(),
+            Picture::New { key, .. } => self.0[key].clone(),
+        }
+    }
+}
+
+fn token(piece: Piece<'_>, top_log_probs: usize) -> Token {
+    let Piece { sequence, token: id, text, log_prob, logits, .. } = piece;
+    Token { sequence, id, text, log_prob, top: likeliest(logits, top_log_probs) }
+}
+
+/// The `n` likeliest tokens and their log-probabilities, the likeliest first.
+fn likeliest(logits: &[f32], n: usize) -> Vec<(u32, f32)> {
+    if n == 0 {
+        return Vec::new();
+    }
+    let norm = log_sum_exp(logits);
+    let mut best: Vec<(u32, f32)> = Vec::with_capacity(n + 1);
+    for (token, &logit) in (0..).zip(logits) {
+        if best.len() < n || best.last().is_some_and(|&(_, least)| logit > least) {
+            let at = best.partition_point(|&(_, other)| other >= logit);
+            best.insert(at, (token, logit));
+            best.truncate(n);
+        }
+    }
+    best.into_iter().map(|(token, logit)| (token, logit - norm)).collect()
+}
+
+// A request is handed from its handler to this thread.
+const _: () = {
+    const fn is_send<T: Send>() {}
+    is_send::<Job>();
+    is_send::<Write>();
+};
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_likeliest_come_first_and_sum_to_one() {
+        let logits = [0.0, 3.0, 1.0, 3.0, f32::NEG_INFINITY];
+        let top = likeliest(&logits, 2);
+        assert_eq!(top.iter().map(|(token, _)| *token).collect::<Vec<_>>(), [1, 3]);
+        let sum: f32 = likeliest(&logits, 9).iter().map(|(_, log_prob)| log_prob.exp()).sum();
+        assert!((sum - 1.0).abs() < 1e-5, "{sum}");
+        assert!(likeliest(&logits, 0).is_empty());
+    }
+}

@@ -1,0 +1,194 @@
+//! What only BLIP-2 can do, in an interface of its own: captions, questions with given answers, matching, labels.
+
+use std::sync::Arc;
+
+use crate::json::Json;
+use axum::extract::{Request, State};
+use axum::http::header::CONTENT_TYPE;
+use blip2::model::Answer;
+use blip2::text::Turn;
+use serde::Deserialize;
+use serde_json::{Value, json};
+
+use crate::app::App;
+use crate::error::ApiError;
+use crate::generation::GenerationFields;
+use crate::picture::{Picture, Source};
+use crate::text::GrowingText;
+use crate::wire::{Accepted, Complete, Dialogue, ImageField, OneOrMany, finish_reason};
+
+#[derive(Debug, Deserialize)]
+struct CaptionRequest {
+    model: Option<String>,
+    image: ImageField,
+}
+
+#[derive(Debug, Deserialize)]
+struct VqaRequest {
+    model: Option<String>,
+    image: ImageField,
+    question: String,
+    choices: Option<Vec<String>>,
+}
+
+#[derive(Debug, Deserialize)]
+struct MatchRequest {
+    model: Option<String>,
+    image: ImageField,
+    #[serde(alias = "text")]
+    texts: OneOrMany<String>,
+}
+
+#[derive(Debug, Deserialize)]
+struct ClassifyRequest {
+    model: Option<String>,
+    image: ImageField,
+    labels: Vec<String>,
+    template: Option<String>,
+}
+
+/// Describes a picture: JSON, or the picture's file itself as the body.
+pub(crate) async fn caption(State(app): State<Arc<App>>, request: Request) -> Result<Json, ApiError> {
+    let kind = request.headers().get(CONTENT_TYPE).and_then(|kind| kind.to_str().ok()).unwrap_or_default();
+    let is_file = kind.starts_with("image/") || kind == "application/octet-stream";
+    let body = app.body(request).await?;
+    let (source, fields, memory) = if is_file {
+        let (bytes, memory) = body.into_parts();
+        (Source::File(bytes), GenerationFields::default(), memory)
+    } else {
+        let CaptionRequest { model, image } = body.json()?;
+        app.check_model(model.as_deref())?;
+        let fields = body.json()?;
+        (Source::Text(image.into_text()), fields, body.understood())
+    };
+    let generation = fields.apply(app.own_generation()?.clone(), &app.config.limits)?;
+    let dialogue = Dialogue { turns: Vec::new(), picture: source };
+    let accepted = app.write(dialogue, generation, 0, "image").await?;
+    drop(memory);
+    answers(&app, accepted, "captions").await
+}
+
+/// Answers a question, freely or by choosing among given answers.
+pub(crate) async fn answer(State(app): State<Arc<App>>, request: Request) -> Result<Json, ApiError> {
+    let body = app.body(request).await?;
+    let VqaRequest { model, image, question, choices } = body.json()?;
+    let fields: GenerationFields = body.json()?;
+    let memory = body.understood();
+    app.check_model(model.as_deref())?;
+    let generation = fields.apply(app.own_generation()?.clone(), &app.config.limits)?;
+    app.check_texts(std::slice::from_ref(&question), 1, "question")?;
+    let Some(choices) = choices else {
+        let dialogue = Dialogue { turns: vec![Turn::open(question)], picture: image.into_text().into() };
+        let accepted = app.write(dialogue, generation, 0, "question").await?;
+        drop(memory);
+        return answers(&app, accepted, "answers").await;
+    };
+    app.check_texts(&choices, choices.len(), "choices")?;
+    // Said now rather than after a wait.
+    app.model
+        .prompt(&[Turn::open(question.clone())])
+        .map_err(|error| ApiError::library(&error, "question"))?;
+    let picture = app.read_image(image).await?;
+    drop(memory);
+    let ranked = app
+        .engine
+        .compute(vec![picture], move |model, features| {
+            model.rank(features[0], &question, &choices).map_err(|error| ApiError::library(&error, "choices"))
+        })
+        .await?;
+    let rows: Vec<Value> = ranked
+        .into_iter()
+        .map(|choice| {
+            json!({"answer": choice.answer, "probability": choice.probability,
+                "log_likelihood": choice.log_likelihood})
+        })
+        .collect();
+    Ok(Json(json!({"object": "vqa", "model": app.name, "choices": rows})))
+}
+
+/// How well texts fit a picture.
+pub(crate) async fn match_texts(State(app): State<Arc<App>>, request: Request) -> Result<Json, ApiError> {
+    let body = app.body(request).await?;
+    let MatchRequest { model, image, texts } = body.json()?;
+    let memory = body.understood();
+    app.check_comparison(model.as_deref())?;
+    let texts = texts.into_vec();
+    app.check_texts(&texts, texts.len(), "texts")?;
+    let picture = app.read_image(image).await?;
+    drop(memory);
+    let rows = app
+        .engine
+        .compute(vec![picture], move |model, features| {
+            let borrowed: Vec<&str> = texts.iter().map(String::as_str).collect();
+            let scores = model
+                .match_texts(features[0], &borrowed)
+                .map_err(|error| ApiError::library(&error, "texts"))?;
+            let row = |(text, score): (String, blip2::model::MatchScore)| {
+                json!({"text": text, "itm_probability": score.itm_probability,
+                    "itc_similarity": score.itc_similarity})
+            };
+            Ok(texts.into_iter().zip(scores).map(row).collect::<Vec<Value>>())
+        })
+        .await?;
+    Ok(Json(json!({"object": "match", "model": app.name, "scores": rows})))
+}
+
+/// Which of the labels a picture shows.
+pub(crate) async fn classify(State(app): State<Arc<App>>, request: Request) -> Result<Json, ApiError> {
+    let body = app.body(request).await?;
+    let ClassifyRequest { model, image, labels, template } = body.json()?;
+    let memory = body.understood();
+    app.check_comparison(model.as_deref())?;
+    app.check_texts(&labels, labels.len(), "labels")?;
+    let template = template.unwrap_or_else(|| "a photo of {label}".into());
+    app.check_texts(std::slice::from_ref(&template), 1, "template")?;
+    let picture = app.read_image(image).await?;
+    drop(memory);
+    let scores = app
+        .engine
+        .compute(vec![picture], move |model, features| {
+            let labels: Vec<&str> = labels.iter().map(String::as_str).collect();
+            model
+                .classify(features[0], &labels, &template)
+                .map_err(|error| ApiError::library(&error, "labels"))
+        })
+        .await?;
+    let rows: Vec<Value> = scores
+        .into_iter()
+        .map(|score| {
+            json!({"label": score.label, "probability": score.probability,
+                "itc_similarity": score.itc_similarity})
+        })
+        .collect();
+    Ok(Json(json!({"object": "classification", "model": app.name, "labels": rows})))
+}
+
+/// Waits for what is written, and tells it under `name`.
+async fn answers(app: &App, mut accepted: Accepted, name: &str) -> Result<Json, ApiError> {
+    let Complete { answers, .. } = accepted.complete().await?;
+    let row = |answer: &Answer| {
+        let text = GrowingText::new(&accepted.generation.stop_strings).finish(&answer.text).to_owned();
+        let log_likelihood: f32 = answer.log_probs.iter().sum();
+        json!({"text": text, "log_likelihood": log_likelihood, "n_tokens": answer.token_ids.len(),
+            "finish_reason": finish_reason(answer.finish)})
+    };
+    let object = if name == "captions" { "caption" } else { "vqa" };
+    let mut response = json!({"object": object, "model": app.name});
+    response[name] = answers.iter().map(row).collect();
+    Ok(Json(response))
+}
+
+impl App {
+    async fn read_image(&self, image: ImageField) -> Result<Picture, ApiError> {
+        self.pictures.read(image.into_text().into(), "image").await
+    }
+
+    /// Whether a request means this model, and the model compares.
+    fn check_comparison(&self, model: Option<&str>) -> Result<(), ApiError> {
+        self.check_model(model)?;
+        if self.model.matcher().is_none() {
+            return Err(ApiError::part_missing("compare texts and pictures"));
+        }
+        Ok(())
+    }
+}

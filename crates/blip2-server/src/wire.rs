@@ -1,0 +1,259 @@
+//! What the interfaces have in common: values that come in several forms, and conversations.
+
+use std::sync::Arc;
+
+use blip2::generate::{FinishReason, GenerationConfig};
+use blip2::model::Answer;
+use blip2::text::Turn;
+use serde::Deserialize;
+use tokio::sync::mpsc::UnboundedReceiver;
+
+use crate::app::App;
+use crate::engine::{Event, Token, Write};
+use crate::error::ApiError;
+use crate::picture::Source;
+
+/// A value, or a list of them.
+#[derive(Debug, Clone, Deserialize)]
+#[serde(untagged)]
+pub(crate) enum OneOrMany<T> {
+    One(T),
+    Many(Vec<T>),
+}
+
+impl<T> OneOrMany<T> {
+    pub(crate) fn as_slice(&self) -> &[T] {
+        match self {
+            Self::One(value) => std::slice::from_ref(value),
+            Self::Many(values) => values,
+        }
+    }
+
+    pub(crate) fn into_vec(self) -> Vec<T> {
+        match self {
+            Self::One(value) => vec![value],
+            Self::Many(values) => values,
+        }
+    }
+}
+
+/// A picture, as `{"url": …}` or as the URL or base64 itself.
+#[derive(Debug, Clone, Deserialize)]
+#[serde(untagged)]
+pub(crate) enum ImageField {
+    Text(String),
+    Object { url: String },
+}
+
+impl ImageField {
+    pub(crate) fn into_text(self) -> String {
+        match self {
+            Self::Text(text) | Self::Object { url: text } => text,
+        }
+    }
+}
+
+/// A message of a conversation, whichever interface it came through.
+#[derive(Debug, Default)]
+pub(crate) struct Message {
+    pub(crate) role: String,
+    pub(crate) text: String,
+    pub(crate) pictures: Vec<String>,
+}
+
+/// A conversation about a picture that waits for an answer.
+#[derive(Debug)]
+pub(crate) struct Dialogue {
+    /// None: the picture is to be described.
+    pub(crate) turns: Vec<Turn>,
+    pub(crate) picture: Source,
+}
+
+impl Dialogue {
+    /// A conversation from its messages: one picture, in what the user says first; system messages, for which the models
+    /// here have no place, are said before the first question.
+    pub(crate) fn new(messages: Vec<Message>, max_text_bytes: usize) -> Result<Self, ApiError> {
+        let invalid = |message: &str| ApiError::invalid("messages", message);
+        if messages.iter().map(|message| message.text.len()).sum::<usize>() > max_text_bytes {
+            return Err(invalid(&format!("the text of all messages has more than {max_text_bytes} bytes")));
+        }
+        let mut turns: Vec<Turn> = Vec::new();
+        let mut pictures = Vec::new();
+        let mut system = Vec::new();
+        for mut message in messages {
+            let n_before = pictures.len();
+            pictures.append(&mut message.pictures);
+            if pictures.len() > n_before
+                && (message.role != "user" || turns.iter().any(|turn| turn.answer.is_some()))
+            {
+                return Err(invalid("the picture belongs into the first message of the user"));
+            }
+            let text = message.text.trim();
+            match (message.role.as_str(), turns.last_mut()) {
+                ("system" | "developer", _) => system.push(text.to_owned()),
+                ("user", Some(turn)) if turn.answer.is_none() => append(&mut turn.question, text),
+                ("user", _) => turns.push(Turn::open(text)),
+                ("assistant", Some(Turn { answer, .. })) => append(answer.get_or_insert_default(), text),
+                ("assistant", None) => {
+                    return Err(invalid("the first message is the assistant's, expected the user's"));
+                }
+                (role, _) => {
+                    let role: String = role.chars().take(40).collect();
+                    let message =
+                        format!("a message has the role `{role}`, expected system, user or assistant");
+                    return Err(invalid(&message));
+                }
+            }
+        }
+        if turns.last().is_none_or(|turn| turn.answer.is_some()) {
+            return Err(invalid("the last message must be the user's"));
+        }
+        let picture = match (pictures.pop(), pictures.len()) {
+            (Some(picture), 0) => picture,
+            (None, _) => {
+                return Err(invalid("there is no picture: send one in the first message of the user"));
+            }
+            (Some(_), others) => {
+                let n = others + 1;
+                return Err(invalid(&format!("there are {n} pictures: a conversation is about one")));
+            }
+        };
+        if let Some(first) = turns.first_mut().filter(|_| !system.is_empty()) {
+            let mut question = system.join("\n");
+            append(&mut question, &first.question);
+            first.question = question;
+        }
+        if turns.len() == 1 && turns[0].question.is_empty() {
+            turns.clear();
+        }
+        Ok(Self { turns, picture: Source::Text(picture) })
+    }
+}
+
+/// Adds a paragraph.
+fn append(text: &mut String, more: &str) {
+    if !text.is_empty() && !more.is_empty() {
+        text.push('\n');
+    }
+    text.push_str(more);
+}
+
+/// A request that was accepted for writing.
+#[derive(Debug)]
+pub(crate) struct Accepted {
+    pub(crate) events: UnboundedReceiver<Event>,
+    pub(crate) generation: GenerationConfig,
+    /// Tokens of the prompt, the picture's among them.
+    pub(crate) n_prompt: usize,
+    pub(crate) n_image: usize,
+}
+
+impl App {
+    /// The model's own way of writing.
+    pub(crate) fn own_generation(&self) -> Result<&GenerationConfig, ApiError> {
+        match &self.model.config().stage2 {
+            Some(stage2) if self.model.language_model().is_some() => Ok(&stage2.generation),
+            _ => Err(ApiError::part_missing("write captions and answers")),
+        }
+    }
+
+    /// Hands a conversation to the model.
+    pub(crate) async fn write(
+        self: &Arc<Self>,
+        dialogue: Dialogue,
+        generation: GenerationConfig,
+        top_log_probs: usize,
+        param: &str,
+    ) -> Result<Accepted, ApiError> {
+        let prompt = self.model.prompt(&dialogue.turns).map_err(|error| ApiError::library(&error, param))?;
+        let picture = self.pictures.read(dialogue.picture, param).await?;
+        let n_image = self.model.config().qformer.num_query_tokens;
+        let n_prompt = prompt.n_rows(n_image);
+        let write = Write { picture, prompt, generation: generation.clone(), top_log_probs };
+        Ok(Accepted { events: self.engine.write(write)?, generation, n_prompt, n_image })
+    }
+}
+
+/// Answers with the tokens that they came in.
+#[derive(Debug)]
+pub(crate) struct Complete {
+    pub(crate) answers: Vec<Answer>,
+    /// Of each answer; none with beams.
+    pub(crate) tokens: Vec<Vec<Token>>,
+}
+
+impl Accepted {
+    /// Waits for the whole.
+    pub(crate) async fn complete(&mut self) -> Result<Complete, ApiError> {
+        let mut tokens = vec![Vec::new(); self.generation.num_return_sequences];
+        loop {
+            match self.events.recv().await {
+                Some(Event::Token(token)) => {
+                    if let Some(tokens) = tokens.get_mut(token.sequence) {
+                        tokens.push(token);
+                    }
+                }
+                Some(Event::Done(answers)) => return Ok(Complete { answers: answers?, tokens }),
+                // The model's thread met a mistake.
+                None => return Err(ApiError::internal()),
+            }
+        }
+    }
+}
+
+/// OpenAI's and Ollama's word for why a text ends.
+pub(crate) fn finish_reason(finish: FinishReason) -> &'static str {
+    match finish {
+        FinishReason::MaxNewTokens | FinishReason::ContextFull => "length",
+        _ => "stop",
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn message(role: &str, text: &str, n_pictures: usize) -> Message {
+        Message { role: role.into(), text: text.into(), pictures: vec!["p".into(); n_pictures] }
+    }
+
+    fn dialogue(messages: &[(&str, &str, usize)]) -> Result<Dialogue, ApiError> {
+        Dialogue::new(messages.iter().map(|&(role, text, n)| message(role, text, n)).collect(), 100)
+    }
+
+    #[test]
+    fn messages_become_turns() {
+        let turns = |messages| dialogue(messages).expect("a dialogue").turns;
+        assert_eq!(turns(&[("user", "Who?", 1)]), [Turn::open("Who?")]);
+        assert!(turns(&[("user", " ", 1)]).is_empty(), "a picture alone is to be described");
+        assert_eq!(
+            turns(&[
+                ("system", "Be brief.", 0),
+                ("user", "", 1),
+                ("user", "Who?", 0),
+                ("assistant", "A cat.", 0),
+                ("user", "Why?", 0)
+            ]),
+            [Turn::answered("Be brief.\nWho?", "A cat."), Turn::open("Why?")]
+        );
+        assert_eq!(turns(&[("developer", "Say a word.", 0), ("user", "", 1)]), [Turn::open("Say a word.")]);
+    }
+
+    #[test]
+    fn what_is_no_conversation_about_a_picture_is_said() {
+        for (messages, word) in [
+            (&[][..], "last message"),
+            (&[("user", "Who?", 0)], "no picture"),
+            (&[("user", "Who?", 2)], "2 pictures"),
+            (&[("user", "a", 1), ("assistant", "b", 0)], "last message"),
+            (&[("assistant", "b", 0), ("user", "a", 1)], "first message"),
+            (&[("user", "a", 0), ("assistant", "b", 0), ("user", "c", 1)], "first message of the user"),
+            (&[("system", "a", 1), ("user", "b", 0)], "first message of the user"),
+            (&[("tool", "a", 0), ("user", "b", 1)], "role `tool`"),
+            (&[("user", "a".repeat(101).leak(), 1)], "more than 100 bytes"),
+        ] {
+            let error = dialogue(messages).expect_err("refused");
+            assert!(error.message.contains(word), "{error:?}");
+        }
+    }
+}

@@ -1,0 +1,270 @@
+//! Chat completions, whole and streamed, over real sockets.
+
+mod support;
+
+use blip2::generate::GenerationConfig;
+use blip2::text::Turn;
+use serde_json::{Value as Json, json};
+use support::{TestServer, base64, chat, config, data_url, picture, png, text_of};
+
+fn greedy(max_new_tokens: usize) -> GenerationConfig {
+    GenerationConfig { max_new_tokens, ..GenerationConfig::default() }
+}
+
+#[test]
+fn an_answer_is_the_librarys() {
+    for name in ["blip2_opt", "blip2_t5"] {
+        let server = TestServer::start(name, config());
+        let features = server.model.encode(&[picture(1)]).expect("features").remove(0);
+        let expected =
+            server.model.ask(&[(&features, "which city?")], &greedy(9)).expect("an answer")[0][0].clone();
+        let response =
+            server.post("/v1/chat/completions", &chat(1, "which city?", &json!({"max_tokens": 9}))).ok();
+        assert_eq!(text_of(&response), expected.text);
+        assert_eq!(response["object"], "chat.completion");
+        assert_eq!(response["model"], server.name.as_str());
+        assert!(response["id"].as_str().expect("an id").starts_with("chatcmpl-"));
+        let choice = &response["choices"][0];
+        assert_eq!(choice["message"]["role"], "assistant");
+        assert_eq!(choice["message"]["refusal"], Json::Null);
+        assert!(["stop", "length"].contains(&choice["finish_reason"].as_str().expect("a reason")));
+        let usage = &response["usage"];
+        assert_eq!(usage["completion_tokens"], expected.token_ids.len());
+        let prompt = server.model.prompt(&[Turn::open("which city?")]).expect("a prompt");
+        assert_eq!(usage["prompt_tokens"], prompt.n_rows(5));
+        assert_eq!(usage["prompt_tokens_details"]["image_tokens"], 5);
+    }
+}
+
+#[test]
+fn pictures_come_in_several_forms_and_alone_they_are_described() {
+    let server = TestServer::start("blip2_opt", config());
+    let features = server.model.encode(&[picture(2)]).expect("features").remove(0);
+    let expected = server.model.caption(&[&features], &greedy(7)).expect("a caption")[0][0].text.clone();
+    let raw = base64(&png(&picture(2)));
+    for image in [
+        json!({"url": data_url(2)}),
+        json!({"url": data_url(2), "detail": "low"}),
+        json!(data_url(2)),
+        json!(raw),
+        json!(raw.trim_end_matches('=')),
+        json!(format!("data:;base64,{raw}")),
+        json!(format!("DATA:image/jpeg;name=x;base64,{}\n{}", &raw[..8], &raw[8..])),
+    ] {
+        let request = json!({"max_tokens": 7,
+            "messages": [{"role": "user", "content": [{"type": "image_url", "image_url": image}]}]});
+        assert_eq!(text_of(&server.post("/v1/chat/completions", &request).ok()), expected, "{request}");
+    }
+    assert!(server.metric("blip2_picture_cache_hits_total") >= 6.0, "one picture, seen once");
+    assert_eq!(server.metric("blip2_picture_cache_misses_total"), 1.0);
+}
+
+#[test]
+fn a_conversation_goes_on_about_its_picture() {
+    let server = TestServer::start("blip2_opt", config());
+    let features = server.model.encode(&[picture(3)]).expect("features").remove(0);
+    let mut conversation = server.model.chat(&features).expect("a chat");
+    conversation.resume(vec![Turn::answered("who?", "a cat")]);
+    let expected = conversation
+        .ask("why?", &greedy(6), &mut |_| std::ops::ControlFlow::Continue(()))
+        .expect("an answer");
+    let mut request = chat(3, "who?", &json!({"max_tokens": 6}));
+    let messages = request["messages"].as_array_mut().expect("messages");
+    messages.push(json!({"role": "assistant", "content": "a cat"}));
+    messages.push(json!({"role": "user", "content": "why?"}));
+    assert_eq!(text_of(&server.post("/v1/chat/completions", &request).ok()), expected.text);
+}
+
+/// The text of each choice of a stream, with what every chunk has to have.
+fn streamed(server: &TestServer, request: &Json) -> (Vec<String>, Vec<Json>) {
+    let mut request = request.clone();
+    request["stream"] = true.into();
+    let events = server.post("/v1/chat/completions", &request).events();
+    let (done, chunks) = events.split_last().expect("events");
+    assert_eq!(done, "[DONE]");
+    let chunks: Vec<Json> = chunks.iter().map(|chunk| serde_json::from_str(chunk).expect("JSON")).collect();
+    let n = request["n"].as_u64().unwrap_or(1) as usize;
+    let (mut texts, mut reasons) = (vec![String::new(); n], vec![0; n]);
+    for (at, chunk) in chunks.iter().enumerate() {
+        assert_eq!(chunk["object"], "chat.completion.chunk");
+        assert_eq!(chunk["id"], chunks[0]["id"]);
+        for choice in chunk["choices"].as_array().expect("choices") {
+            let index = choice["index"].as_u64().expect("an index") as usize;
+            assert_eq!(
+                choice["delta"]["role"] == "assistant",
+                at < n,
+                "the first chunk has the role: {chunk}"
+            );
+            texts[index] += choice["delta"]["content"].as_str().unwrap_or("");
+            reasons[index] += usize::from(!choice["finish_reason"].is_null());
+        }
+    }
+    assert_eq!(reasons, vec![1; n], "every choice ends once");
+    (texts, chunks)
+}
+
+#[test]
+fn a_stream_is_the_whole_answer_cut_up() {
+    for name in ["blip2_opt", "blip2_t5"] {
+        let server = TestServer::start(name, config());
+        for fields in [
+            json!({"max_tokens": 12}),
+            json!({"max_tokens": 12, "n": 3, "seed": 7, "temperature": 1.3}),
+            json!({"max_tokens": 12, "num_beams": 3, "n": 2}),
+            json!({"max_tokens": 30, "temperature": 1.5, "seed": 3, "stop": ["e", "ab"]}),
+            json!({"max_tokens": 12, "stop": "zzz"}),
+        ] {
+            let request = chat(4, "what is it?", &fields);
+            let whole = server.post("/v1/chat/completions", &request).ok();
+            let (texts, _) = streamed(&server, &request);
+            for (index, text) in texts.iter().enumerate() {
+                assert_eq!(
+                    *text,
+                    whole["choices"][index]["message"]["content"].as_str().expect("text"),
+                    "{fields}"
+                );
+                for stop in fields["stop"].as_array().into_iter().flatten() {
+                    assert!(!text.contains(stop.as_str().expect("text")), "{text:?} has {stop}");
+                }
+            }
+        }
+    }
+}
+
+#[test]
+fn a_stream_tells_the_usage_when_asked() {
+    let server = TestServer::start("blip2_opt", config());
+    let request = chat(5, "who?", &json!({"max_tokens": 5, "stream_options": {"include_usage": true}}));
+    let whole = server.post("/v1/chat/completions", &request).ok();
+    let (_, chunks) = streamed(&server, &request);
+    let (last, others) = chunks.split_last().expect("chunks");
+    assert_eq!(last["choices"], json!([]));
+    assert_eq!(last["usage"], whole["usage"]);
+    assert!(others.iter().all(|chunk| chunk.get("usage") == Some(&Json::Null)));
+    let (_, chunks) = streamed(&server, &chat(5, "who?", &json!({"max_tokens": 5})));
+    assert!(chunks.iter().all(|chunk| chunk.get("usage").is_none()));
+}
+
+#[test]
+fn log_probabilities_are_those_of_the_tokens() {
+    let server = TestServer::start("blip2_opt", config());
+    let fields = json!({"max_tokens": 8, "logprobs": true, "top_logprobs": 4});
+    let response = server.post("/v1/chat/completions", &chat(6, "who?", &fields)).ok();
+    let content = response["choices"][0]["logprobs"]["content"].as_array().expect("tokens").clone();
+    assert!(!content.is_empty());
+    for token in &content {
+        let top = token["top_logprobs"].as_array().expect("the likeliest");
+        assert_eq!(top.len(), 4);
+        // Greedy: the chosen one is the likeliest.
+        assert_eq!(token["token"], top[0]["token"]);
+        let close =
+            token["logprob"].as_f64().expect("a number") - top[0]["logprob"].as_f64().expect("a number");
+        assert!(close.abs() < 1e-5);
+        assert!(token["logprob"].as_f64().is_some_and(|value| value < 0.0));
+    }
+    let (_, chunks) = streamed(&server, &chat(6, "who?", &fields));
+    let streamed: Vec<Json> = chunks
+        .iter()
+        .flat_map(|chunk| chunk["choices"][0]["logprobs"]["content"].as_array().cloned().unwrap_or_default())
+        .collect();
+    assert_eq!(streamed, content);
+    let response = server.post("/v1/chat/completions", &chat(6, "who?", &json!({"max_tokens": 2}))).ok();
+    assert_eq!(response["choices"][0]["logprobs"], Json::Null);
+}
+
+#[test]
+fn a_seed_decides_and_without_one_answers_differ() {
+    let server = TestServer::start("blip2_opt", config());
+    let ask = |fields: &Json| {
+        let response = server.post("/v1/chat/completions", &chat(7, "who?", fields)).ok();
+        response["choices"]
+            .as_array()
+            .expect("choices")
+            .iter()
+            .map(|c| c["message"]["content"].to_string())
+            .collect::<Vec<_>>()
+    };
+    let seeded = json!({"max_tokens": 20, "temperature": 1.5, "seed": 5, "n": 3});
+    assert_eq!(ask(&seeded), ask(&seeded));
+    let free = json!({"max_tokens": 20, "temperature": 1.5});
+    assert!((0..5).any(|_| ask(&free) != ask(&free)));
+}
+
+#[test]
+fn every_mistake_has_its_code() {
+    let server = TestServer::start("blip2_opt", config());
+    let with = |fields: Json| chat(8, "who?", &fields);
+    let message = |content: Json| json!({"messages": [{"role": "user", "content": content}]});
+    let image = |url: &str| message(json!([{"type": "image_url", "image_url": {"url": url}}]));
+    let mut tiff = b"II*\0".to_vec();
+    tiff.extend([0xff; 64]);
+    let damaged = format!("data:image/tiff;base64,{}", base64(&tiff));
+    let whole = png(&picture(8));
+    let cut = format!("data:image/png;base64,{}", base64(&whole[..whole.len() - 9]));
+    // A header that announces more pixels than are allowed.
+    let mut bomb = whole.clone();
+    bomb[16..24].copy_from_slice(&[0, 0, 0x7f, 0xff, 0, 0, 0x7f, 0xff]);
+    let crc = crc32fast::hash(&bomb[12..29]);
+    bomb[29..33].copy_from_slice(&crc.to_be_bytes());
+    let bomb = format!("data:image/png;base64,{}", base64(&bomb));
+    for (request, status, code) in [
+        (with(json!({"model": "gpt-4o"})), 404, "model_not_found"),
+        (with(json!({"n": 0})), 400, "invalid_value"),
+        (with(json!({"n": -1})), 400, "invalid_body"),
+        (with(json!({"n": 1_000_000})), 400, "invalid_value"),
+        (with(json!({"n": "two"})), 400, "invalid_body"),
+        (with(json!({"max_tokens": 0})), 400, "invalid_value"),
+        (with(json!({"max_tokens": 100_000})), 400, "invalid_value"),
+        (with(json!({"temperature": -0.5})), 400, "invalid_value"),
+        (with(json!({"top_logprobs": 3})), 400, "invalid_value"),
+        (with(json!({"logprobs": true, "top_logprobs": 21})), 400, "invalid_value"),
+        (with(json!({"logprobs": true, "top_logprobs": 2, "num_beams": 2})), 400, "invalid_value"),
+        (with(json!({"presence_penalty": 1})), 400, "unsupported_value"),
+        (with(json!({"response_format": {"type": "json_object"}})), 400, "unsupported_value"),
+        (with(json!({"stream": "yes"})), 400, "invalid_body"),
+        (json!([]), 400, "invalid_body"),
+        (json!({}), 400, "invalid_body"),
+        (json!({"messages": []}), 400, "invalid_value"),
+        (json!({"messages": "hello"}), 400, "invalid_body"),
+        (message(json!("no picture")), 400, "invalid_value"),
+        (message(json!(5)), 400, "invalid_body"),
+        (message(json!([{"type": "video", "video": "x"}])), 400, "invalid_value"),
+        (message(json!([{"type": "image_url"}])), 400, "invalid_value"),
+        (image("https://example.org/cat.jpg"), 400, "invalid_image_url"),
+        (image("file:///etc/passwd"), 400, "invalid_image_url"),
+        (image("data:image/png;base64"), 400, "invalid_image_url"),
+        (image("data:image/png,abc"), 400, "invalid_image_url"),
+        (image("data:image/png;base64,!!!"), 400, "invalid_image_url"),
+        (image(""), 400, "invalid_image"),
+        (image("data:text/plain;base64,aGVsbG8gd29ybGQ="), 400, "invalid_image_format"),
+        (image(&cut), 400, "invalid_image"),
+        (image(&damaged), 400, "invalid_image"),
+        (image(&bomb), 400, "image_too_large"),
+        (chat(8, &"word ".repeat(200), &json!({})), 400, "context_length_exceeded"),
+        (chat(8, &"word ".repeat(3000), &json!({})), 400, "invalid_value"),
+    ] {
+        let response = server.post("/v1/chat/completions", &request);
+        let short: String = request.to_string().chars().take(300).collect();
+        assert_eq!(
+            (response.status, response.error_code().as_str()),
+            (status, code),
+            "{short}: {}",
+            response.text()
+        );
+        let text = response.text();
+        for word in ["Error", "panicked", "Tiff", "ImageError", "/work", "src/"] {
+            assert!(!text.contains(word), "the library's own words reach a client: {text}");
+        }
+    }
+    for body in ["", "   ", "{", "null", "[1,2", "{\"messages\":\"\u{0}\"", "\"\\ud800\""] {
+        let response = server.send("POST", "/v1/chat/completions", &[], body.as_bytes());
+        assert_eq!((response.status, response.error_code().as_str()), (400, "invalid_body"), "{body:?}");
+    }
+    let invalid_utf8 = server.send("POST", "/v1/chat/completions", &[], b"{\"messages\": \"\xff\xfe\"}");
+    assert_eq!(invalid_utf8.error_code(), "invalid_body");
+    let deep = server.send("POST", "/v1/chat/completions", &[], "[".repeat(1 << 20).as_bytes());
+    assert_eq!(deep.error_code(), "invalid_body");
+    // After all that it still answers.
+    server.post("/v1/chat/completions", &with(json!({"max_tokens": 2}))).ok();
+    assert_eq!(server.metric("blip2_panics_total"), 0.0);
+}

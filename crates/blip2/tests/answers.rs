@@ -1,0 +1,199 @@
+//! Answers that are written while others come and go are the answers that each question gets alone.
+
+use std::collections::BTreeMap;
+use std::path::Path;
+
+use blip2::generate::{FinishReason, GenerationConfig};
+use blip2::image::RgbImage;
+use blip2::model::{Answer, AnswerBatch, Ask, Blip2, ImageFeatures, OpenOptions};
+use blip2::text::Turn;
+
+/// Tiny random models: a decoder-only and an encoder-decoder language model.
+const MODELS: [&str; 2] = ["blip2_opt", "blip2_t5"];
+
+fn open(name: &str) -> (Blip2, Vec<ImageFeatures>) {
+    let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/golden").join(name);
+    let model = Blip2::open(folder, &OpenOptions::default()).expect("a model");
+    let picture = |i: u32| {
+        RgbImage::from_fn(30, 20, |x, y| {
+            image::Rgb([(x * 7 * (i + 1)) as u8, (y * 11) as u8, (i * 60) as u8])
+        })
+    };
+    let pictures: Vec<_> = (0..4).map(picture).collect();
+    let features = model.encode(&pictures).expect("features");
+    (model, features)
+}
+
+/// A question of every kind of generation.
+fn generation(i: usize) -> GenerationConfig {
+    let greedy = GenerationConfig { max_new_tokens: 3 + i % 9, ..GenerationConfig::default() };
+    match i % 4 {
+        0 => greedy,
+        1 => GenerationConfig {
+            do_sample: true,
+            seed: i as u64,
+            num_return_sequences: 1 + i % 3,
+            top_p: 0.9,
+            ..greedy
+        },
+        2 => GenerationConfig { num_beams: 2 + i % 3, num_return_sequences: 2, ..greedy },
+        _ => GenerationConfig { no_repeat_ngram_size: 2, repetition_penalty: 1.2, ..greedy },
+    }
+}
+
+fn ask(model: &Blip2, features: &[ImageFeatures], i: usize) -> Ask {
+    let question = "what is this? ".repeat(1 + i % 3) + &i.to_string();
+    let features = &features[i % features.len()];
+    Ask {
+        prompt: model.prompt(&[Turn::open(question)]).expect("a prompt"),
+        soft_tokens: model.soft_tokens(&[features]).expect("soft tokens").remove(0),
+        generation: generation(i),
+    }
+}
+
+fn alone(model: &Blip2, ask: &Ask) -> Vec<Answer> {
+    let mut batch = model.answer_batch().expect("a batch");
+    batch.join(std::slice::from_ref(ask)).expect("joined");
+    loop {
+        if let Some(answered) = batch.step(&mut |_| ()).expect("a step").pop() {
+            assert!(batch.is_empty());
+            return answered.result.expect("an answer");
+        }
+    }
+}
+
+/// Steps a batch and keeps what comes of it.
+#[derive(Default)]
+struct Log {
+    answers: BTreeMap<usize, Vec<Answer>>,
+    streamed: BTreeMap<(usize, usize), String>,
+}
+
+impl Log {
+    fn step(&mut self, batch: &mut AnswerBatch<'_>) {
+        let answered = batch
+            .step(&mut |piece| {
+                *self.streamed.entry((piece.id, piece.sequence)).or_default() += &piece.text;
+            })
+            .expect("a step");
+        for answered in answered {
+            self.answers.insert(answered.id, answered.result.expect("an answer"));
+        }
+    }
+}
+
+#[test]
+fn who_is_beside_an_answer_makes_no_difference() {
+    for name in MODELS {
+        let (model, features) = open(name);
+        let asks: Vec<_> = (0..32).map(|i| ask(&model, &features, i)).collect();
+        let mut batch = model.answer_batch().expect("a batch");
+        let (mut log, mut of) = (Log::default(), BTreeMap::new());
+        let mut gone = Vec::new();
+        // They come by ones, twos and threes, a step apart; every seventh leaves before or after its first tokens.
+        let mut next = 0;
+        while next < asks.len() || !batch.is_empty() {
+            let group = &asks[next..asks.len().min(next + 1 + next % 3)];
+            let ids = batch.join(group).expect("joined");
+            of.extend(ids.iter().copied().zip(next..));
+            if next % 7 == 6 {
+                batch.leave(ids[0]);
+                gone.push(ids[0]);
+            }
+            next += group.len();
+            log.step(&mut batch);
+            if next % 7 == 3
+                && let Some(&id) = ids.first().filter(|id| !log.answers.contains_key(id))
+            {
+                batch.leave(id);
+                gone.push(id);
+            }
+        }
+        assert_eq!(batch.n_texts(), 0);
+        assert!(gone.len() >= 3, "{gone:?}");
+        for (id, i) in of {
+            if gone.contains(&id) {
+                assert!(!log.answers.contains_key(&id), "{name}: it left");
+                continue;
+            }
+            let (together, expected) = (&log.answers[&id], alone(&model, &asks[i]));
+            assert_eq!(*together, expected, "{name}, question {i}");
+            if asks[i].generation.num_beams == 1 {
+                for (sequence, answer) in expected.iter().enumerate() {
+                    let streamed = &log.streamed[&(id, sequence)];
+                    assert!(
+                        streamed.trim() == answer.text
+                            || streamed.contains(char::REPLACEMENT_CHARACTER)
+                            || answer.text.contains(char::REPLACEMENT_CHARACTER),
+                        "{name}: {streamed:?} {answer:?}"
+                    );
+                }
+            }
+        }
+    }
+}
+
+#[test]
+fn a_batch_writes_what_ask_and_caption_write() {
+    for name in MODELS {
+        let (model, features) = open(name);
+        for i in 0..4 {
+            let config = generation(i);
+            let ask = Ask {
+                prompt: model.prompt(&[Turn::open("which city is this?")]).expect("a prompt"),
+                soft_tokens: model.soft_tokens(&[&features[i]]).expect("soft tokens").remove(0),
+                generation: config.clone(),
+            };
+            let expected = model.ask(&[(&features[i], "which city is this?")], &config).expect("answers");
+            assert_eq!(alone(&model, &ask), expected[0], "{name}");
+            let caption = Ask { prompt: model.prompt(&[]).expect("a prompt"), ..ask };
+            let expected = model.caption(&[&features[i]], &config).expect("captions");
+            assert_eq!(alone(&model, &caption), expected[0], "{name}");
+        }
+    }
+}
+
+/// A server runs for months: rows of answers that are done are given back, and memory does not grow with their number.
+#[test]
+fn memory_follows_what_is_being_written() {
+    let (model, features) = open("blip2_opt");
+    let long = GenerationConfig { min_new_tokens: 60, max_new_tokens: 60, ..GenerationConfig::default() };
+    let short = GenerationConfig { min_new_tokens: 4, max_new_tokens: 4, ..GenerationConfig::default() };
+    let mut batch = model.answer_batch().expect("a batch");
+    let base = ask(&model, &features, 0);
+    batch.join(&[Ask { generation: long, ..base.clone() }]).expect("joined");
+    let mut log = Log::default();
+    let mut largest = 0;
+    // Always someone new beside the long answer, so the batch is never empty.
+    while !log.answers.contains_key(&0) {
+        batch.join(&[Ask { generation: short.clone(), ..base.clone() }]).expect("joined");
+        log.step(&mut batch);
+        largest = largest.max(batch.n_bytes());
+    }
+    let row = model.language_model().expect("a language model").new_cache().row_bytes();
+    let n_rows = base.prompt.n_rows(model.config().qformer.num_query_tokens);
+    let live = (n_rows + 60 + 5 * (n_rows + 4)) * row;
+    assert!(largest < 4 * live, "{largest} bytes held, {live} needed at once");
+    assert_eq!(log.answers[&0][0].finish, FinishReason::MaxNewTokens);
+}
+
+#[test]
+fn who_does_not_fit_is_told_and_the_others_do_not_notice() {
+    let (model, features) = open("blip2_opt");
+    let good = ask(&model, &features, 0);
+    let expected = alone(&model, &good);
+    let mut batch = model.answer_batch().expect("a batch");
+    batch.join(std::slice::from_ref(&good)).expect("joined");
+    let broken = GenerationConfig { num_beams: 0, ..GenerationConfig::default() };
+    let refused =
+        batch.join(&[good.clone(), Ask { generation: broken, ..good.clone() }]).expect_err("refused");
+    assert!(refused.to_string().contains("num_beams"), "{refused}");
+    let mut log = Log::default();
+    while !batch.is_empty() {
+        log.step(&mut batch);
+    }
+    assert_eq!(log.answers.into_values().collect::<Vec<_>>(), [expected]);
+    let long = model.prompt(&[Turn::open("word ".repeat(5000))]).expect_err("too long");
+    assert!(matches!(long, blip2::Error::TextTooLong { .. }), "{long}");
+    assert!(model.prompt(&[Turn::open("  ")]).is_err());
+}
