@@ -132,3 +132,22 @@ fn every_stage_can_be_written_to_a_file() {
         assert_eq!(blip2(&[&["embed"][..], wrong].concat()).status.code(), Some(2), "{wrong:?}");
     }
 }
+
+#[test]
+fn features_are_printed_a_picture_or_text_a_line() {
+    let (model, picture) = (golden("blip2_itm"), golden("blip2.png"));
+    let lines = printed(&["embed", "--json", "--model", &model, "--image", &picture, "--text", "a cat"]);
+    let lines: Vec<Json> = lines.lines().map(|line| serde_json::from_str(line).expect("JSON")).collect();
+    assert_eq!(
+        (lines[0]["path"].as_str(), lines[1]["text"].as_str()),
+        (Some(picture.as_str()), Some("a cat"))
+    );
+    for (line, n_rows) in lines.iter().zip([5, 1]) {
+        let rows: Vec<Vec<f64>> = serde_json::from_value(line["embeds"].clone()).expect("rows");
+        assert_eq!(rows.len(), n_rows);
+        for row in rows {
+            let length = row.iter().map(|x| x * x).sum::<f64>().sqrt();
+            assert!((length - 1.0).abs() < 1e-5, "{length}");
+        }
+    }
+}

@@ -60,6 +60,7 @@ fn folder() -> tempfile::TempDir {
             language_model_sha256: None,
             prompt: PromptFormat::ChatMl,
             caption_prompt: None,
+            chat_prompt: None,
             instruction: "Describe it.".into(),
             generation: GenerationConfig { max_new_tokens: 8, ..GenerationConfig::default() },
         }),

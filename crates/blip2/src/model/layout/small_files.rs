@@ -62,7 +62,7 @@ pub(super) fn adapt_text_config(json: &mut Json, folder: &Path, language: &Langu
 }
 
 fn tokenizer(folder: &Path) -> Result<LanguageTokenizer> {
-    LanguageTokenizer::from_json(folder.join("tokenizer.json"))
+    LanguageTokenizer::from_folder(folder)
 }
 
 /// Writes all but the weights.
