@@ -52,8 +52,9 @@ pub(crate) enum Command {
     },
 }
 
+/// Which model, and how to open it.
 #[derive(Debug, clap::Args)]
-pub(crate) struct ModelArgs {
+pub(crate) struct SourceArgs {
     /// The model's folder; without it the default model.
     #[arg(long, env = "BLIP2_MODEL", value_name = "FOLDER")]
     pub(crate) model: Option<PathBuf>,
@@ -63,6 +64,12 @@ pub(crate) struct ModelArgs {
     /// Let a vision transformer see pictures of this side, in pixels, instead of the one it was trained with.
     #[arg(long, value_name = "PIXELS")]
     pub(crate) image_size: Option<usize>,
+}
+
+#[derive(Debug, clap::Args)]
+pub(crate) struct ModelArgs {
+    #[command(flatten)]
+    pub(crate) source: SourceArgs,
     /// Print JSON.
     #[arg(long)]
     pub(crate) json: bool,

@@ -9,7 +9,7 @@ use blip2::image::{Limits, Pixels, RgbImage};
 use blip2::layers::Precision;
 use blip2::model::{Blip2, FILE_NAME, ImageFeatures, OpenOptions, Preset};
 
-use crate::args::{ComputeArg, EarlyStoppingArg, GenerationArgs, ModelArgs, PresetArg};
+use crate::args::{ComputeArg, EarlyStoppingArg, GenerationArgs, ModelArgs, PresetArg, SourceArgs};
 use crate::frozen;
 
 /// The folder of the default model, in the repository and in an installation.
@@ -31,6 +31,14 @@ pub(crate) enum Part {
 /// # Errors
 /// When there is no such model or a part of it cannot be had.
 pub(crate) fn open(args: &ModelArgs, part: Part) -> anyhow::Result<Blip2> {
+    open_source(&args.source, part)
+}
+
+/// [`open`], for a command that prints no rows.
+///
+/// # Errors
+/// As [`open`].
+pub(crate) fn open_source(args: &SourceArgs, part: Part) -> anyhow::Result<Blip2> {
     let folder = match &args.model {
         Some(folder) => folder.clone(),
         None => {

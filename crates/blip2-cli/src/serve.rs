@@ -8,8 +8,8 @@ use std::time::Duration;
 
 use blip2_server::{Keys, Limits, ServerConfig};
 
-use crate::args::ModelArgs;
-use crate::model::{Part, open};
+use crate::args::SourceArgs;
+use crate::model::{Part, open_source};
 
 // Keys are never arguments: others on the machine can see those.
 #[derive(Debug, clap::Args)]
@@ -17,9 +17,8 @@ use crate::model::{Part, open};
     after_help = "Keys are read from --api-key-file and from BLIP2_API_KEY (several with commas between them)."
 )]
 pub(crate) struct ServeArgs {
-    /// The model's folder; without it the default model.
-    #[arg(long, env = "BLIP2_MODEL", value_name = "FOLDER")]
-    model: Option<PathBuf>,
+    #[command(flatten)]
+    source: SourceArgs,
     /// What the model is called in requests; its own name by default.
     #[arg(long, env = "BLIP2_MODEL_NAME", value_name = "NAME")]
     model_name: Option<String>,
@@ -121,7 +120,7 @@ pub(crate) fn run(args: ServeArgs) -> anyhow::Result<()> {
     let config = config(&args)?;
     // Before the model is loaded: a mistake in the arguments should not take its time.
     config.validate()?;
-    let model = open(&ModelArgs { model: args.model, json: false }, Part::Both)?;
+    let model = open_source(&args.source, Part::Both)?;
     Ok(blip2_server::serve(model, config)?)
 }
 

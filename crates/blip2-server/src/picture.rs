@@ -208,8 +208,8 @@ impl PictureReader {
         }
         self.metrics.picture_misses.fetch_add(1, Ordering::Relaxed);
         let Some(vision) = self.model.vision() else { return Err(ApiError::part_missing("see pictures")) };
-        let picture = decode(&bytes, &self.limits, Pixels::AsSeen)
-            .map_err(|error| ApiError::picture(&error, param))?;
+        let picture =
+            decode(&bytes, &self.limits, Pixels::AsSeen).map_err(|error| ApiError::picture(&error, param))?;
         let pixels = vision.processor().pixels(&picture);
         self.metrics.stage(Stage::Decode, start.elapsed());
         Ok(Picture::New { key, pixels: Arc::new(pixels) })
