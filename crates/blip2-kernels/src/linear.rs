@@ -13,6 +13,9 @@ pub use format::Format;
 /// Output rows unpacked at a time by the input gradient: a megabyte or so, not the whole matrix.
 const ROWS_A_GRADIENT_BLOCK: usize = 1024;
 
+/// Panels packed in parallel before they are put in their places.
+const PANELS_AT_A_TIME: usize = 64;
+
 /// A frozen weight `[out, in]`, stored in the panels that the matrix product reads.
 #[derive(Debug)]
 pub struct PackedWeight {
@@ -39,32 +42,36 @@ impl PackedWeight {
         let block = KW * format.precision().per_word();
         let k_lens: Vec<usize> =
             (0..in_features).step_by(block).map(|k| block.min(in_features - k)).collect();
-        // Panel by panel: each is filled from its own 32 rows.
-        let panels: Vec<Vec<Vec<u32>>> = (0..out_features.div_ceil(NR))
-            .into_par_iter()
-            .map(|panel| {
-                let width = NR.min(out_features - panel * NR);
-                let mut rows = vec![0.0; width * in_features];
-                rows.chunks_exact_mut(in_features).enumerate().for_each(|(i, out)| row(panel * NR + i, out));
-                let mut start = 0;
-                k_lens
-                    .iter()
-                    .map(|&k_len| {
-                        let view = MatrixRef { data: &rows[start..], row_stride: 1, col_stride: in_features };
-                        start += k_len;
-                        let mut words = Vec::new();
-                        pack_panels(Isa::detect(), format.precision(), k_len, width, view, &mut words);
-                        format.narrow(words)
-                    })
-                    .collect()
-            })
-            .collect();
-        let mut blocks: Vec<Vec<u32>> = k_lens
-            .iter()
-            .map(|&k_len| Vec::with_capacity(panels.len() * format.panel_words(k_len)))
-            .collect();
-        for panel in panels {
-            blocks.iter_mut().zip(panel).for_each(|(block, words)| block.extend(words));
+        let n_panels = out_features.div_ceil(NR);
+        let mut blocks: Vec<Vec<u32>> =
+            k_lens.iter().map(|&k_len| Vec::with_capacity(n_panels * format.panel_words(k_len))).collect();
+        // Each panel is filled from its own 32 rows; some at a time, so that the matrix is not in memory twice.
+        for first in (0..n_panels).step_by(PANELS_AT_A_TIME) {
+            let panels: Vec<Vec<Vec<u32>>> = (first..n_panels.min(first + PANELS_AT_A_TIME))
+                .into_par_iter()
+                .map(|panel| {
+                    let width = NR.min(out_features - panel * NR);
+                    let mut rows = vec![0.0; width * in_features];
+                    rows.chunks_exact_mut(in_features)
+                        .enumerate()
+                        .for_each(|(i, out)| row(panel * NR + i, out));
+                    let mut start = 0;
+                    k_lens
+                        .iter()
+                        .map(|&k_len| {
+                            let view =
+                                MatrixRef { data: &rows[start..], row_stride: 1, col_stride: in_features };
+                            start += k_len;
+                            let mut words = Vec::new();
+                            pack_panels(Isa::detect(), format.precision(), k_len, width, view, &mut words);
+                            format.narrow(words)
+                        })
+                        .collect()
+                })
+                .collect();
+            for panel in panels {
+                blocks.iter_mut().zip(panel).for_each(|(block, words)| block.extend(words));
+            }
         }
         Self { blocks, out_features, in_features, format }
     }

@@ -145,7 +145,10 @@ impl Safetensors {
     /// # Errors
     /// As [`tensor`](Self::tensor).
     pub fn read_f32(&self, name: &str) -> Result<Vec<f32>> {
-        Ok(self.tensor(name)?.to_vec())
+        let rows = self.tensor(name)?;
+        let values = rows.to_vec();
+        rows.release();
+        Ok(values)
     }
 
     /// Decodes one row (all dimensions but the last count rows); for many rows, keep the result of
