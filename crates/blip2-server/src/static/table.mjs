@@ -1,0 +1,148 @@
+// Several pictures: a table that is filled one row after the other, and becomes a file.
+
+import { caption, match } from "./api.mjs";
+import { csv, jsonLines } from "./csv.mjs";
+import { announce, byId, download, make } from "./dom.mjs";
+import { dataUrl } from "./picture.mjs";
+
+let abilities = new Set();
+let rows = [];
+let running = null;
+let open = () => {};
+
+export function setTableAbilities(capabilities) {
+  abilities = new Set(capabilities);
+  byId("compare-all").hidden = !abilities.has("match");
+  byId("caption-head").hidden = !abilities.has("caption");
+}
+
+export const hasTable = () => rows.length > 0;
+
+// `onOpen` is called with the picture that was chosen in the table.
+export function startTable(onOpen) {
+  open = onOpen;
+  byId("batch-stop").onclick = () => running?.abort();
+  byId("batch-go").onclick = () => {
+    for (const row of rows) row.wrong = "";
+    run();
+  };
+  byId("compare-all").onsubmit = async (event) => {
+    event.preventDefault();
+    running?.abort();
+    byId("fits-head").hidden = !comparedText();
+    for (const row of rows) {
+      row.fits = null;
+      show(row);
+    }
+    run();
+  };
+  const base = () => `captions-${new Date().toISOString().slice(0, 10)}`;
+  byId("csv").onclick = () => download(`${base()}.csv`, "text/csv", csv([Object.keys(record(rows[0])), ...rows.map((row) => Object.values(record(row)))]));
+  byId("jsonl").onclick = () => download(`${base()}.jsonl`, "application/jsonl", jsonLines(rows.map(record)));
+}
+
+const comparedText = () => (abilities.has("match") ? byId("compare-text").value.trim() : "");
+
+// What a file has of a row.
+function record(row) {
+  const told = { name: row.file.name };
+  if (abilities.has("caption")) told.caption = row.caption;
+  if (comparedText()) Object.assign(told, { text: comparedText(), itm_probability: row.fits?.itm_probability ?? null, itc_similarity: row.fits?.itc_similarity ?? null });
+  return { ...told, error: row.wrong };
+}
+
+// A new table.
+export function openTable(files) {
+  closeTable();
+  rows = files.map((file) => ({ file, url: URL.createObjectURL(file), caption: null, fits: null, wrong: "" }));
+  byId("fits-head").hidden = !comparedText();
+  byId("rows").replaceChildren(...rows.map(makeRow));
+  run();
+}
+
+function closeTable() {
+  running?.abort();
+  rows.forEach((row) => URL.revokeObjectURL(row.url));
+  rows = [];
+}
+
+function makeRow(row) {
+  const opener = make("button", { type: "button", className: "small", textContent: row.file.name });
+  opener.onclick = () => open(row.file);
+  row.cells = {
+    caption: make("td", { hidden: !abilities.has("caption") }),
+    fits: make("td"),
+    state: make("td"),
+  };
+  row.element = make("tr", {},
+    make("td", {}, make("img", { src: row.url, alt: "", loading: "lazy", decoding: "async" })),
+    make("td", {}, opener),
+    row.cells.caption, row.cells.fits, row.cells.state);
+  show(row);
+  return row.element;
+}
+
+const isDone = (row) => (row.caption !== null || !abilities.has("caption")) && (row.fits || !comparedText());
+
+function show(row, isNow = false) {
+  const { caption, fits, state } = row.cells;
+  caption.textContent = row.caption ?? "";
+  fits.hidden = !comparedText();
+  fits.textContent = row.fits ? `${(100 * row.fits.itm_probability).toFixed(1)} %` : "";
+  state.textContent = row.wrong || (isNow ? "looking…" : isDone(row) ? "done" : "waiting");
+  state.className = row.wrong ? "wrong" : "faint";
+}
+
+function progress(text) {
+  const n = rows.filter((row) => isDone(row) || row.wrong).length;
+  byId("batch-progress").max = rows.length;
+  byId("batch-progress").value = n;
+  byId("batch-state").textContent = `${n} of ${rows.length}${text}`;
+}
+
+// Fills what is missing, until all is there or somebody stops it.
+async function run() {
+  const mine = new AbortController();
+  running = mine;
+  byId("batch-stop").hidden = false;
+  byId("batch-go").hidden = true;
+  for (const row of rows) {
+    if (isDone(row) || row.wrong) continue;
+    if (mine.signal.aborted) break;
+    show(row, true);
+    progress("");
+    try {
+      await fill(row, mine.signal);
+    } catch (error) {
+      if (!mine.signal.aborted) row.wrong = error.message;
+    }
+    show(row);
+  }
+  if (running !== mine) return;
+  const failed = rows.filter((row) => row.wrong).length;
+  progress(mine.signal.aborted ? ", stopped" : failed ? `, ${failed} failed` : "");
+  announce(`The table is ${mine.signal.aborted ? "stopped" : "complete"}: ${byId("batch-state").textContent}`);
+  byId("batch-stop").hidden = true;
+  byId("batch-go").hidden = rows.every(isDone);
+  running = null;
+}
+
+async function fill(row, signal) {
+  const image = await dataUrl(row.file);
+  if (abilities.has("caption") && row.caption === null) row.caption = await patiently(() => caption(image, signal), signal);
+  const text = comparedText();
+  if (text && !row.fits) row.fits = await patiently(() => match(image, text, signal), signal);
+}
+
+// A server that is full says when to come again.
+async function patiently(ask, signal) {
+  for (let attempt = 1; ; attempt++) {
+    try {
+      return await ask();
+    } catch (error) {
+      if (error.status !== 429 || attempt === 10) throw error;
+      await new Promise((resolve) => setTimeout(resolve, 1000 * Math.max(1, error.retryAfter)));
+      signal.throwIfAborted();
+    }
+  }
+}
