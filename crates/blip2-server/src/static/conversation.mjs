@@ -106,10 +106,11 @@ async function write(question) {
 
 function setWriting(stop) {
   writing = stop;
+  const hadFocus = [byId("send"), byId("stop")].includes(document.activeElement);
   byId("send").hidden = Boolean(stop);
   byId("stop").hidden = !stop;
   // The button that was pressed is gone: the focus stays in the form.
-  if (document.activeElement === document.body) byId("question").focus({ preventScroll: true });
+  if (hadFocus) byId("question").focus({ preventScroll: true });
 }
 
 // The turn's place on the page.

@@ -41,9 +41,3 @@ export function download(name, type, text) {
   make("a", { href: url, download: name }).click();
   setTimeout(() => URL.revokeObjectURL(url), 10_000);
 }
-
-// Closes a dialog by its own buttons and by a click beside it; Escape is the browser's.
-export function closable(dialog) {
-  dialog.querySelector(".close").onclick = () => dialog.close();
-  dialog.addEventListener("click", (event) => event.target === dialog && dialog.close());
-}

@@ -1,6 +1,6 @@
 // Earlier conversations, kept in this browser (IndexedDB): the newest ones, up to a limit.
 
-import { byId, closable, make, showError } from "./dom.mjs";
+import { byId, make, showError } from "./dom.mjs";
 import { surplus } from "./turns.mjs";
 
 const MAX_COUNT = 50;
@@ -82,7 +82,7 @@ function entry(conversation, open) {
 
 // `open` is called with the conversation that was chosen.
 export function startHistory(open) {
-  closable(byId("history"));
+  byId("close-history").onclick = () => byId("history").close();
   byId("open-history").onclick = async () => {
     try {
       await list(open);

@@ -111,7 +111,10 @@ startFiles();
 startPicture();
 startSettings(connect);
 startHistory(talk);
-startTable((file) => talk({ file, name: file.name }));
+startTable((file, caption) => {
+  const turns = caption === null ? [] : [{ question: null, answer: caption }];
+  talk({ file, name: file.name, turns });
+});
 startConversation({ report, onChange: keepConversation });
 byId("to-start").onclick = () => show("start");
 byId("to-table").onclick = () => show("batch");

@@ -1,6 +1,6 @@
 // The settings drawer. What is set is kept in the browser.
 
-import { byId, closable, showError } from "./dom.mjs";
+import { byId, showError } from "./dom.mjs";
 
 const NUMBERS = ["num_beams", "max_tokens", "temperature", "seed"];
 const PLACE = "blip2.settings";
@@ -40,7 +40,7 @@ export function openSettings(focused = "num_beams") {
 
 // `onKey` is called when the key has changed.
 export function startSettings(onKey) {
-  closable(byId("settings"));
+  byId("close-settings").onclick = () => byId("settings").close();
   byId("open-settings").onclick = () => openSettings();
   byId("forget-settings").onclick = () => byId("settings-form").querySelectorAll("input").forEach((input) => (input.value = ""));
   byId("settings-form").onsubmit = () => {

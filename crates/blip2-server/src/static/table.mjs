@@ -8,6 +8,8 @@ import { dataUrl } from "./picture.mjs";
 let abilities = new Set();
 let rows = [];
 let running = null;
+// The text that every picture is compared with.
+let compared = "";
 let open = () => {};
 
 export function setTableAbilities(capabilities) {
@@ -26,10 +28,11 @@ export function startTable(onOpen) {
     for (const row of rows) row.wrong = "";
     run();
   };
-  byId("compare-all").onsubmit = async (event) => {
+  byId("compare-all").onsubmit = (event) => {
     event.preventDefault();
     running?.abort();
-    byId("fits-head").hidden = !comparedText();
+    compared = byId("compare-text").value.trim();
+    byId("fits-head").hidden = !compared;
     for (const row of rows) {
       row.fits = null;
       show(row);
@@ -37,17 +40,22 @@ export function startTable(onOpen) {
     run();
   };
   const base = () => `captions-${new Date().toISOString().slice(0, 10)}`;
-  byId("csv").onclick = () => download(`${base()}.csv`, "text/csv", csv([Object.keys(record(rows[0])), ...rows.map((row) => Object.values(record(row)))]));
+  byId("csv").onclick = () => {
+    const records = rows.map(record);
+    const lines = [Object.keys(records[0]), ...records.map(Object.values)];
+    download(`${base()}.csv`, "text/csv", csv(lines));
+  };
   byId("jsonl").onclick = () => download(`${base()}.jsonl`, "application/jsonl", jsonLines(rows.map(record)));
 }
-
-const comparedText = () => (abilities.has("match") ? byId("compare-text").value.trim() : "");
 
 // What a file has of a row.
 function record(row) {
   const told = { name: row.file.name };
   if (abilities.has("caption")) told.caption = row.caption;
-  if (comparedText()) Object.assign(told, { text: comparedText(), itm_probability: row.fits?.itm_probability ?? null, itc_similarity: row.fits?.itc_similarity ?? null });
+  if (compared) {
+    const { itm_probability = null, itc_similarity = null } = row.fits ?? {};
+    Object.assign(told, { text: compared, itm_probability, itc_similarity });
+  }
   return { ...told, error: row.wrong };
 }
 
@@ -55,7 +63,7 @@ function record(row) {
 export function openTable(files) {
   closeTable();
   rows = files.map((file) => ({ file, url: URL.createObjectURL(file), caption: null, fits: null, wrong: "" }));
-  byId("fits-head").hidden = !comparedText();
+  byId("fits-head").hidden = !compared;
   byId("rows").replaceChildren(...rows.map(makeRow));
   run();
 }
@@ -68,7 +76,7 @@ function closeTable() {
 
 function makeRow(row) {
   const opener = make("button", { type: "button", className: "small", textContent: row.file.name });
-  opener.onclick = () => open(row.file);
+  opener.onclick = () => open(row.file, row.caption);
   row.cells = {
     caption: make("td", { hidden: !abilities.has("caption") }),
     fits: make("td"),
@@ -77,17 +85,17 @@ function makeRow(row) {
   row.element = make("tr", {},
     make("td", {}, make("img", { src: row.url, alt: "", loading: "lazy", decoding: "async" })),
     make("td", {}, opener),
-    row.cells.caption, row.cells.fits, row.cells.state);
+    ...Object.values(row.cells));
   show(row);
   return row.element;
 }
 
-const isDone = (row) => (row.caption !== null || !abilities.has("caption")) && (row.fits || !comparedText());
+const isDone = (row) => (row.caption !== null || !abilities.has("caption")) && (row.fits !== null || !compared);
 
 function show(row, isNow = false) {
   const { caption, fits, state } = row.cells;
   caption.textContent = row.caption ?? "";
-  fits.hidden = !comparedText();
+  fits.hidden = !compared;
   fits.textContent = row.fits ? `${(100 * row.fits.itm_probability).toFixed(1)} %` : "";
   state.textContent = row.wrong || (isNow ? "looking…" : isDone(row) ? "done" : "waiting");
   state.className = row.wrong ? "wrong" : "faint";
@@ -129,9 +137,10 @@ async function run() {
 
 async function fill(row, signal) {
   const image = await dataUrl(row.file);
-  if (abilities.has("caption") && row.caption === null) row.caption = await patiently(() => caption(image, signal), signal);
-  const text = comparedText();
-  if (text && !row.fits) row.fits = await patiently(() => match(image, text, signal), signal);
+  if (abilities.has("caption") && row.caption === null) {
+    row.caption = await patiently(() => caption(image, signal), signal);
+  }
+  if (compared && !row.fits) row.fits = await patiently(() => match(image, compared, signal), signal);
 }
 
 // A server that is full says when to come again.
