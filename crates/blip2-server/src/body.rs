@@ -31,7 +31,13 @@ impl Budget {
 #[derive(Debug)]
 pub(crate) struct RequestBody {
     bytes: Vec<u8>,
-    _memory: Option<OwnedSemaphorePermit>,
+    memory: Memory,
+}
+
+/// A share of the budget, held while what was read is being understood.
+#[derive(Debug, Default)]
+pub(crate) struct Memory {
+    _permit: Option<OwnedSemaphorePermit>,
 }
 
 impl RequestBody {
@@ -55,7 +61,7 @@ impl RequestBody {
             let next = std::future::poll_fn(|context| std::pin::Pin::new(&mut body).poll_frame(context));
             let frame = match timeout(limits.idle, next).await {
                 Err(_) => return Err(ApiError::body_too_slow()),
-                Ok(None) => return Ok(Self { bytes, _memory: memory }),
+                Ok(None) => return Ok(Self { bytes, memory: Memory { _permit: memory } }),
                 Ok(Some(Err(_))) => {
                     return Err(ApiError::body("the request's body ended early or is malformed"));
                 }
@@ -87,9 +93,14 @@ impl RequestBody {
         }
     }
 
-    /// The bytes.
-    pub(crate) fn into_bytes(self) -> Vec<u8> {
-        self.bytes
+    /// The bytes, and the memory that they take.
+    pub(crate) fn into_parts(self) -> (Vec<u8>, Memory) {
+        (self.bytes, self.memory)
+    }
+
+    /// Frees the bytes; what was made of them takes the same memory until it is dropped.
+    pub(crate) fn understood(self) -> Memory {
+        self.memory
     }
 
     /// Reads it as JSON. Unknown fields are left alone: clients send new ones all the time.
@@ -142,10 +153,10 @@ mod tests {
     #[tokio::test]
     async fn a_message_never_quotes_a_picture() {
         let json = format!("{{\"n\": \"{}\"}}", "A".repeat(10_000));
-        let body = RequestBody { bytes: json.into_bytes(), _memory: None };
+        let body = RequestBody { bytes: json.into_bytes(), memory: Memory::default() };
         let error = body.json::<std::collections::BTreeMap<String, u32>>().expect_err("no number");
         assert!(error.message.len() < 400 && error.message.ends_with("column 10008"), "{}", error.message);
-        let deep = RequestBody { bytes: "[".repeat(100_000).into_bytes(), _memory: None };
+        let deep = RequestBody { bytes: "[".repeat(100_000).into_bytes(), memory: Memory::default() };
         assert_eq!(deep.json::<serde_json::Value>().expect_err("too deep").status, 400);
     }
 }

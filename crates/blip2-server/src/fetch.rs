@@ -8,10 +8,10 @@ use std::io;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, ToSocketAddrs};
 use std::time::{Duration, Instant};
 
-use axum::http::Uri;
-use axum::http::header::LOCATION;
-use axum::http::uri::Scheme;
 use ureq::config::Config;
+use ureq::http::Uri;
+use ureq::http::header::LOCATION;
+use ureq::http::uri::Scheme;
 use ureq::unversioned::resolver::{DefaultResolver, ResolvedSocketAddrs, Resolver};
 use ureq::unversioned::transport::{DefaultConnector, NextTimeout};
 

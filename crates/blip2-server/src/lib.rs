@@ -34,6 +34,7 @@ mod error;
 mod explain;
 mod fetch;
 mod generation;
+mod json;
 mod listen;
 mod metrics;
 mod ollama;

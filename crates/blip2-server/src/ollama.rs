@@ -3,7 +3,7 @@
 use std::sync::Arc;
 use std::time::{Duration, Instant, SystemTime};
 
-use axum::Json;
+use crate::json::Json;
 use axum::extract::{Extension, Request, State};
 use axum::response::{IntoResponse, Response};
 use blip2::generate::GenerationConfig;
@@ -12,6 +12,7 @@ use serde::Deserialize;
 use serde_json::{Value, json};
 
 use crate::app::{App, Context, unix_seconds};
+use crate::body::Memory;
 use crate::config::Limits;
 use crate::engine::Token;
 use crate::error::{ApiError, Shape};
@@ -114,7 +115,7 @@ pub(crate) async fn chat(
 ) -> Result<Response, ApiError> {
     let body = app.body(request).await?;
     let asked: ChatRequest = body.json()?;
-    drop(body);
+    let memory = body.understood();
     app.check_model(asked.model.as_deref())?;
     refuse("format", is_given(asked.format.as_ref()))?;
     refuse("tools", asked.tools.is_some_and(|tools| !tools.is_empty()))?;
@@ -129,7 +130,7 @@ pub(crate) async fn chat(
         pictures: message.images.unwrap_or_default(),
     });
     let dialogue = Dialogue::new(messages.collect(), limits.text_bytes)?;
-    respond(&app, &context, dialogue, generation, asked.stream, true).await
+    respond(&app, &context, (dialogue, memory), generation, asked.stream, true).await
 }
 
 pub(crate) async fn generate(
@@ -139,7 +140,7 @@ pub(crate) async fn generate(
 ) -> Result<Response, ApiError> {
     let body = app.body(request).await?;
     let asked: GenerateRequest = body.json()?;
-    drop(body);
+    let memory = body.understood();
     app.check_model(asked.model.as_deref())?;
     refuse("format", is_given(asked.format.as_ref()))?;
     refuse("raw", asked.raw == Some(true))?;
@@ -155,19 +156,20 @@ pub(crate) async fn generate(
     let system = system.map(|text| Message { role: "system".into(), text, pictures: Vec::new() });
     let user = Message { role: "user".into(), text: asked.prompt, pictures };
     let dialogue = Dialogue::new(system.into_iter().chain([user]).collect(), limits.text_bytes)?;
-    respond(&app, &context, dialogue, generation, asked.stream, false).await
+    respond(&app, &context, (dialogue, memory), generation, asked.stream, false).await
 }
 
 async fn respond(
     app: &Arc<App>,
     context: &Context,
-    dialogue: Dialogue,
+    (dialogue, memory): (Dialogue, Memory),
     generation: GenerationConfig,
     stream: Option<bool>,
     is_chat: bool,
 ) -> Result<Response, ApiError> {
     let start = Instant::now();
     let mut accepted = app.write(dialogue, generation, 0, "messages").await?;
+    drop(memory);
     if stream != Some(false) {
         let Accepted { events, generation, n_prompt, .. } = accepted;
         let growing = GrowingText::new(&generation.stop_strings);
@@ -270,7 +272,7 @@ struct EmbedRequest {
     input: OneOrMany<String>,
 }
 
-pub(crate) async fn embed(State(app): State<Arc<App>>, request: Request) -> Result<Json<Value>, ApiError> {
+pub(crate) async fn embed(State(app): State<Arc<App>>, request: Request) -> Result<Json, ApiError> {
     let start = Instant::now();
     let body = app.body(request).await?;
     let asked: EmbedRequest = body.json()?;
@@ -285,7 +287,7 @@ pub(crate) async fn embed(State(app): State<Arc<App>>, request: Request) -> Resu
     })))
 }
 
-pub(crate) async fn tags(State(app): State<Arc<App>>) -> Json<Value> {
+pub(crate) async fn tags(State(app): State<Arc<App>>) -> Json {
     let size = app.model.language_model().map_or(0, blip2::language::LanguageModel::n_bytes);
     Json(json!({"models": [{
         "name": app.name,
@@ -303,7 +305,7 @@ struct ShowRequest {
     model: Option<String>,
 }
 
-pub(crate) async fn show(State(app): State<Arc<App>>, request: Request) -> Result<Json<Value>, ApiError> {
+pub(crate) async fn show(State(app): State<Arc<App>>, request: Request) -> Result<Json, ApiError> {
     let body = app.body(request).await?;
     let asked: ShowRequest = body.json()?;
     app.check_model(asked.model.as_deref())?;
@@ -332,7 +334,7 @@ pub(crate) async fn show(State(app): State<Arc<App>>, request: Request) -> Resul
     })))
 }
 
-pub(crate) async fn version() -> Json<Value> {
+pub(crate) async fn version() -> Json {
     Json(json!({"version": env!("CARGO_PKG_VERSION")}))
 }
 

@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use axum::Json;
+use crate::json::Json;
 use axum::extract::{Request, State};
 use axum::http::header::CONTENT_TYPE;
 use blip2::model::Answer;
@@ -48,35 +48,39 @@ struct ClassifyRequest {
 }
 
 /// Describes a picture: JSON, or the picture's file itself as the body.
-pub(crate) async fn caption(State(app): State<Arc<App>>, request: Request) -> Result<Json<Value>, ApiError> {
+pub(crate) async fn caption(State(app): State<Arc<App>>, request: Request) -> Result<Json, ApiError> {
     let kind = request.headers().get(CONTENT_TYPE).and_then(|kind| kind.to_str().ok()).unwrap_or_default();
     let is_file = kind.starts_with("image/") || kind == "application/octet-stream";
     let body = app.body(request).await?;
-    let (source, fields) = if is_file {
-        (Source::File(body.into_bytes()), GenerationFields::default())
+    let (source, fields, memory) = if is_file {
+        let (bytes, memory) = body.into_parts();
+        (Source::File(bytes), GenerationFields::default(), memory)
     } else {
         let CaptionRequest { model, image } = body.json()?;
         app.check_model(model.as_deref())?;
-        (Source::Text(image.into_text()), body.json()?)
+        let fields = body.json()?;
+        (Source::Text(image.into_text()), fields, body.understood())
     };
     let generation = fields.apply(app.own_generation()?.clone(), &app.config.limits)?;
     let dialogue = Dialogue { turns: Vec::new(), picture: source };
     let accepted = app.write(dialogue, generation, 0, "image").await?;
+    drop(memory);
     answers(&app, accepted, "captions").await
 }
 
 /// Answers a question, freely or by choosing among given answers.
-pub(crate) async fn answer(State(app): State<Arc<App>>, request: Request) -> Result<Json<Value>, ApiError> {
+pub(crate) async fn answer(State(app): State<Arc<App>>, request: Request) -> Result<Json, ApiError> {
     let body = app.body(request).await?;
     let VqaRequest { model, image, question, choices } = body.json()?;
     let fields: GenerationFields = body.json()?;
-    drop(body);
+    let memory = body.understood();
     app.check_model(model.as_deref())?;
     let generation = fields.apply(app.own_generation()?.clone(), &app.config.limits)?;
     app.check_texts(std::slice::from_ref(&question), 1, "question")?;
     let Some(choices) = choices else {
         let dialogue = Dialogue { turns: vec![Turn::open(question)], picture: image.into_text().into() };
         let accepted = app.write(dialogue, generation, 0, "question").await?;
+        drop(memory);
         return answers(&app, accepted, "answers").await;
     };
     app.check_texts(&choices, choices.len(), "choices")?;
@@ -85,6 +89,7 @@ pub(crate) async fn answer(State(app): State<Arc<App>>, request: Request) -> Res
         .prompt(&[Turn::open(question.clone())])
         .map_err(|error| ApiError::library(&error, "question"))?;
     let picture = app.read_image(image).await?;
+    drop(memory);
     let ranked = app
         .engine
         .compute(vec![picture], move |model, features| {
@@ -102,17 +107,15 @@ pub(crate) async fn answer(State(app): State<Arc<App>>, request: Request) -> Res
 }
 
 /// How well texts fit a picture.
-pub(crate) async fn match_texts(
-    State(app): State<Arc<App>>,
-    request: Request,
-) -> Result<Json<Value>, ApiError> {
+pub(crate) async fn match_texts(State(app): State<Arc<App>>, request: Request) -> Result<Json, ApiError> {
     let body = app.body(request).await?;
     let MatchRequest { model, image, texts } = body.json()?;
-    drop(body);
+    let memory = body.understood();
     app.check_comparison(model.as_deref())?;
     let texts = texts.into_vec();
     app.check_texts(&texts, texts.len(), "texts")?;
     let picture = app.read_image(image).await?;
+    drop(memory);
     let rows = app
         .engine
         .compute(vec![picture], move |model, features| {
@@ -131,15 +134,16 @@ pub(crate) async fn match_texts(
 }
 
 /// Which of the labels a picture shows.
-pub(crate) async fn classify(State(app): State<Arc<App>>, request: Request) -> Result<Json<Value>, ApiError> {
+pub(crate) async fn classify(State(app): State<Arc<App>>, request: Request) -> Result<Json, ApiError> {
     let body = app.body(request).await?;
     let ClassifyRequest { model, image, labels, template } = body.json()?;
-    drop(body);
+    let memory = body.understood();
     app.check_comparison(model.as_deref())?;
     app.check_texts(&labels, labels.len(), "labels")?;
     let template = template.unwrap_or_else(|| "a photo of {label}".into());
     app.check_texts(std::slice::from_ref(&template), 1, "template")?;
     let picture = app.read_image(image).await?;
+    drop(memory);
     let scores = app
         .engine
         .compute(vec![picture], move |model, features| {
@@ -160,7 +164,7 @@ pub(crate) async fn classify(State(app): State<Arc<App>>, request: Request) -> R
 }
 
 /// Waits for what is written, and tells it under `name`.
-async fn answers(app: &App, mut accepted: Accepted, name: &str) -> Result<Json<Value>, ApiError> {
+async fn answers(app: &App, mut accepted: Accepted, name: &str) -> Result<Json, ApiError> {
     let Complete { answers, .. } = accepted.complete().await?;
     let row = |answer: &Answer| {
         let text = GrowingText::new(&accepted.generation.stop_strings).finish(&answer.text).to_owned();

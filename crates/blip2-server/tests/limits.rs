@@ -308,3 +308,82 @@ fn an_id_names_a_request_in_answer_and_log() {
         assert_eq!(response.header("access-control-allow-origin"), None);
     }
 }
+
+/// A generator of numbers that looks random and is not.
+fn numbers() -> impl FnMut(usize) -> usize {
+    let mut state = 12345_u64;
+    move |below| {
+        state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+        (state >> 33) as usize % below
+    }
+}
+
+#[test]
+fn damaged_pictures_by_the_hundred_are_refused_or_read() {
+    let server = TestServer::start("blip2_opt", config());
+    let mut number = numbers();
+    let picture = support::picture(1);
+    let files = ["png", "jpeg", "gif", "bmp", "webp", "tiff"].map(|kind| {
+        let mut bytes = std::io::Cursor::new(Vec::new());
+        let format = image::ImageFormat::from_extension(kind).expect("a format");
+        picture.write_to(&mut bytes, format).expect("written");
+        bytes.into_inner()
+    });
+    let (mut n_read, mut n_refused) = (0, 0);
+    for file in &files {
+        for i in 0..60 {
+            let mut file = file.clone();
+            if i % 3 == 0 {
+                file.truncate(number(file.len()));
+            } else {
+                for _ in 0..1 + i % 5 {
+                    let at = number(file.len());
+                    file[at] ^= 1 << number(8);
+                }
+            }
+            let request = json!({"image": support::base64(&file), "max_tokens": 1, "num_beams": 1});
+            let response = server.post("/v1/caption", &request);
+            match response.status {
+                200 => n_read += 1,
+                400 => {
+                    assert!(response.error_code().contains("image"), "{}", response.text());
+                    n_refused += 1;
+                }
+                other => panic!("{other}: {}", response.text()),
+            }
+        }
+    }
+    assert!(n_read > 30 && n_refused > 100, "{n_read} read, {n_refused} refused");
+    assert_eq!(server.metric("blip2_panics_total"), 0.0);
+}
+
+#[test]
+fn requests_that_break_off_anywhere_leave_nothing_behind() {
+    let server = TestServer::start("blip2_t5", config());
+    let mut number = numbers();
+    for i in 0..200 {
+        let mut asked = chat(i % 7, "tell me all", &json!({"max_tokens": 300, "min_tokens": 300}));
+        asked["stream"] = (i % 2 == 0).into();
+        let body = asked.to_string();
+        let head = format!(
+            "POST /v1/chat/completions HTTP/1.1\r\nhost: {}\r\ncontent-length: {}\r\n\r\n",
+            server.address,
+            body.len()
+        );
+        let whole = [head.as_bytes(), body.as_bytes()].concat();
+        let n_sent = if i % 3 == 0 { whole.len() } else { number(whole.len()) };
+        let mut stream = server.connect();
+        stream.write_all(&whole[..n_sent]).expect("sent");
+        if i % 3 == 0 {
+            std::thread::sleep(Duration::from_millis(number(8) as u64));
+        }
+    }
+    server.wait_for("blip2_running_texts", |n| n == 0.0);
+    server.wait_for("blip2_queue_requests", |n| n == 0.0);
+    // The one that asks.
+    server.wait_for("blip2_connections", |n| n == 1.0);
+    let answer = server
+        .post("/v1/chat/completions", &chat(1, "who?", &json!({"max_tokens": 3, "min_tokens": 3})))
+        .ok();
+    assert_eq!(answer["usage"]["completion_tokens"], 3);
+}

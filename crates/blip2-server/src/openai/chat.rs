@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use axum::Json;
+use crate::json::Json;
 use axum::extract::{Extension, Request, State};
 use axum::response::{IntoResponse, Response};
 use blip2::model::Answer;
@@ -96,7 +96,7 @@ pub(crate) async fn complete(
     let body = app.body(request).await?;
     let asked: ChatRequest = body.json()?;
     let fields: GenerationFields = body.json()?;
-    drop(body);
+    let memory = body.understood();
     app.check_model(asked.model.as_deref())?;
     let limits = &app.config.limits;
     let generation = fields.apply(GenerationFields::for_chat(app.own_generation()?, limits), limits)?;
@@ -104,6 +104,7 @@ pub(crate) async fn complete(
     let messages = asked.messages.into_iter().map(Message::try_from).collect::<Result<Vec<_>, _>>()?;
     let dialogue = Dialogue::new(messages, limits.text_bytes)?;
     let mut accepted = app.write(dialogue, generation, log_probs.top, "messages").await?;
+    drop(memory);
     let head = Head {
         id: format!("chatcmpl-{}", context.id),
         created: unix_seconds(std::time::SystemTime::now()),

@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use axum::Json;
+use crate::json::Json;
 use axum::extract::{Request, State};
 use base64::Engine as _;
 use base64::engine::general_purpose::STANDARD;
@@ -51,10 +51,10 @@ enum Input {
     Named { text: String },
 }
 
-pub(crate) async fn embed(State(app): State<Arc<App>>, request: Request) -> Result<Json<Value>, ApiError> {
+pub(crate) async fn embed(State(app): State<Arc<App>>, request: Request) -> Result<Json, ApiError> {
     let body = app.body(request).await?;
     let asked: EmbeddingRequest = body.json()?;
-    drop(body);
+    let _memory = body.understood();
     app.check_model(asked.model.as_deref())?;
     let width = app.model.config().qformer.image_text_hidden_size;
     if let Some(dimensions) = asked.dimensions.filter(|dimensions| *dimensions != width) {

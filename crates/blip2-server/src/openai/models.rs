@@ -2,21 +2,18 @@
 
 use std::sync::Arc;
 
-use axum::Json;
+use crate::json::Json;
 use axum::extract::{Path, State};
 use serde_json::{Value, json};
 
 use crate::app::{App, unix_seconds};
 use crate::error::ApiError;
 
-pub(crate) async fn list(State(app): State<Arc<App>>) -> Json<Value> {
+pub(crate) async fn list(State(app): State<Arc<App>>) -> Json {
     Json(json!({"object": "list", "data": [describe(&app)]}))
 }
 
-pub(crate) async fn one(
-    State(app): State<Arc<App>>,
-    Path(name): Path<String>,
-) -> Result<Json<Value>, ApiError> {
+pub(crate) async fn one(State(app): State<Arc<App>>, Path(name): Path<String>) -> Result<Json, ApiError> {
     app.check_model(Some(&name))?;
     Ok(Json(describe(&app)))
 }
