@@ -2,15 +2,15 @@
 
 use std::sync::Arc;
 
-use axum::Json;
 use axum::extract::{Request, State};
 use blip2::model::Word;
 use blip2::text::Turn;
 use serde::Deserialize;
-use serde_json::{Value, json};
+use serde_json::json;
 
 use crate::app::App;
 use crate::error::ApiError;
+use crate::json::Json;
 use crate::wire::ImageField;
 
 /// The longest text that is explained, with its picture: the slope needs what every layer computed of every token.
@@ -35,7 +35,7 @@ enum Told {
 }
 
 /// The heat map of a text that was matched with the picture, or written about it.
-pub(crate) async fn explain(State(app): State<Arc<App>>, request: Request) -> Result<Json<Value>, ApiError> {
+pub(crate) async fn explain(State(app): State<Arc<App>>, request: Request) -> Result<Json, ApiError> {
     let body = app.body(request).await?;
     let ExplainRequest { model, image, text, question, caption, word, occurrence } = body.json()?;
     drop(body);
@@ -47,6 +47,9 @@ pub(crate) async fn explain(State(app): State<Arc<App>>, request: Request) -> Re
         (None, false, Some(_)) => {
             let message = "a word is part of a caption or an answer: add \"caption\": true or the question";
             return Err(ApiError::invalid("word", message));
+        }
+        _ if occurrence == Some(0) => {
+            return Err(ApiError::invalid("occurrence", "occurrence counts from 1"));
         }
         (None, false, None) => Told::Matched,
         (question, _, word) => Told::Written { question, word, occurrence: occurrence.unwrap_or(1) },

@@ -33,6 +33,7 @@ export function setAbilities(capabilities) {
   byId("ask").hidden = byId("turns").hidden = !abilities.has("chat");
   byId("no-answers").hidden = abilities.has("chat");
   byId("match").hidden = !abilities.has("match");
+  byId("hint").hidden = !abilities.has("explain_answer");
   byId("no-match").hidden = abilities.has("match");
 }
 

@@ -82,12 +82,10 @@ function makeRow(row) {
     fits: make("td"),
     state: make("td"),
   };
-  row.element = make("tr", {},
-    make("td", {}, make("img", { src: row.url, alt: "", loading: "lazy", decoding: "async" })),
-    make("td", {}, opener),
-    ...Object.values(row.cells));
+  const image = make("img", { src: row.url, alt: "", loading: "lazy", decoding: "async" });
+  image.onerror = () => (image.hidden = true);
   show(row);
-  return row.element;
+  return make("tr", {}, make("td", {}, image), make("td", {}, opener), ...Object.values(row.cells));
 }
 
 const isDone = (row) => (row.caption !== null || !abilities.has("caption")) && (row.fits !== null || !compared);
@@ -132,6 +130,7 @@ async function run() {
   announce(`The table is ${mine.signal.aborted ? "stopped" : "complete"}: ${byId("batch-state").textContent}`);
   byId("batch-stop").hidden = true;
   byId("batch-go").hidden = rows.every(isDone);
+  byId("batch-go").textContent = mine.signal.aborted ? "Go on" : "Try again";
   running = null;
 }
 
