@@ -98,13 +98,10 @@ pub(crate) fn check_host(headers: &HeaderMap, uri: &Uri, allowed: &[String]) -> 
         (Some(host), None) => host.to_str().ok(),
         _ => None,
     };
-    let origin = match headers.get(ORIGIN) {
-        // An opaque origin is nobody's.
-        Some(origin) => {
-            Some(origin.to_str().ok().and_then(|origin| origin.split_once("://")).map(|(_, host)| host))
-        }
-        None => None,
-    };
+    // An opaque origin is nobody's.
+    let origin = headers
+        .get(ORIGIN)
+        .map(|origin| origin.to_str().ok().and_then(|origin| origin.split_once("://")).map(|(_, host)| host));
     let is_known = |host: &str| {
         let name = without_port(host);
         is_this_machine(name) || allowed.iter().any(|allowed| allowed.eq_ignore_ascii_case(name))

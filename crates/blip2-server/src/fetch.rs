@@ -234,11 +234,15 @@ fn is_public_v6(address: Ipv6Addr) -> bool {
     let [first, second, ..] = address.segments();
     // Only 2000::/3 is given out; all that embeds an IPv4 address elsewhere (::a.b.c.d, 64:ff9b::, ::ffff:) is outside.
     let is_given_out = first & 0xe000 == 0x2000;
-    let is_special = (first == 0x2001 && second < 0x0200) // protocols: Teredo, ORCHID, benchmarks
-        || (first == 0x2001 && second == 0x0db8)
-        || first == 0x2002 // 6to4, which embeds IPv4
-        || (first == 0x2620 && second == 0x004f)
-        || (first == 0x3fff && second < 0x1000);
+    let is_special = match first {
+        // Protocols (Teredo, ORCHID, benchmarks) and documentation.
+        0x2001 => second < 0x0200 || second == 0x0db8,
+        // 6to4, which embeds IPv4.
+        0x2002 => true,
+        0x2620 => second == 0x004f,
+        0x3fff => second < 0x1000,
+        _ => false,
+    };
     is_given_out && !is_special
 }
 
