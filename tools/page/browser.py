@@ -17,6 +17,7 @@ import re
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 import urllib.request
 from pathlib import Path
@@ -38,10 +39,12 @@ class Server:
         self.url = f"http://127.0.0.1:{self.port}/"
         environment = {"BLIP2_API_KEY": key} if key else {}
         command = [binary, "serve", "--model", GOLDEN / model, "--port", str(self.port)]
-        self.process = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True)
+        self.log = tempfile.TemporaryFile("w+")
+        self.process = subprocess.Popen(command, env=environment, stderr=self.log)
         for _ in range(200):
             if self.process.poll() is not None:
-                raise SystemExit(f"the server ended: {self.process.stderr.read()}")
+                self.log.seek(0)
+                raise SystemExit(f"the server ended: {self.log.read()}")
             try:
                 urllib.request.urlopen(self.url + "ready").read()
                 return
@@ -54,7 +57,8 @@ class Server:
 
     def __exit__(self, *_):
         self.process.terminate()
-        self.process.communicate(timeout=30)
+        self.process.wait(timeout=30)
+        self.log.close()
 
 
 class Visit:
@@ -369,6 +373,7 @@ def with_key(browser, server, options):
     page = visit.page
     visit.expected.append("401")
     expect(page.locator("#key")).to_be_focused()
+    expect(page.locator("#settings-wrong")).to_contain_text("a key of this server is needed")
     page.locator("#key").fill("secret-key")
     page.get_by_role("button", name="Keep").click()
     expect(page.locator("#model")).not_to_be_empty()

@@ -12,8 +12,8 @@ let isReady = false;
 let waiting = [];
 
 function report(error) {
-  showError(error.message);
-  if (error.status === 401) openSettings("key");
+  if (error.status === 401) openSettings("key", error.message);
+  else showError(error.message);
 }
 
 // "start", "talk" or "batch".

@@ -31,7 +31,9 @@ export const generation = () =>
 
 export const key = () => settings.key ?? "";
 
-export function openSettings(focused = "num_beams") {
+// `wrong` is what made somebody open them.
+export function openSettings(focused = "num_beams", wrong = "") {
+  byId("settings-wrong").textContent = wrong;
   for (const name of NUMBERS) byId(name).value = settings[name] ?? "";
   byId("key").value = key();
   byId("settings").showModal();
