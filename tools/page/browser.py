@@ -149,6 +149,9 @@ def talk(browser, server, options):
     chats = [body for url, body in sent if url.endswith("chat/completions")]
     assert [len(body["messages"]) for body in chats] == [1, 1, 3] and all(body["max_tokens"] == 12 for body in chats)
     assert page.locator("#turns img").count() == 0, "text stays text"
+    page.get_by_role("button", name="Describe").click()
+    expect(page.locator("#turns > li")).to_have_count(4)
+    assert answers(page)[-1] == caption, "described again, the same without a temperature"
     visit.done("questions over several turns")
 
     page.locator("#turns .answer").first.locator("span.word").first.click()

@@ -67,6 +67,7 @@ test("the picture goes with the first question", () => {
     { question: "Who?", answer: "Tom" },
     { question: "Stopped?", answer: "" },
   ];
+  assert.deepEqual(messages("data:x", turns, null), messages("data:x", [], null), "a description begins anew");
   assert.deepEqual(messages("data:x", turns, "Why?"), [
     { role: "user", content: [picture, { type: "text", text: "Who?" }] },
     { role: "assistant", content: "Tom" },

@@ -21,6 +21,7 @@ export function startConversation(handlers) {
     byId("question").value = "";
     write(question);
   };
+  byId("describe").onclick = () => write(null);
   byId("stop").onclick = () => writing?.abort();
   byId("match").onsubmit = (event) => {
     event.preventDefault();
@@ -107,8 +108,9 @@ async function write(question) {
 
 function setWriting(stop) {
   writing = stop;
-  const hadFocus = [byId("send"), byId("stop")].includes(document.activeElement);
-  byId("send").hidden = Boolean(stop);
+  const buttons = [byId("send"), byId("describe"), byId("stop")];
+  const hadFocus = buttons.includes(document.activeElement);
+  byId("send").hidden = byId("describe").hidden = Boolean(stop);
   byId("stop").hidden = !stop;
   // The button that was pressed is gone: the focus stays in the form.
   if (hadFocus) byId("question").focus({ preventScroll: true });

@@ -1,10 +1,10 @@
 // Conversations, as the server wants them and as the browser keeps them.
 
-// What to ask: the picture goes with the first question. A description of the picture that was not asked for is no part
-// of the conversation, since the models know no turn without a question. Answers that were stopped before their first word
-// are left out.
+// What to send: the picture goes with the first question. Descriptions of the picture, for which there is no question, are
+// no part of the conversation, since the models know no turn without one; nor are questions whose answer was stopped before
+// its first word.
 export function messages(image, turns, question) {
-  const asked = turns.filter((turn) => turn.question && turn.answer);
+  const asked = question ? turns.filter((turn) => turn.question && turn.answer) : [];
   const said = asked.flatMap((turn) => [
     { role: "user", content: [{ type: "text", text: turn.question }] },
     { role: "assistant", content: turn.answer },
