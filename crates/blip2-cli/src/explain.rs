@@ -3,6 +3,7 @@
 use std::io::Write;
 
 use anyhow::bail;
+use blip2::model::Word;
 use blip2::weights::write_atomically;
 use serde_json::json;
 
@@ -19,7 +20,8 @@ pub(crate) fn run(args: &ExplainArgs) -> anyhow::Result<Done> {
     let model = open(&args.model, if is_written { Part::Stage2 } else { Part::Stage1 })?;
     let features = model.encode(std::slice::from_ref(&picture))?.remove(0);
     let map = if is_written {
-        model.explain_answer(&features, args.question.as_deref(), &args.text, args.word.as_deref())?
+        let word = args.word.as_deref().map(Word::from);
+        model.explain_answer(&features, args.question.as_deref(), &args.text, word)?
     } else {
         model.explain_match(&features, &args.text)?
     };

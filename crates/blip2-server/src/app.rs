@@ -26,14 +26,13 @@ use crate::engine::Engine;
 use crate::error::{ApiError, Shape};
 use crate::metrics::Metrics;
 use crate::picture::PictureReader;
-use crate::{ollama, openai, page, tasks};
+use crate::{explain, ollama, openai, page, tasks};
 
 /// Every address: its method, its path, and whether it is answered without a key.
 pub const ROUTES: &[(&str, &str, bool)] = &[
     ("GET", "/", true),
     ("GET", "/docs", true),
-    ("GET", "/docs.js", true),
-    ("GET", "/style.css", true),
+    ("GET", "/static/{file}", true),
     ("GET", "/openapi.json", true),
     ("GET", "/health", true),
     ("GET", "/ready", true),
@@ -46,6 +45,7 @@ pub const ROUTES: &[(&str, &str, bool)] = &[
     ("POST", "/v1/vqa", false),
     ("POST", "/v1/match", false),
     ("POST", "/v1/classify", false),
+    ("POST", "/v1/explain", false),
     ("POST", "/api/chat", false),
     ("POST", "/api/generate", false),
     ("POST", "/api/embed", false),
@@ -90,8 +90,7 @@ impl App {
         Router::new()
             .route("/", get(page::index))
             .route("/docs", get(page::docs))
-            .route("/docs.js", get(page::docs_script))
-            .route("/style.css", get(page::style))
+            .route("/static/{file}", get(page::file))
             .route("/openapi.json", get(page::openapi))
             .route("/health", get(page::health))
             .route("/ready", get(ready))
@@ -104,6 +103,7 @@ impl App {
             .route("/v1/vqa", post(tasks::answer))
             .route("/v1/match", post(tasks::match_texts))
             .route("/v1/classify", post(tasks::classify))
+            .route("/v1/explain", post(explain::explain))
             .route("/api/chat", post(ollama::chat))
             .route("/api/generate", post(ollama::generate))
             .route("/api/embed", post(ollama::embed))

@@ -31,6 +31,7 @@ mod body;
 mod config;
 mod engine;
 mod error;
+mod explain;
 mod fetch;
 mod generation;
 mod json;

@@ -179,12 +179,12 @@ async fn answers(app: &App, mut accepted: Accepted, name: &str) -> Result<Json, 
 }
 
 impl App {
-    async fn read_image(&self, image: ImageField) -> Result<Picture, ApiError> {
+    pub(crate) async fn read_image(&self, image: ImageField) -> Result<Picture, ApiError> {
         self.pictures.read(image.into_text().into(), "image").await
     }
 
     /// Whether a request means this model, and the model compares.
-    fn check_comparison(&self, model: Option<&str>) -> Result<(), ApiError> {
+    pub(crate) fn check_comparison(&self, model: Option<&str>) -> Result<(), ApiError> {
         self.check_model(model)?;
         if self.model.matcher().is_none() {
             return Err(ApiError::part_missing("compare texts and pictures"));

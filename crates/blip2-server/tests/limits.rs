@@ -25,10 +25,10 @@ fn every_address_wants_a_key_but_the_open_ones() {
         "blip2_opt",
         ServerConfig { keys: Keys::new(["right", "other"]).expect("keys"), ..config() },
     );
-    let open = ["/", "/docs", "/docs.js", "/style.css", "/openapi.json", "/health", "/ready"];
+    let open = ["/", "/docs", "/static/{file}", "/openapi.json", "/health", "/ready"];
     for &(method, path, is_open) in ROUTES {
         assert_eq!(is_open, open.contains(&path), "{path}");
-        let path = path.replace("{model}", &server.name);
+        let path = path.replace("{model}", &server.name).replace("{file}", "style.css");
         let status = |headers: &[(&str, &str)]| {
             let response = server.send(method, &path, headers, b"{}");
             if response.status == 401 && !path.starts_with("/api/") {

@@ -21,7 +21,7 @@ use candle_core::{Device, Tensor};
 pub use answers::{AnswerBatch, Answered, Ask, Piece};
 pub use chat::Chat;
 pub use config::{FILE_NAME, ModelConfig, Stage1Config, Stage2Config, VisionConfig};
-pub use explain::HeatMap;
+pub use explain::{HeatMap, Word};
 pub use preset::Preset;
 pub use stage1::{LabelScore, MatchScore};
 pub use stage2::{Answer, Choice};

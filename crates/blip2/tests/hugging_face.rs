@@ -245,14 +245,14 @@ fn words_of_an_answer_have_maps_of_their_own() {
     let features = features(&model);
     let map =
         |word| model.explain_answer(&features, Some("what is this?"), "a red cat", word).expect("a map");
-    let (whole, red, cat) = (map(None), map(Some("red")), map(Some("CAT")));
+    let (whole, red, cat) = (map(None), map(Some("red".into())), map(Some("CAT".into())));
     for map in [&whole, &red, &cat] {
         assert_eq!(map.values.iter().copied().fold(0.0, f32::max), 1.0, "{map:?}");
     }
     assert!(red != cat && whole != red);
     let caption = model.explain_answer(&features, None, "a red cat", None).expect("a map");
     assert_ne!(caption, whole);
-    let error = model.explain_answer(&features, None, "a red cat", Some("dog")).expect_err("refused");
+    let error = model.explain_answer(&features, None, "a red cat", Some("dog".into())).expect_err("refused");
     assert!(error.to_string().contains("dog"), "{error}");
     let t5 = Blip2::open(golden("blip2_t5"), &OpenOptions::default()).expect("a model");
     let error = t5.explain_answer(&self::features(&t5), None, "a", None).expect_err("refused").to_string();

@@ -24,8 +24,12 @@ fn describe(app: &App) -> Value {
     if writes {
         does.extend(["chat", "caption", "vqa"]);
     }
+    // The slope goes through a decoder that reads the picture itself.
+    if app.model.language_model().is_some_and(|model| !model.reads_prompts_whole()) {
+        does.push("explain_answer");
+    }
     if compares {
-        does.extend(["match", "classify", "embeddings"]);
+        does.extend(["match", "explain_match", "classify", "embeddings"]);
     }
     json!({
         "id": app.name,

@@ -54,7 +54,7 @@ const show = (description) => {
   document.getElementById("addresses").replaceChildren(...sections);
 };
 
-fetch("/openapi.json")
+fetch("openapi.json")
   .then((response) => response.json())
   .then(show)
   .catch(() => {

@@ -21,6 +21,23 @@ pub struct HeatMap {
     pub values: Vec<f32>,
 }
 
+/// A part of an answer, and which of the places where it stands.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Word<'a> {
+    /// The part, whatever its case.
+    pub text: &'a str,
+    /// The first place is 1. Places between other letters or digits count only when there are no others: `a` is not
+    /// looked for in `cat`.
+    pub occurrence: usize,
+}
+
+impl<'a> From<&'a str> for Word<'a> {
+    /// The first place.
+    fn from(text: &'a str) -> Self {
+        Self { text, occurrence: 1 }
+    }
+}
+
 impl HeatMap {
     /// Of the tokens of a square grid; a token before it stands for the picture as a whole and is left out.
     fn new(mut relevance: Vec<f32>) -> Result<Self> {
@@ -88,13 +105,13 @@ impl Blip2 {
     ///
     /// # Errors
     /// When the model has no stage-2 part or an encoder-decoder language model, the question or the answer is empty, or
-    /// the answer does not have the word.
+    /// the answer does not have the word, or not as often.
     pub fn explain_answer(
         &self,
         features: &ImageFeatures,
         question: Option<&str>,
         answer: &str,
-        word: Option<&str>,
+        word: Option<Word<'_>>,
     ) -> Result<HeatMap> {
         let stage2 = self.stage2()?;
         if answer.trim().is_empty() {
@@ -140,19 +157,39 @@ impl Blip2 {
     }
 }
 
-/// The tokens of the first place where `word` stands in an answer, whatever its case.
-fn tokens_of(tokenizer: &LanguageTokenizer, ids: &[u32], word: &str) -> Result<Range<usize>> {
-    let word = word.trim().to_lowercase();
+/// The tokens of the place where `word` stands in an answer.
+fn tokens_of(tokenizer: &LanguageTokenizer, ids: &[u32], word: Word<'_>) -> Result<Range<usize>> {
+    let sought = word.text.trim().to_lowercase();
     let whole = tokenizer.decode(ids).to_lowercase();
-    let Some(start) = whole.find(&word).filter(|_| !word.is_empty()) else {
-        return Err(Error::Request(format!("the text has no \"{word}\" to explain")));
+    let Some(start) = place_of(&whole, &sought, word.occurrence) else {
+        let times = if word.occurrence > 1 { format!(" {} times", word.occurrence) } else { String::new() };
+        return Err(Error::Request(format!("the text has no \"{sought}\"{times} to explain")));
     };
-    let end = start + word.len();
+    let end = start + sought.len();
     // What the first n tokens say, for each n.
     let len_after = |n: usize| tokenizer.decode(&ids[..n]).to_lowercase().len();
     let first = (1..=ids.len()).find(|&n| len_after(n) > start).unwrap_or(1) - 1;
     let last = (first + 1..=ids.len()).find(|&n| len_after(n) >= end).unwrap_or(ids.len());
     Ok(first..last)
+}
+
+/// Where `sought` begins for the `occurrence`th time.
+fn place_of(whole: &str, sought: &str, occurrence: usize) -> Option<usize> {
+    if sought.is_empty() {
+        return None;
+    }
+    let places = || whole.match_indices(sought).map(|(start, _)| start);
+    let stands_alone = |&start: &usize| {
+        let before = whole[..start].chars().next_back();
+        let after = whole[start + sought.len()..].chars().next();
+        ![before, after].into_iter().flatten().any(char::is_alphanumeric)
+    };
+    let idx = occurrence.checked_sub(1)?;
+    if places().any(|start| stands_alone(&start)) {
+        places().filter(stands_alone).nth(idx)
+    } else {
+        places().nth(idx)
+    }
 }
 
 #[cfg(test)]
@@ -181,12 +218,25 @@ mod tests {
         let tokenizer = tiny_tokenizer();
         let ids = tokenizer.encode_text("a dog on the beach").expect("tokens");
         for word in ["dog", "the", "Beach", "on the"] {
-            let tokens = tokens_of(&tokenizer, &ids, word).expect("a place");
+            let tokens = tokens_of(&tokenizer, &ids, word.into()).expect("a place");
             let said = tokenizer.decode(&ids[tokens]).to_lowercase();
             assert!(said.contains(&word.to_lowercase()), "{word}: {said}");
             assert!(said.len() <= word.len() + 8, "{word}: {said}");
         }
-        assert!(tokens_of(&tokenizer, &ids, "cat").is_err());
-        assert!(tokens_of(&tokenizer, &ids, " ").is_err());
+        assert!(tokens_of(&tokenizer, &ids, "cat".into()).is_err());
+        assert!(tokens_of(&tokenizer, &ids, " ".into()).is_err());
+        let twice = Word { text: "the", occurrence: 2 };
+        let error = tokens_of(&tokenizer, &ids, twice).expect_err("refused").to_string();
+        assert!(error.contains("\"the\" 2 times"), "{error}");
+    }
+
+    #[test]
+    fn a_word_stands_between_other_characters_than_letters() {
+        let whole = "a cat, a bat; the café's a";
+        let place = |word, occurrence| place_of(whole, word, occurrence);
+        assert_eq!([1, 2, 3, 4].map(|nth| place("a", nth)), [Some(0), Some(7), Some(25), None]);
+        assert_eq!((place("at", 1), place("at", 2)), (Some(3), Some(10)), "inside words, since nowhere else");
+        assert_eq!((place("café", 1), place("caf", 1)), (Some(18), Some(18)));
+        assert_eq!((place("a", 0), place("", 1)), (None, None));
     }
 }
