@@ -10,7 +10,9 @@ mod describe;
 mod eval;
 mod explain;
 mod frozen;
+mod hub;
 mod info;
+mod memory;
 mod model;
 mod pack;
 mod train;
@@ -44,7 +46,8 @@ fn main() -> ExitCode {
         Command::Eval(args) => eval::run(&args),
         Command::Info(args) => info::run(&args),
         Command::Pack(args) => pack::run(&args),
-        Command::Fetch => frozen::ensure(true).map(|()| Done::All),
+        Command::Fetch { model: None } => frozen::ensure(true).map(|()| Done::All),
+        Command::Fetch { model: Some(name) } => model::fetch(&name).map(|()| Done::All),
         Command::Train(args) => train::run(&args).map(|()| Done::All),
         Command::Data(args) => data::run(&args).map(|()| Done::All),
         Command::Completions { shell } => {

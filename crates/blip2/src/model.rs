@@ -7,6 +7,7 @@ mod chat;
 mod config;
 mod explain;
 mod hugging_face;
+mod memory;
 mod stage1;
 mod stage2;
 
@@ -17,6 +18,7 @@ use candle_core::{Device, Tensor};
 pub use chat::Chat;
 pub use config::{FILE_NAME, ModelConfig, Stage1Config, Stage2Config, VisionConfig};
 pub use explain::HeatMap;
+pub use memory::memory_needed;
 pub use stage1::{LabelScore, MatchScore};
 pub use stage2::{Answer, Choice};
 
