@@ -40,8 +40,12 @@ pub(crate) enum Command {
     Pack(PackArgs),
     /// Carry a checkpoint from LAVIS's layout to Hugging Face's or back, or from PyTorch's files into safetensors.
     Convert(ConvertArgs),
-    /// Fetch the frozen parts of the default model.
-    Fetch,
+    /// Fetch a model of the hub, or the frozen parts of the default one, for later use without a network.
+    Fetch {
+        /// The model's name on the Hugging Face hub.
+        #[arg(value_name = "ORGANISATION/NAME[@REVISION]")]
+        model: Option<String>,
+    },
     /// Make training data.
     #[command(subcommand)]
     Data(DataCommand),
@@ -55,8 +59,9 @@ pub(crate) enum Command {
 /// Which model, and how to open it.
 #[derive(Debug, clap::Args)]
 pub(crate) struct SourceArgs {
-    /// The model's folder; without it the default model.
-    #[arg(long, env = "BLIP2_MODEL", value_name = "FOLDER")]
+    /// The model's folder, or its name on the Hugging Face hub (`organisation/name` or `organisation/name@revision`); without
+    /// it the default model.
+    #[arg(long, env = "BLIP2_MODEL", value_name = "MODEL")]
     pub(crate) model: Option<PathBuf>,
     /// In what to compute: published checkpoints in f32 unless this says otherwise, models packed here in bf16.
     #[arg(long, value_enum, value_name = "TYPE")]
@@ -64,6 +69,9 @@ pub(crate) struct SourceArgs {
     /// Let a vision transformer see pictures of this side, in pixels, instead of the one it was trained with.
     #[arg(long, value_name = "PIXELS")]
     pub(crate) image_size: Option<usize>,
+    /// Load the model even where the memory that it needs is not free.
+    #[arg(long)]
+    pub(crate) ignore_memory: bool,
 }
 
 #[derive(Debug, clap::Args)]

@@ -11,7 +11,9 @@ mod describe;
 mod eval;
 mod explain;
 mod frozen;
+mod hub;
 mod info;
+mod memory;
 mod model;
 mod pack;
 mod serve;
@@ -47,8 +49,9 @@ fn main() -> ExitCode {
         Command::Info(args) => info::run(&args),
         Command::Pack(args) => pack::run(&args),
         Command::Convert(args) => convert::run(&args),
-        Command::Fetch => frozen::ensure(true).map(|()| Done::All),
         Command::Serve(args) => serve::run(args).map(|()| Done::All),
+        Command::Fetch { model: None } => frozen::ensure(true).map(|()| Done::All),
+        Command::Fetch { model: Some(name) } => model::fetch(&name).map(|()| Done::All),
         Command::Train(args) => train::run(&args).map(|()| Done::All),
         Command::Data(args) => data::run(&args).map(|()| Done::All),
         Command::Completions { shell } => {

@@ -3,14 +3,15 @@
 use std::env;
 use std::path::{Path, PathBuf};
 
-use anyhow::bail;
+use anyhow::{Context, bail};
 use blip2::generate::{EarlyStopping, GenerationConfig};
 use blip2::image::{Limits, Pixels, RgbImage};
 use blip2::layers::Precision;
-use blip2::model::{Blip2, FILE_NAME, ImageFeatures, OpenOptions, Preset};
+use blip2::model::{Blip2, FILE_NAME, ImageFeatures, OpenOptions, Preset, memory_needed};
 
 use crate::args::{ComputeArg, EarlyStoppingArg, GenerationArgs, ModelArgs, PresetArg, SourceArgs};
-use crate::frozen;
+use crate::hub::{self, Repository, Settings};
+use crate::{frozen, memory};
 
 /// The folder of the default model, in the repository and in an installation.
 const DEFAULT_MODEL: &str = "default-model";
@@ -26,10 +27,11 @@ pub(crate) enum Part {
     Both,
 }
 
-/// Opens the model that the arguments name, or the default one, whose frozen parts are fetched when they are not here.
+/// Opens the model that the arguments name, or the default one. A model of the hub and the default model's frozen parts are
+/// fetched when they are not here.
 ///
 /// # Errors
-/// When there is no such model or a part of it cannot be had.
+/// When there is no such model, a part of it cannot be had, or it needs more memory than there is.
 pub(crate) fn open(args: &ModelArgs, part: Part) -> anyhow::Result<Blip2> {
     open_source(&args.source, part)
 }
@@ -40,17 +42,18 @@ pub(crate) fn open(args: &ModelArgs, part: Part) -> anyhow::Result<Blip2> {
 /// As [`open`].
 pub(crate) fn open_source(args: &SourceArgs, part: Part) -> anyhow::Result<Blip2> {
     let folder = match &args.model {
-        Some(folder) => folder.clone(),
+        Some(model) => find(model, args.ignore_memory)?,
         None => {
             let folder = default_model()?;
             frozen::ensure(part != Part::Stage1)?;
             folder
         }
     };
+    let is_hugging_face = blip2::model::is_hugging_face(&folder)?;
     let precision = match args.dtype {
         Some(ComputeArg::F32) => Precision::F32,
         Some(ComputeArg::Bf16) => Precision::Bf16,
-        None if blip2::model::is_hugging_face(&folder)? => Precision::F32,
+        None if is_hugging_face => Precision::F32,
         // Rounding the trained weights and the four-bit language model once more costs nothing measurable.
         None => Precision::Bf16,
     };
@@ -62,7 +65,39 @@ pub(crate) fn open_source(args: &SourceArgs, part: Part) -> anyhow::Result<Blip2
         stage1: part != Part::Stage2,
         stage2: part != Part::Stage1,
     };
+    // This project's own models are small, and their frozen parts are elsewhere.
+    if is_hugging_face {
+        memory::check(memory_needed(&folder, precision)?, memory::available(), args.ignore_memory)?;
+    }
     Ok(Blip2::open(folder, &options)?)
+}
+
+/// The folder of a model: the one that is named, if it exists, or that of the model of this name on the hub.
+fn find(model: &Path, ignore_memory: bool) -> anyhow::Result<PathBuf> {
+    if model.exists() {
+        return Ok(model.to_owned());
+    }
+    let repository = model.to_str().map(Repository::parse).transpose()?.flatten();
+    let Some(repository) = repository else {
+        bail!(
+            "there is no folder {} (one with {FILE_NAME} is a model), and this is not the name of a model on the hub, which \
+             looks like organisation/name",
+            model.display()
+        );
+    };
+    let fits = |n_bytes| memory::check_stored(n_bytes, memory::available(), ignore_memory);
+    hub::folder(&repository, &Settings::from_env()?, &fits)
+        .with_context(|| format!("there is no folder {} here", model.display()))
+}
+
+/// Fetches a model of the hub and prints its folder.
+pub(crate) fn fetch(name: &str) -> anyhow::Result<()> {
+    let repository = Repository::parse(name)?.with_context(|| {
+        format!("`{name}` is not the name of a model on the hub, which looks like organisation/name")
+    })?;
+    // It may be meant for another machine: whether it fits into this one's memory does not matter.
+    println!("{}", hub::folder(&repository, &Settings::from_env()?, &|_| Ok(()))?.display());
+    Ok(())
 }
 
 fn default_model() -> anyhow::Result<PathBuf> {

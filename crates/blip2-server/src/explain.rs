@@ -31,7 +31,11 @@ struct ExplainRequest {
 enum Told {
     Matched,
     /// As the answer to a question, or as a caption; of it a word or all.
-    Written { question: Option<String>, word: Option<String>, occurrence: usize },
+    Written {
+        question: Option<String>,
+        word: Option<String>,
+        occurrence: usize,
+    },
 }
 
 /// The heat map of a text that was matched with the picture, or written about it.

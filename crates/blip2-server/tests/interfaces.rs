@@ -187,7 +187,12 @@ fn the_description_is_of_this_server() {
         ROUTES.iter().map(|&(method, path, _)| (method.to_owned(), path.to_owned())).collect();
     assert_eq!(described, there);
     for &(method, path, is_open) in ROUTES {
-        let response = server.send(method, &path.replace("{model}", &server.name).replace("{file}", "style.css"), &[], b"{}");
+        let response = server.send(
+            method,
+            &path.replace("{model}", &server.name).replace("{file}", "style.css"),
+            &[],
+            b"{}",
+        );
         assert!(![404, 405].contains(&response.status) && response.status < 500, "{method} {path}");
         let operation = &description["paths"][path][method.to_lowercase()];
         assert_eq!(operation["security"] == json!([]), is_open, "{path}");

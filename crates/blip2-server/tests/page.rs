@@ -22,7 +22,8 @@ fn assert_is_page_of_its_own(path: &str, page: &Response) {
     let policy = page.header("content-security-policy").expect("a policy");
     let directives: Vec<(&str, &str)> =
         policy.split(';').filter_map(|directive| directive.trim().split_once(' ')).collect();
-    let sources = |name: &str| directives.iter().find(|(found, _)| *found == name).map(|(_, sources)| *sources);
+    let sources =
+        |name: &str| directives.iter().find(|(found, _)| *found == name).map(|(_, sources)| *sources);
     for (name, expected) in [
         ("default-src", "'none'"),
         ("script-src", "'self'"),

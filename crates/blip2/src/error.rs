@@ -52,6 +52,14 @@ pub enum Error {
         /// What the file holds.
         found: Vec<usize>,
     },
+    /// A checkpoint's tensor holds values that are no numbers.
+    #[error(
+        "tensor `{name}` holds values that are infinite or not numbers: the checkpoint is damaged, or its training failed"
+    )]
+    NotFinite {
+        /// Its full name.
+        name: String,
+    },
     /// A checkpoint holds tensors that the model does not use.
     #[error("the checkpoint has tensors that this model does not use: {}", names.join(", "))]
     UnusedTensors {

@@ -211,6 +211,12 @@ pub struct StoredTensor<'a> {
     pub bytes: Cow<'a, [u8]>,
 }
 
+/// Whether all values are numbers and none is infinite. Without a branch a value: it costs nothing beside decoding.
+pub(crate) fn is_finite(values: &[f32]) -> bool {
+    const EXPONENT: u32 = 0x7f80_0000;
+    !values.iter().fold(false, |found, value| found | (value.to_bits() & EXPONENT == EXPONENT))
+}
+
 /// Writes a file so that its readers see all of it or the one that was there before, also after a power cut.
 ///
 /// `write` fills a new file beside `path`; that is flushed to the disk, renamed over `path`, and the folder is flushed
@@ -326,6 +332,19 @@ mod tests {
     use std::io::Write;
 
     use super::*;
+
+    #[test]
+    fn what_is_no_number_is_found_wherever_it_stands() {
+        let sound = vec![f32::MAX, f32::MIN, 0.0, -0.0, f32::MIN_POSITIVE, 1e-45, 1.0];
+        assert!(is_finite(&sound) && is_finite(&[]));
+        for bad in [f32::NAN, -f32::NAN, f32::INFINITY, f32::NEG_INFINITY] {
+            for i in 0..sound.len() {
+                let mut values = sound.clone();
+                values[i] = bad;
+                assert!(!is_finite(&values), "{bad} at {i}");
+            }
+        }
+    }
 
     #[test]
     fn a_failed_write_leaves_the_old_file_and_nothing_else() {

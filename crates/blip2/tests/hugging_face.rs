@@ -1,10 +1,12 @@
 //! Tiny BLIP-2 models in Hugging Face folders against transformers' own (`tools/golden_blip2.py`).
 
+use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
 use blip2::generate::GenerationConfig;
 use blip2::image::{self, Limits, Pixels};
 use blip2::model::{Blip2, ImageFeatures, OpenOptions};
+use blip2::weights::safetensors::{NamedTensor, Safetensors, Values, write_safetensors};
 use serde::Deserialize;
 use serde_json::Value as Json;
 
@@ -319,31 +321,141 @@ fn half_precision_weights_are_computed_with_in_f32() {
 
 #[test]
 fn what_does_not_fit_is_refused_by_name() {
-    let refused = |change: &dyn Fn(&mut Json)| {
-        let dir = changed("blip2_opt", change);
-        Blip2::open(dir.path(), &OpenOptions::default()).expect_err("refused").to_string()
-    };
+    let refused_by = |change: &dyn Fn(&mut Json)| refused(&changed("blip2_opt", change));
     for (message, expected) in [
-        (refused(&|c| c["model_type"] = "llava".into()), "llava"),
-        (refused(&|c| c["architectures"][0] = "Blip2Model".into()), "Blip2Model"),
-        (refused(&|c| c["text_config"]["model_type"] = "gpt2".into()), "text_config.model_type"),
-        (refused(&|c| c["vision_config"]["num_hidden_layers"] = 3.into()), "vision_model.encoder.layers.2"),
-        (refused(&|c| c["vision_config"]["num_hidden_layers"] = 1.into()), "vision_model.encoder.layers.1"),
-        (refused(&|c| c["vision_config"]["hidden_act"] = "relu".into()), "vision_config.hidden_act"),
-        (refused(&|c| c["vision_config"]["image_size"] = (-3).into()), "vision_config.image_size"),
-        (refused(&|c| c["vision_config"]["image_size"] = 42.into()), "preprocessor_config.json"),
-        (refused(&|c| c["vision_config"]["patch_size"] = 7.into()), "position_embedding"),
-        (refused(&|c| c["qformer_config"]["hidden_size"] = 33.into()), "qformer.hidden_size"),
-        (refused(&|c| c["num_query_tokens"] = 6.into()), "query_tokens"),
-        (refused(&|c| c["text_config"]["vocab_size"] = 200.into()), "embed_tokens"),
+        (refused_by(&|c| c["model_type"] = "llava".into()), "llava"),
+        (refused_by(&|c| c["architectures"][0] = "Blip2Model".into()), "Blip2Model"),
+        (refused_by(&|c| c["text_config"]["model_type"] = "gpt2".into()), "text_config.model_type"),
+        (
+            refused_by(&|c| c["vision_config"]["num_hidden_layers"] = 3.into()),
+            "vision_model.encoder.layers.2",
+        ),
+        (
+            refused_by(&|c| c["vision_config"]["num_hidden_layers"] = 1.into()),
+            "vision_model.encoder.layers.1",
+        ),
+        (refused_by(&|c| c["vision_config"]["hidden_act"] = "relu".into()), "vision_config.hidden_act"),
+        (refused_by(&|c| c["vision_config"]["image_size"] = (-3).into()), "vision_config.image_size"),
+        (refused_by(&|c| c["vision_config"]["image_size"] = 42.into()), "preprocessor_config.json"),
+        (refused_by(&|c| c["vision_config"]["patch_size"] = 7.into()), "position_embedding"),
+        (refused_by(&|c| c["qformer_config"]["hidden_size"] = 33.into()), "qformer.hidden_size"),
+        (refused_by(&|c| c["num_query_tokens"] = 6.into()), "query_tokens"),
+        (refused_by(&|c| c["text_config"]["vocab_size"] = 263.into()), "embed_tokens"),
     ] {
         assert!(message.contains(expected), "{expected}: {message}");
     }
     let dir = changed("blip2_opt", |_| {});
-    std::fs::remove_file(dir.path().join("tokenizer.json")).expect("removed");
-    let message = Blip2::open(dir.path(), &OpenOptions::default()).expect_err("refused").to_string();
-    assert!(message.contains("tokenizer.json"), "{message}");
     std::fs::remove_file(dir.path().join("model.safetensors")).expect("removed");
-    let message = Blip2::open(dir.path(), &OpenOptions::default()).expect_err("refused").to_string();
-    assert!(message.contains("model.safetensors"), "{message}");
+    assert!(refused(&dir).contains("neither model.safetensors nor model.safetensors.index.json"));
+}
+
+fn refused(dir: &tempfile::TempDir) -> String {
+    Blip2::open(dir.path(), &OpenOptions::default()).expect_err("refused").to_string()
+}
+
+/// The weights, which take long to read, are not touched when the tokenizer is not theirs.
+#[test]
+fn a_tokenizer_of_another_model_is_refused_before_the_weights_are_read() {
+    let dir = changed("blip2_opt", |_| {});
+    std::fs::write(dir.path().join("model.safetensors"), "none").expect("written");
+    let path = dir.path().join("tokenizer.json");
+    let mut tokenizer: Json = serde_json::from_slice(&std::fs::read(&path).expect("readable")).expect("JSON");
+    tokenizer["model"]["vocab"]["another"] = 264.into();
+    std::fs::write(&path, tokenizer.to_string()).expect("written");
+    let message = refused(&dir);
+    assert!(
+        message.contains("tokenizer.json")
+            && message.contains("has 265 tokens, the language model knows 264"),
+        "{message}"
+    );
+    std::fs::remove_file(path).expect("removed");
+    assert!(refused(&dir).contains("tokenizer.json: is not there"), "{}", refused(&dir));
+    // T5's 32,100 tokens are not OPT's 50,265, which its 50,272 rows hold.
+    let dir = changed("blip2_opt", |config| config["text_config"]["vocab_size"] = 50_272.into());
+    std::fs::write(dir.path().join("model.safetensors"), "none").expect("written");
+    let message = refused(&dir);
+    assert!(message.contains("the language model knows 50272"), "{message}");
+}
+
+/// In each part one value is no number, wherever that part's tensors are read.
+#[test]
+fn weights_that_are_no_numbers_are_refused_by_name() {
+    for (family, names) in [
+        (
+            "blip2_opt",
+            &[
+                "vision_model.embeddings.patch_embedding.weight",
+                "vision_model.encoder.layers.1.mlp.fc1.bias",
+                "query_tokens",
+                "qformer.encoder.layer.0.attention.attention.query.weight",
+                "language_projection.weight",
+                "language_model.model.decoder.embed_tokens.weight",
+                "language_model.model.decoder.embed_positions.weight",
+                "language_model.model.decoder.layers.1.fc2.bias",
+            ][..],
+        ),
+        (
+            "blip2_t5",
+            &[
+                "language_model.shared.weight",
+                "language_model.encoder.block.0.layer.0.SelfAttention.relative_attention_bias.weight",
+                "language_model.decoder.final_layer_norm.weight",
+            ],
+        ),
+    ] {
+        let whole = Safetensors::open(golden(family)).expect("weights");
+        let values: Vec<_> =
+            whole.names().map(|name| (name, whole.read_f32(name).expect("values"))).collect();
+        for (i, damaged) in names.iter().enumerate() {
+            let mut values = values.clone();
+            let (_, bad) =
+                values.iter_mut().find(|(name, _)| name == damaged).expect("a tensor of this name");
+            let at = bad.len() / 2;
+            bad[at] = [f32::NAN, f32::INFINITY, f32::NEG_INFINITY][i % 3];
+            let tensors: Vec<_> = values
+                .iter()
+                .map(|(name, values)| NamedTensor {
+                    name: (*name).into(),
+                    shape: whole.shape(name).expect("a shape").to_vec(),
+                    values: Values::F32(values),
+                })
+                .collect();
+            let dir = changed(family, |_| {});
+            write_safetensors(dir.path().join("model.safetensors"), &tensors, &BTreeMap::new())
+                .expect("written");
+            let message = refused(&dir);
+            assert!(
+                message.contains(damaged) && message.contains("infinite or not numbers"),
+                "{damaged}: {message}"
+            );
+        }
+    }
+}
+
+#[test]
+fn a_prompt_longer_than_the_context_is_refused() {
+    for family in FAMILIES {
+        let model = Blip2::open(golden(family), &OpenOptions::default()).expect("a model");
+        let (features, question) = (features(&model), "why is that? ".repeat(400));
+        let error = model.ask(&[(&features, &question)], &generation(1, 4)).expect_err("refused");
+        assert!(
+            matches!(error, blip2::Error::TextTooLong { n_tokens, limit } if n_tokens > limit),
+            "{error}"
+        );
+        let mut chat = model.chat(&features).expect("a chat");
+        let error = chat.ask(&question, &generation(1, 4), &mut |_| std::ops::ControlFlow::Continue(()));
+        assert!(matches!(error, Err(blip2::Error::TextTooLong { .. })));
+    }
+}
+
+/// Folders of Hugging Face's cache are named after commits; what the model is called decides its captions' beginning.
+#[test]
+fn a_model_in_the_cache_has_its_name_on_the_hub() {
+    let dir = tempfile::tempdir().expect("a folder");
+    let snapshot = dir.path().join("models--Salesforce--blip2-opt-2.7b-coco/snapshots/0123456789abcdef");
+    std::fs::create_dir_all(&snapshot).expect("made");
+    copy("blip2_opt", &snapshot);
+    let model = Blip2::open(&snapshot, &OpenOptions::default()).expect("a model");
+    assert_eq!(model.config().name, "Salesforce/blip2-opt-2.7b-coco");
+    assert_eq!(model.config().stage2.as_ref().expect("stage 2").instruction, "a photo of");
 }

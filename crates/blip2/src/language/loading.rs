@@ -6,9 +6,9 @@ use blip2_kernels::linear::PackedWeight;
 use candle_core::{Device, Tensor};
 
 use crate::layers::{LayerNorm, Linear, Precision, RmsNorm, Weight, pack};
-use crate::weights::TensorRows;
 use crate::weights::gguf::Gguf;
 use crate::weights::safetensors::Safetensors;
+use crate::weights::{TensorRows, is_finite};
 use crate::{Error, Result};
 
 /// Embeddings in the packed format of a linear layer, read row by row.
@@ -129,7 +129,7 @@ impl<'a> Loader<'a> {
     ) -> Result<Arc<PackedWeight>> {
         let (rows, name) = self.file.tensor(name)?;
         let rows = rows.expect_shape(&name, &[n_out, n_in])?;
-        let packed = pack(&rows, self.precision, &self.stored_row(rotary_head_dim));
+        let packed = pack(&name, &rows, self.precision, &self.stored_row(rotary_head_dim))?;
         self.n_parameters += n_out * n_in;
         self.n_bytes += packed.n_bytes();
         Ok(Arc::new(packed))
@@ -162,8 +162,7 @@ impl<'a> Loader<'a> {
 
     /// A matrix that is kept as it is: positions.
     pub(super) fn matrix(&mut self, name: &str, n_rows: usize, width: usize) -> Result<Tensor> {
-        let (rows, name) = self.file.tensor(name)?;
-        let values = rows.expect_shape(&name, &[n_rows, width])?.to_vec();
+        let values = self.values(name, &[n_rows, width])?;
         self.n_parameters += values.len();
         self.n_bytes += size_of_val(values.as_slice());
         Ok(Tensor::from_vec(values, (n_rows, width), &Device::Cpu)?)
@@ -177,11 +176,16 @@ impl<'a> Loader<'a> {
     }
 
     pub(super) fn vector(&mut self, name: &str, len: usize) -> Result<Vec<f32>> {
-        let (rows, name) = self.file.tensor(name)?;
-        let values = rows.expect_shape(&name, &[len])?.to_vec();
+        let values = self.values(name, &[len])?;
         self.n_parameters += len;
         self.n_bytes += size_of_val(values.as_slice());
         Ok(values)
+    }
+
+    fn values(&self, name: &str, shape: &[usize]) -> Result<Vec<f32>> {
+        let (rows, name) = self.file.tensor(name)?;
+        let values = rows.expect_shape(&name, shape)?.to_vec();
+        if is_finite(&values) { Ok(values) } else { Err(Error::NotFinite { name }) }
     }
 
     fn stored_row(&self, rotary_head_dim: Option<usize>) -> impl Fn(usize) -> usize + Sync + use<> {

@@ -3,13 +3,14 @@
 use std::cell::RefCell;
 use std::collections::BTreeMap;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use blip2_kernels::gemm::Precision;
 use blip2_kernels::linear::{Format, PackedWeight};
 use candle_core::{Device, Tensor, Var};
 
 use super::{Linear, Weight};
-use crate::weights::{Encoding, TensorRows};
+use crate::weights::{Encoding, TensorRows, is_finite};
 use crate::{Error, Result};
 
 /// A checkpoint: named f32 tensors. Implementations note which names were read.
@@ -34,22 +35,32 @@ pub trait TensorSource {
     }
 }
 
-/// Packs a stored matrix, output `i` from the stored row `stored_row(i)`, and lets go of the file's pages. Numbers of 16
+/// Packs the stored matrix `name`, output `i` from the stored row `stored_row(i)`, and lets go of the file's pages. Numbers of 16
 /// bits stay so, whatever the precision of the products.
+///
+/// # Errors
+/// [`Error::NotFinite`].
 pub(crate) fn pack(
+    name: &str,
     rows: &TensorRows<'_>,
     precision: Precision,
     stored_row: &(dyn Fn(usize) -> usize + Sync),
-) -> PackedWeight {
+) -> Result<PackedWeight> {
     let format = match (precision, rows.encoding()) {
         (Precision::F32, Encoding::F16) => Format::WideF16,
         (Precision::F32, Encoding::Bf16) => Format::WideBf16,
         (precision, _) => precision.into(),
     };
-    let row = |i: usize, into: &mut [f32]| rows.read_row(stored_row(i), into);
+    let is_sound = AtomicBool::new(true);
+    let row = |i: usize, into: &mut [f32]| {
+        rows.read_row(stored_row(i), into);
+        if !is_finite(into) {
+            is_sound.store(false, Ordering::Relaxed);
+        }
+    };
     let packed = PackedWeight::pack(rows.n_rows(), rows.row_len(), format, &row);
     rows.release();
-    packed
+    if is_sound.into_inner() { Ok(packed) } else { Err(Error::NotFinite { name: name.to_owned() }) }
 }
 
 impl TensorSource for BTreeMap<String, (Vec<usize>, Vec<f32>)> {
@@ -124,7 +135,7 @@ impl<'a> Loader<'a> {
     /// The tensor `name` of exactly this shape.
     ///
     /// # Errors
-    /// When it is missing or has another shape.
+    /// When it is missing or has another shape, or holds what is no number.
     pub fn tensor(&self, name: &str, shape: &[usize]) -> Result<Tensor> {
         let full_name = self.full_name(name);
         // A tied weight is asked for twice and must be one variable.
@@ -171,9 +182,9 @@ impl<'a> Loader<'a> {
         let full_name = self.full_name(name);
         self.check_shape(&full_name, shape)?;
         let packed = if let Some(rows) = self.source.rows(&full_name)? {
-            pack(&rows.flattened(), self.precision, &|row| row)
+            pack(&full_name, &rows.flattened(), self.precision, &|row| row)?
         } else {
-            let data = self.source.read_f32(&full_name)?;
+            let data = self.read(&full_name, shape)?;
             let row = |i: usize, out: &mut [f32]| out.copy_from_slice(&data[i * n_in..(i + 1) * n_in]);
             PackedWeight::pack(n_out, n_in, self.precision.into(), &row)
         };
@@ -197,6 +208,7 @@ impl<'a> Loader<'a> {
 
     fn read(&self, full_name: &str, shape: &[usize]) -> Result<Vec<f32>> {
         self.check_shape(full_name, shape)?;
-        self.source.read_f32(full_name)
+        let values = self.source.read_f32(full_name)?;
+        if is_finite(&values) { Ok(values) } else { Err(Error::NotFinite { name: full_name.to_owned() }) }
     }
 }

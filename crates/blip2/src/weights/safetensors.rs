@@ -15,6 +15,14 @@ use crate::{Error, Result};
 mod write;
 
 pub use write::{NamedTensor, TensorAbout, Values, stream_safetensors, write_safetensors};
+/// The name of a checkpoint that is one file, in a Hugging Face folder.
+pub const SINGLE_NAME: &str = "model.safetensors";
+
+/// The name of the list of a checkpoint's shards, in a Hugging Face folder.
+pub const INDEX_NAME: &str = "model.safetensors.index.json";
+
+/// The longest header that is read: ten times that of a model of ten thousand tensors.
+const MAX_HEADER_BYTES: u64 = 16 << 20;
 
 /// Tensors kept in one or several safetensors files, memory-mapped.
 ///
@@ -40,23 +48,22 @@ impl Safetensors {
     /// folder with `model.safetensors` or `model.safetensors.index.json`.
     ///
     /// # Errors
-    /// As [`open_files`](Self::open_files); [`Error::File`] too when the index is not one.
+    /// As [`open_files`](Self::open_files); [`Error::File`] too when the index is not one, names a file that is not there,
+    /// or differs from what its shards hold.
     pub fn open(path: impl AsRef<Path>) -> Result<Self> {
         let path = path.as_ref();
         if path.is_dir() {
-            let [file, index] =
-                ["model.safetensors", "model.safetensors.index.json"].map(|name| path.join(name));
+            let [file, index] = [SINGLE_NAME, INDEX_NAME].map(|name| path.join(name));
             return match (file.exists(), index.exists()) {
                 (true, _) => Self::open_files(&[file]),
-                (false, true) => Self::open_files(&shards(&index)?),
-                (false, false) => Err(refuse(
-                    path,
-                    "this folder has neither model.safetensors nor model.safetensors.index.json",
-                )),
+                (false, true) => Self::open_shards(&index),
+                (false, false) => {
+                    Err(refuse(path, format!("this folder has neither {SINGLE_NAME} nor {INDEX_NAME}")))
+                }
             };
         }
         if path.extension().is_some_and(|extension| extension == "json") {
-            return Self::open_files(&shards(path)?);
+            return Self::open_shards(path);
         }
         Self::open_files(&[path])
     }
@@ -74,8 +81,55 @@ impl Safetensors {
         Ok(checkpoint)
     }
 
+    /// Opens the shards that an index lists, which must hold exactly the tensors that it says.
+    fn open_shards(index: &Path) -> Result<Self> {
+        let weight_map = read_index(index)?;
+        let paths = shards_of(index, &weight_map)?;
+        let absent: Vec<_> = paths.iter().filter(|path| !path.exists()).map(|path| file_name(path)).collect();
+        if !absent.is_empty() {
+            let (n_shards, names) = (paths.len(), absent.join(", "));
+            return Err(refuse(
+                index,
+                format!("of its {n_shards} shards these are not there: {names}: fetch them"),
+            ));
+        }
+        let checkpoint = Self::open_files(&paths)?;
+        for (name, shard) in &weight_map {
+            match checkpoint.tensors.get(name).map(|entry| file_name(checkpoint.files[entry.file_idx].path()))
+            {
+                Some(found) if found == *shard => {}
+                Some(found) => {
+                    return Err(refuse(
+                        index,
+                        format!("says that `{name}` is in {shard}, but it is in {found}"),
+                    ));
+                }
+                None => {
+                    return Err(refuse(index, format!("says that `{name}` is in {shard}, but it is not")));
+                }
+            }
+        }
+        match checkpoint.tensors.iter().find(|(name, _)| !weight_map.contains_key(*name)) {
+            Some((name, entry)) => {
+                let shard = checkpoint.files[entry.file_idx].path();
+                Err(refuse(
+                    shard,
+                    format!("holds the tensor `{name}`, which {} does not list", file_name(index)),
+                ))
+            }
+            None => Ok(checkpoint),
+        }
+    }
+
     fn add(&mut self, file: MappedFile) -> Result<()> {
         let bytes = file.bytes();
+        let header_len = bytes.first_chunk().map_or(0, |len| u64::from_le_bytes(*len));
+        if bytes.get(8) == Some(&b'{') && header_len > MAX_HEADER_BYTES {
+            let reason = format!(
+                "the header claims {header_len} bytes, more than any checkpoint has: the file is damaged"
+            );
+            return Err(refuse(file.path(), reason));
+        }
         let (header_len, header) =
             SafeTensors::read_metadata(bytes).map_err(|error| refuse(file.path(), explain(&error, bytes)))?;
         let data = 8 + header_len;
@@ -208,23 +262,38 @@ fn encoding(dtype: Dtype) -> Option<Encoding> {
     })
 }
 
-/// The shard files that a Hugging Face index lists, each beside the index.
-pub(super) fn shards(index: &Path) -> Result<Vec<PathBuf>> {
+/// The shard files that a Hugging Face index lists, each beside the index; whether they are there is not looked at.
+///
+/// # Errors
+/// [`Error::Io`], or [`Error::File`] when it is not an index or leads out of its folder.
+pub fn shards(index: &Path) -> Result<Vec<PathBuf>> {
+    shards_of(index, &read_index(index)?)
+}
+
+/// Each tensor's shard.
+fn read_index(index: &Path) -> Result<BTreeMap<String, String>> {
     #[derive(serde::Deserialize)]
     struct Index {
         weight_map: BTreeMap<String, String>,
     }
     let file = MappedFile::open(index)?;
     let parsed: Index = serde_json::from_slice(file.bytes())
-        .map_err(|error| refuse(index, format!("this is not an index of shards: {error}")))?;
-    let mut names: Vec<_> = parsed.weight_map.into_values().collect();
+        .map_err(|error| refuse(index, format!("this is not an index of safetensors shards: {error}")))?;
+    if parsed.weight_map.is_empty() {
+        return Err(refuse(index, "lists no tensors"));
+    }
+    Ok(parsed.weight_map)
+}
+
+fn shards_of(index: &Path, weight_map: &BTreeMap<String, String>) -> Result<Vec<PathBuf>> {
+    let mut names: Vec<_> = weight_map.values().collect();
     names.sort();
     names.dedup();
     names
         .into_iter()
         .map(|name| {
             // An index must not lead out of its folder.
-            if Path::new(&name).file_name() != Some(name.as_ref()) {
+            if Path::new(name).file_name() != Some(name.as_ref()) {
                 return Err(refuse(index, format!("the shard `{name}` is not a plain file name")));
             }
             Ok(index.with_file_name(name))
@@ -232,18 +301,18 @@ pub(super) fn shards(index: &Path) -> Result<Vec<PathBuf>> {
         .collect()
 }
 
+fn file_name(path: &Path) -> String {
+    path.file_name().map_or_else(String::new, |name| name.to_string_lossy().into_owned())
+}
+
 /// What is wrong with a file that the format's own crate refused, in terms of what to do.
 fn explain(error: &SafeTensorError, bytes: &[u8]) -> String {
-    let header_len = bytes.first_chunk().map_or(0, |len| u64::from_le_bytes(*len));
     let looks_right = bytes.get(8) == Some(&b'{');
     if !looks_right && let Some(what) = recognise(bytes) {
         return what.into();
     }
     match error {
         SafeTensorError::HeaderTooSmall => "not a safetensors file, or cut short: fetch it again".into(),
-        SafeTensorError::HeaderTooLarge if looks_right => {
-            format!("the header claims {header_len} bytes, more than the format allows: the file is damaged")
-        }
         SafeTensorError::InvalidHeaderLength if looks_right => {
             format!("cut short inside the header ({} bytes in all): fetch it again", bytes.len())
         }

@@ -115,6 +115,43 @@ fn shards_are_one_checkpoint() {
     assert!(Safetensors::open(folder.path()).unwrap_err().to_string().contains("neither model.safetensors"));
 }
 
+#[test]
+fn an_index_is_held_to_what_it_says() {
+    let folder = tempfile::tempdir().unwrap();
+    let at = |name: &str| folder.path().join(name);
+    for (shard, names) in [("one", &["a", "b"][..]), ("two", &["c"])] {
+        let tensors: Vec<_> = names
+            .iter()
+            .map(|name| NamedTensor { name: (*name).into(), shape: vec![1], values: Values::F32(&[1.0]) })
+            .collect();
+        write_safetensors(at(&format!("{shard}.safetensors")), &tensors, &BTreeMap::new()).unwrap();
+    }
+    let refused = |weight_map: &[(&str, &str)]| {
+        let weight_map: BTreeMap<_, _> = weight_map.iter().copied().collect();
+        fs::write(at(INDEX_NAME), serde_json::json!({"weight_map": weight_map}).to_string()).unwrap();
+        Safetensors::open(folder.path()).map(|_| ()).map_err(|error| error.to_string())
+    };
+    let (one, two) = ("one.safetensors", "two.safetensors");
+    let all = [("a", one), ("b", one), ("c", two)];
+    refused(&all).unwrap();
+    for (weight_map, words) in [
+        (
+            &[("a", one), ("b", one), ("c", "three.safetensors"), ("d", "four.safetensors")][..],
+            &[INDEX_NAME, "of its 3 shards", "four.safetensors, three.safetensors"][..],
+        ),
+        (
+            &[("a", one), ("b", one), ("c", two), ("d", two)],
+            &[INDEX_NAME, "`d` is in two.safetensors, but it is not"],
+        ),
+        (&[("a", one), ("b", two), ("c", two)], &["`b` is in two.safetensors, but it is in one.safetensors"]),
+        (&[("a", one), ("c", two)], &["one.safetensors", "holds the tensor `b`", INDEX_NAME]),
+        (&[], &[INDEX_NAME, "lists no tensors"]),
+    ] {
+        let error = refused(weight_map).unwrap_err();
+        words.iter().for_each(|word| assert!(error.contains(word), "`{word}` is not in: {error}"));
+    }
+}
+
 fn header(json: &str, n_data: usize) -> Vec<u8> {
     let mut file = (json.len() as u64).to_le_bytes().to_vec();
     file.extend(json.as_bytes());
@@ -141,6 +178,10 @@ fn what_is_not_a_sound_file_is_refused_by_name_and_reason() {
         (b"abc".to_vec(), "cut short"),
         (b"some other text altogether".to_vec(), "not a safetensors file"),
         (huge, "the header claims"),
+        // Large enough for its header, which no model needs: parsing it would take a hundred times the memory.
+        (header(&format!("{{{}", " ".repeat(17 << 20)), 0), "the header claims 17825793 bytes"),
+        (header(r#"{"a":{"dtype":"F32","shape":[2],"data_offsets":[8,16]}}"#, 16), "offset"),
+        (header(r#"{"a":{"dtype":"F32","shape":[2],"data_offsets":[0,4000000000]}}"#, 8), "invalid shape"),
         (header(misfit, 8)[..20].to_vec(), "cut short inside the header"),
         (header(misfit, 8), "invalid shape"),
         (header(overlap, 12), "offset"),
