@@ -14,6 +14,7 @@ mod frozen;
 mod info;
 mod model;
 mod pack;
+mod quantize;
 mod train;
 
 use std::process::ExitCode;
@@ -46,6 +47,7 @@ fn main() -> ExitCode {
         Command::Info(args) => info::run(&args),
         Command::Pack(args) => pack::run(&args),
         Command::Convert(args) => convert::run(&args),
+        Command::Quantize(args) => quantize::run(&args),
         Command::Fetch => frozen::ensure(true).map(|()| Done::All),
         Command::Train(args) => train::run(&args).map(|()| Done::All),
         Command::Data(args) => data::run(&args).map(|()| Done::All),

@@ -9,10 +9,8 @@
 use std::hint::black_box;
 use std::time::Instant;
 
-use blip2_kernels::activation::Activation;
-use blip2_kernels::gemm::Precision;
-use blip2_kernels::linear::PackedWeight;
-use blip2_kernels::quantized::{Epilogue, Format, QuantizedWeight};
+use blip2_kernels::linear::{Epilogue, Format as PlainFormat, PackedWeight};
+use blip2_kernels::quantized::{Format, QuantizedWeight};
 
 /// Bytes that no cache holds.
 const BEYOND_CACHE: usize = 256 << 20;
@@ -32,8 +30,8 @@ impl Weight {
 
     fn forward(&self, x: &[f32], n_rows: usize, bias: &[f32]) -> Vec<f32> {
         match self {
-            Self::Packed(w) => w.forward(x, n_rows, Some(bias), Activation::Identity),
-            Self::Quantized(w) => w.forward(x, n_rows, Epilogue { bias: Some(bias), ..Epilogue::default() }),
+            Self::Packed(w) => w.forward(x, n_rows, Epilogue::bias(Some(bias))),
+            Self::Quantized(w) => w.forward(x, n_rows, Epilogue::bias(Some(bias))),
         }
     }
 }
@@ -60,12 +58,12 @@ fn measure(n_rows: usize, n_out: usize, n_in: usize, n_runs: usize) {
     let row = |i: usize, row: &mut [f32]| {
         row.iter_mut().enumerate().for_each(|(j, w)| *w = ((i * n_in + j) as f32 * 0.618).fract() - 0.5);
     };
-    let pack = |precision| Weight::Packed(PackedWeight::pack(n_out, n_in, precision, &row));
+    let pack = |format| Weight::Packed(PackedWeight::pack(n_out, n_in, format, &row));
     let quantize = |format| Weight::Quantized(QuantizedWeight::quantize(n_out, n_in, format, &row));
     type Make<'a> = Box<dyn Fn() -> Weight + 'a>;
     let mut makers: Vec<(String, Make<'_>)> = vec![
-        ("F32".into(), Box::new(|| pack(Precision::F32))),
-        ("Bf16".into(), Box::new(|| pack(Precision::Bf16))),
+        ("F32".into(), Box::new(|| pack(PlainFormat::F32))),
+        ("Bf16".into(), Box::new(|| pack(PlainFormat::Bf16))),
     ];
     for format in Format::ALL {
         makers.push((format!("{format:?}"), Box::new(move || quantize(format))));

@@ -18,9 +18,10 @@ mod x86;
 
 use rayon::prelude::*;
 
-use crate::activation::{Activation, activate_few};
+use crate::activation::activate_few;
 use crate::gemm::{MatrixRef, Output, Precision, Start, gemm};
 use crate::isa::{Isa, with_isa};
+use crate::linear::Epilogue;
 pub use format::{BLOCK, Format};
 use format::{QUAD, WIDTH, f32_at};
 use rows::Rows;
@@ -31,23 +32,6 @@ const ROWS_A_GRADIENT_BLOCK: usize = 1024;
 
 /// Tasks for each thread: enough to even out their times.
 const TASKS_A_THREAD: usize = 4;
-
-/// What is done with a product before it is stored: `activation(x Wᵀ + bias) + residual`.
-#[derive(Debug, Clone, Copy)]
-pub struct Epilogue<'a> {
-    /// `[out]`.
-    pub bias: Option<&'a [f32]>,
-    /// Applied to product and bias.
-    pub activation: Activation,
-    /// `[n_rows, out]`, added last.
-    pub residual: Option<&'a [f32]>,
-}
-
-impl Default for Epilogue<'_> {
-    fn default() -> Self {
-        Self { bias: None, activation: Activation::Identity, residual: None }
-    }
-}
 
 /// A frozen weight `[out, in]` in few bits. Its bytes are in memory, or wherever else a slice can come from, such as a
 /// mapped file.
@@ -167,7 +151,30 @@ impl QuantizedWeight {
         self.forward_with(Isa::detect(), x, n_rows, epilogue)
     }
 
+    /// [`Self::forward`] into `y`.
+    ///
+    /// # Panics
+    /// When the lengths do not fit.
+    pub fn forward_into(&self, x: &[f32], n_rows: usize, epilogue: Epilogue<'_>, y: &mut [f32]) {
+        assert_eq!(y.len(), n_rows * self.out_features, "y must be [n_rows, out]");
+        // SAFETY: `y` has n_rows * out elements.
+        unsafe { self.forward_to(Isa::detect(), x, n_rows, epilogue, Output(y.as_mut_ptr())) };
+    }
+
     fn forward_with(&self, isa: Isa, x: &[f32], n_rows: usize, epilogue: Epilogue<'_>) -> Vec<f32> {
+        let n = n_rows * self.out_features;
+        let mut y = Vec::with_capacity(n);
+        // SAFETY: the capacity is n_rows * out, and all of it is written.
+        unsafe {
+            self.forward_to(isa, x, n_rows, epilogue, Output(y.as_mut_ptr()));
+            y.set_len(n);
+        }
+        y
+    }
+
+    /// # Safety
+    /// `y` must point to `n_rows * out_features` elements, which are all written.
+    unsafe fn forward_to(&self, isa: Isa, x: &[f32], n_rows: usize, epilogue: Epilogue<'_>, y: Output) {
         let (n_out, n_in) = (self.out_features, self.in_features);
         assert_eq!(x.len(), n_rows * n_in, "x must be [n_rows, in]");
         assert!(epilogue.bias.is_none_or(|bias| bias.len() == n_out), "the bias must be [out]");
@@ -176,17 +183,13 @@ impl QuantizedWeight {
             "the residual must be [n_rows, out]"
         );
         if n_rows == 0 {
-            return Vec::new();
+            return;
         }
-        let mut y = Vec::with_capacity(n_rows * n_out);
         let block = self.format.scaled_together(n_in);
         Rows::with(isa, x, n_rows, block, self.format.zero_point(), |rows| {
-            // SAFETY: the capacity is n_rows * out.
-            unsafe { self.multiply(isa, rows, n_rows, epilogue, Output(y.as_mut_ptr())) };
+            // SAFETY: the caller's promise.
+            unsafe { self.multiply(isa, rows, n_rows, epilogue, y) };
         });
-        // SAFETY: `multiply` wrote all of it.
-        unsafe { y.set_len(n_rows * n_out) };
-        y
     }
 
     /// # Safety

@@ -1,4 +1,5 @@
 use super::*;
+use crate::activation::Activation;
 use half::f16;
 
 fn numbers(n: usize, seed: u32) -> Vec<f32> {
@@ -103,7 +104,7 @@ fn extreme_integers_do_not_saturate() {
                     // Integers below 2^24: exact in f32 too.
                     let expected: f64 = row.iter().zip(&x).map(|(w, x)| f64::from(w * x.round())).sum();
                     for isa in Isa::all_available() {
-                        let y = w.forward_with(isa, &x, 1, Epilogue::default());
+                        let y = w.forward_with(isa, &x, 1, Epilogue::bias(None));
                         assert_eq!(f64::from(y[5]), expected, "{format:?} {isa:?} {byte:#x}");
                     }
                 }
@@ -119,7 +120,7 @@ fn a_row_depends_neither_on_other_rows_nor_on_the_number_of_threads() {
     for format in Format::ALL {
         let w = weight(format, n_out, n_in);
         let mut x = numbers(n_rows * n_in, 7);
-        let epilogue = Epilogue { bias: Some(&bias), activation: Activation::GeluErf, ..Epilogue::default() };
+        let epilogue = Epilogue { activation: Activation::GeluErf, ..Epilogue::bias(Some(&bias)) };
         let all = w.forward(&x, n_rows, epilogue);
         for some in [1, 2, 5, 13, 97] {
             let y = w.forward(&x[..some * n_in], some, epilogue);
@@ -134,12 +135,8 @@ fn a_row_depends_neither_on_other_rows_nor_on_the_number_of_threads() {
             x[row * n_in + row] = not_finite;
         }
         for isa in Isa::all_available() {
-            let y = w.forward_with(isa, &x, n_rows, Epilogue { bias: Some(&bias), ..Epilogue::default() });
-            let plain = w.forward(
-                &numbers(n_rows * n_in, 7),
-                n_rows,
-                Epilogue { bias: Some(&bias), ..Epilogue::default() },
-            );
+            let y = w.forward_with(isa, &x, n_rows, Epilogue::bias(Some(&bias)));
+            let plain = w.forward(&numbers(n_rows * n_in, 7), n_rows, Epilogue::bias(Some(&bias)));
             for (i, (y, plain)) in y.chunks_exact(n_out).zip(plain.chunks_exact(n_out)).enumerate() {
                 if [3, 7, 98].contains(&i) {
                     assert!(y.iter().all(|y| y.is_nan()), "{format:?} {isa:?} {i}");
@@ -186,14 +183,14 @@ fn weights_that_are_not_finite_show() {
             row[40] = [0.5, f32::NAN, f32::NEG_INFINITY][i];
         });
         for isa in Isa::all_available() {
-            let y = w.forward_with(isa, &[1.0; 64], 1, Epilogue::default());
+            let y = w.forward_with(isa, &[1.0; 64], 1, Epilogue::bias(None));
             assert!((y[0] - 32.0).abs() < 0.1 && y[1].is_nan() && y[2].is_nan(), "{format:?} {isa:?} {y:?}");
         }
     }
     // Zeros, and weights too small for a scale in half precision, are zero and not NaN.
     for format in Format::ALL {
         let w = QuantizedWeight::quantize(2, 64, format, &|i, row| row.fill([0.0, 1e-30][i]));
-        let y = w.forward(&[1.0; 64], 1, Epilogue::default());
+        let y = w.forward(&[1.0; 64], 1, Epilogue::bias(None));
         assert!(y.iter().all(|y| y.abs() < 1e-6), "{format:?} {y:?}");
     }
 }
@@ -253,7 +250,7 @@ fn stored_bytes_are_the_same_weight() {
         let stored = Odd([&[0], w.bytes()].concat());
         let again = QuantizedWeight::from_bytes(40, 100, format, Box::new(stored));
         for isa in Isa::all_available() {
-            let epilogue = Epilogue::default();
+            let epilogue = Epilogue::bias(None);
             assert_eq!(again.forward_with(isa, &x, 2, epilogue), w.forward_with(isa, &x, 2, epilogue));
         }
     }
