@@ -40,6 +40,8 @@ pub(crate) enum Command {
     Pack(PackArgs),
     /// Carry a checkpoint from LAVIS's layout to Hugging Face's or back, or from PyTorch's files into safetensors.
     Convert(ConvertArgs),
+    /// Make a model folder in few bits: smaller, faster, and opened by mapping its file.
+    Quantize(QuantizeArgs),
     /// Fetch a model of the hub, or the frozen parts of the default one, for later use without a network.
     Fetch {
         /// The model's name on the Hugging Face hub.
@@ -63,7 +65,8 @@ pub(crate) struct SourceArgs {
     /// it the default model.
     #[arg(long, env = "BLIP2_MODEL", value_name = "MODEL")]
     pub(crate) model: Option<PathBuf>,
-    /// In what to compute: published checkpoints in f32 unless this says otherwise, models packed here in bf16.
+    /// In what to compute: published checkpoints in f32, or as they were quantised, unless this says otherwise; models packed
+    /// here in bf16.
     #[arg(long, value_enum, value_name = "TYPE")]
     pub(crate) dtype: Option<ComputeArg>,
     /// Let a vision transformer see pictures of this side, in pixels, instead of the one it was trained with.
@@ -90,6 +93,10 @@ pub(crate) enum ComputeArg {
     F32,
     /// Twice as fast or more; a token may differ where two are nearly as likely.
     Bf16,
+    /// The matrices of vision transformer and language model in eight bits, the rest in f32.
+    Int8,
+    /// The language model's layers in four bits, the other large matrices in eight, the rest in f32.
+    Int4,
 }
 
 /// How to generate; what is not given is the model's own setting.
@@ -385,6 +392,25 @@ pub(crate) enum LayoutArg {
     Lavis,
     /// The tensors under the names they have, in one safetensors file.
     AsIs,
+}
+
+#[derive(Debug, clap::Args)]
+pub(crate) struct QuantizeArgs {
+    /// A model's folder, as Hugging Face publishes them.
+    pub(crate) model: PathBuf,
+    /// The folder to make.
+    pub(crate) out: PathBuf,
+    /// How many bits the large matrices get.
+    #[arg(long, value_enum)]
+    pub(crate) dtype: QuantizationArg,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
+pub(crate) enum QuantizationArg {
+    /// Eight bits for the matrices of vision transformer and language model.
+    Int8,
+    /// Four bits for the language model's layers, eight for the other large matrices.
+    Int4,
 }
 
 #[derive(Debug, clap::Args)]

@@ -16,6 +16,7 @@ mod info;
 mod memory;
 mod model;
 mod pack;
+mod quantize;
 mod serve;
 mod train;
 
@@ -49,6 +50,7 @@ fn main() -> ExitCode {
         Command::Info(args) => info::run(&args),
         Command::Pack(args) => pack::run(&args),
         Command::Convert(args) => convert::run(&args),
+        Command::Quantize(args) => quantize::run(&args),
         Command::Serve(args) => serve::run(args).map(|()| Done::All),
         Command::Fetch { model: None } => frozen::ensure(true).map(|()| Done::All),
         Command::Fetch { model: Some(name) } => model::fetch(&name).map(|()| Done::All),

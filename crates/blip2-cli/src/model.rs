@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 use anyhow::{Context, bail};
 use blip2::generate::{EarlyStopping, GenerationConfig};
 use blip2::image::{Limits, Pixels, RgbImage};
-use blip2::layers::Precision;
+use blip2::layers::{Precision, Quantization};
 use blip2::model::{Blip2, FILE_NAME, ImageFeatures, OpenOptions, Preset, memory_needed};
 
 use crate::args::{ComputeArg, EarlyStoppingArg, GenerationArgs, ModelArgs, PresetArg, SourceArgs};
@@ -50,16 +50,23 @@ pub(crate) fn open_source(args: &SourceArgs, part: Part) -> anyhow::Result<Blip2
         }
     };
     let is_hugging_face = blip2::model::is_hugging_face(&folder)?;
-    let precision = match args.dtype {
-        Some(ComputeArg::F32) => Precision::F32,
-        Some(ComputeArg::Bf16) => Precision::Bf16,
-        None if is_hugging_face => Precision::F32,
+    let stored = blip2::model::stored_quantization(&folder)?;
+    let (precision, quantization) = match args.dtype {
+        Some(ComputeArg::F32 | ComputeArg::Bf16) if stored.is_some() => {
+            bail!("{} is stored in few bits: leave --dtype out, or give the original model", folder.display())
+        }
+        Some(ComputeArg::F32) => (Precision::F32, None),
+        Some(ComputeArg::Bf16) => (Precision::Bf16, None),
+        Some(ComputeArg::Int8) => (Precision::F32, Some(Quantization::Int8)),
+        Some(ComputeArg::Int4) => (Precision::F32, Some(Quantization::Int4)),
+        None if is_hugging_face => (Precision::F32, None),
         // Rounding the trained weights and the four-bit language model once more costs nothing measurable.
-        None => Precision::Bf16,
+        None => (Precision::Bf16, None),
     };
     let options = OpenOptions {
         frozen: frozen::folders()?,
         precision,
+        quantization,
         image_size: args.image_size,
         vision: true,
         stage1: part != Part::Stage2,
@@ -67,7 +74,8 @@ pub(crate) fn open_source(args: &SourceArgs, part: Part) -> anyhow::Result<Blip2
     };
     // This project's own models are small, and their frozen parts are elsewhere.
     if is_hugging_face {
-        memory::check(memory_needed(&folder, precision)?, memory::available(), args.ignore_memory)?;
+        let needed = memory_needed(&folder, precision, quantization)?;
+        memory::check(needed, memory::available(), args.ignore_memory)?;
     }
     Ok(Blip2::open(folder, &options)?)
 }

@@ -6,6 +6,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 
 use anyhow::Context;
 use blip2::language::LanguageModel;
+use blip2::layers::Precision;
 use blip2::text::BertTokenizer;
 use blip2::vision::VisionEncoder;
 use blip2::weights::int8::TrainedWeights;
@@ -90,8 +91,8 @@ fn run_stage1(config: &Stage1Config, resume: bool, terminal: &mut Terminal) -> a
 fn run_stage2(config: &Stage2Config, resume: bool, terminal: &mut Terminal) -> anyhow::Result<Outcome> {
     let encoder = VisionEncoder::efficientnet_lite0(&config.encoder).context("the image encoder")?;
     let init = TrainedWeights::open(&config.init).context("the weights to start from")?;
-    let (model, tokenizer) =
-        LanguageModel::open(&config.language_model, config.precision.into()).context("the language model")?;
+    let (model, tokenizer) = LanguageModel::open(&config.language_model, Precision::from(config.precision))
+        .context("the language model")?;
     let language = Language { model: &model, tokenizer: &tokenizer };
     let outcome = train_stage2(config, &encoder, language, &init, resume, terminal)?;
     eprintln!(

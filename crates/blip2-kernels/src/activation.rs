@@ -126,9 +126,15 @@ pub(crate) fn activate_in_place(x: &mut [f32], activation: Activation) {
         with_isa(
             isa,
             #[inline(always)]
-            || for_each_activation!(activation, A => x.iter_mut().for_each(|x| *x = value(*x, A))),
+            || activate_few(x, activation),
         );
     });
+}
+
+/// `x = activation(x)` inside `with_isa`, on this thread.
+#[inline(always)]
+pub(crate) fn activate_few(x: &mut [f32], activation: Activation) {
+    for_each_activation!(activation, A => x.iter_mut().for_each(|x| *x = value(*x, A)));
 }
 
 /// `activation'(x) d_out`, the gradient of [`activate`].

@@ -7,9 +7,9 @@ use std::sync::OnceLock;
 pub enum Isa {
     /// Plain Rust: the reference of every test.
     Scalar,
-    /// AVX2 and FMA.
+    /// AVX2, FMA and F16C.
     Avx2,
-    /// AVX-512 F, BW, VL, DQ and BF16.
+    /// AVX-512 F, BW, VL, DQ, BF16 and VNNI.
     Avx512,
 }
 
@@ -39,7 +39,9 @@ impl Isa {
         let mut available = vec![Self::Scalar];
         #[cfg(target_arch = "x86_64")]
         {
-            let avx2 = is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma");
+            let avx2 = is_x86_feature_detected!("avx2")
+                && is_x86_feature_detected!("fma")
+                && is_x86_feature_detected!("f16c");
             if avx2 {
                 available.push(Self::Avx2);
             }
@@ -47,7 +49,8 @@ impl Isa {
                 && is_x86_feature_detected!("avx512bw")
                 && is_x86_feature_detected!("avx512vl")
                 && is_x86_feature_detected!("avx512dq")
-                && is_x86_feature_detected!("avx512bf16");
+                && is_x86_feature_detected!("avx512bf16")
+                && is_x86_feature_detected!("avx512vnni");
             if avx2 && avx512 {
                 available.push(Self::Avx512);
             }

@@ -21,4 +21,5 @@ pub mod isa;
 mod lanes;
 pub mod linear;
 pub mod norm;
+pub mod quantized;
 pub mod rope;

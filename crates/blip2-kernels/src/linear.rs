@@ -15,6 +15,26 @@ const ROWS_A_GRADIENT_BLOCK: usize = 1024;
 
 /// Panels packed in parallel before they are put in their places.
 const PANELS_AT_A_TIME: usize = 64;
+/// Elements of a residual that a task adds: large enough to outweigh handing it out.
+const ADDED_AT_A_TIME: usize = 1 << 14;
+
+/// What is done with a product before it is given out: `activation(x Wᵀ + bias) + residual`.
+#[derive(Debug, Clone, Copy)]
+pub struct Epilogue<'a> {
+    /// `[out]`.
+    pub bias: Option<&'a [f32]>,
+    /// Applied to product and bias.
+    pub activation: Activation,
+    /// `[n_rows, out]`, added last.
+    pub residual: Option<&'a [f32]>,
+}
+
+impl<'a> Epilogue<'a> {
+    /// The bias alone.
+    pub fn bias(bias: Option<&'a [f32]>) -> Self {
+        Self { bias, activation: Activation::Identity, residual: None }
+    }
+}
 
 /// A frozen weight `[out, in]`, stored in the panels that the matrix product reads.
 #[derive(Debug)]
@@ -76,20 +96,16 @@ impl PackedWeight {
         Self { blocks, out_features, in_features, format }
     }
 
-    /// `activation(x Wᵀ + bias)`; `x` is `[n_rows, in]`, the result `[n_rows, out]`.
+    /// `activation(x Wᵀ + bias) + residual`; `x` is `[n_rows, in]`, the result `[n_rows, out]`.
     ///
     /// A row of the result is the same, bit for bit, whatever `n_rows` is.
     ///
     /// # Panics
     /// When the lengths do not fit.
-    pub fn forward(
-        &self,
-        x: &[f32],
-        n_rows: usize,
-        bias: Option<&[f32]>,
-        activation: Activation,
-    ) -> Vec<f32> {
+    pub fn forward(&self, x: &[f32], n_rows: usize, epilogue: Epilogue<'_>) -> Vec<f32> {
         let n = n_rows * self.out_features;
+        let Epilogue { bias, activation, residual } = epilogue;
+        assert!(residual.is_none_or(|residual| residual.len() == n), "the residual must be [n_rows, out]");
         let mut y = Vec::with_capacity(n);
         // SAFETY: the capacity is n_rows * out, and all of it is written.
         unsafe {
@@ -97,10 +113,15 @@ impl PackedWeight {
             y.set_len(n);
         }
         activate_in_place(&mut y, activation);
+        if let Some(residual) = residual {
+            y.par_chunks_mut(ADDED_AT_A_TIME)
+                .zip(residual.par_chunks(ADDED_AT_A_TIME))
+                .for_each(|(y, residual)| y.iter_mut().zip(residual).for_each(|(y, x)| *y += x));
+        }
         y
     }
 
-    /// [`Self::forward`] without activation into `y`.
+    /// [`Self::forward`] with the bias alone, into `y`.
     ///
     /// # Panics
     /// When the lengths do not fit.
@@ -228,12 +249,26 @@ mod tests {
             let packed = weight(out, inn, format);
             let x: Vec<f32> = (0..n * inn).map(|i| number(i + 7)).collect();
             let bias: Vec<f32> = (0..out).map(number).collect();
-            let all = packed.forward(&x, n, Some(&bias), Activation::GeluErf);
+            let epilogue = Epilogue { activation: Activation::GeluErf, ..Epilogue::bias(Some(&bias)) };
+            let all = packed.forward(&x, n, epilogue);
             for n_rows in [1, 2, 5, 13, 97] {
-                let some = packed.forward(&x[..n_rows * inn], n_rows, Some(&bias), Activation::GeluErf);
+                let some = packed.forward(&x[..n_rows * inn], n_rows, epilogue);
                 assert_eq!(some, all[..n_rows * out], "{format:?} {n_rows}");
             }
         }
+    }
+
+    #[test]
+    fn the_residual_is_added_last() {
+        let (out, inn, n) = (75, 70, 300);
+        let packed = weight(out, inn, Format::F32);
+        let x: Vec<f32> = (0..n * inn).map(|i| number(i + 7)).collect();
+        let residual: Vec<f32> = (0..n * out).map(|i| number(5 * i)).collect();
+        let relu = Epilogue { activation: Activation::Relu, ..Epilogue::bias(None) };
+        let mut expected = packed.forward(&x, n, relu);
+        expected.iter_mut().zip(&residual).for_each(|(y, x)| *y += x);
+        let found = packed.forward(&x, n, Epilogue { residual: Some(&residual), ..relu });
+        assert_eq!(found, expected);
     }
 
     #[test]
@@ -259,7 +294,7 @@ mod tests {
         for format in [Format::WideF16, Format::WideBf16] {
             let half = weight(out, inn, format);
             let copy = PackedWeight::pack(out, inn, Format::F32, &|i, row| half.row(i, row));
-            let [half_y, copy_y] = [&half, &copy].map(|w| w.forward(&x, n, None, Activation::Identity));
+            let [half_y, copy_y] = [&half, &copy].map(|w| w.forward(&x, n, Epilogue::bias(None)));
             assert_eq!(half_y, copy_y, "{format:?}");
             let [mut half_d, mut copy_d] = [vec![0.0; n * inn], vec![0.0; n * inn]];
             half.input_gradient(&half_y, n, &mut half_d);

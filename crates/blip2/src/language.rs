@@ -23,7 +23,7 @@ pub use opt::{Opt, OptConfig};
 pub use t5::{T5, T5Config};
 
 use crate::cache::{CachedSequence, KvCache};
-use crate::layers::{Linear, Plan, Precision, Sequence, Span};
+use crate::layers::{FrozenFormat, Linear, Plan, Sequence, Span};
 use crate::text::LanguageTokenizer;
 use crate::weights::gguf::Gguf;
 use crate::weights::safetensors::Safetensors;
@@ -42,12 +42,12 @@ pub enum LanguageModel {
 }
 
 impl LanguageModel {
-    /// Loads a model from a GGUF file; its matrices are packed for products in `precision`.
+    /// Loads a model from a GGUF file; its matrices are packed for the kernels in `format`.
     ///
     /// # Errors
     /// When the architecture is not known, or a tensor is missing, misshapen or unknown.
-    pub fn from_gguf(file: &Gguf, precision: Precision) -> Result<Self> {
-        Llama::from_gguf(file, precision).map(Self::Llama)
+    pub fn from_gguf(file: &Gguf, format: impl Into<FrozenFormat>) -> Result<Self> {
+        Llama::from_gguf(file, format.into()).map(Self::Llama)
     }
 
     /// Loads a model from a Hugging Face checkpoint: its `config.json` and the tensors whose names start with `prefix`
@@ -60,18 +60,18 @@ impl LanguageModel {
         config: &serde_json::Value,
         file: &Safetensors,
         prefix: &str,
-        precision: Precision,
+        format: impl Into<FrozenFormat>,
     ) -> Result<Self> {
+        let format = format.into();
         match config["model_type"].as_str() {
-            Some("opt") => {
-                Opt::from_safetensors(OptConfig::from_hugging_face(config)?, file, prefix, precision)
-                    .map(Self::Opt)
+            Some("opt") => Opt::from_safetensors(OptConfig::from_hugging_face(config)?, file, prefix, format)
+                .map(Self::Opt),
+            Some("t5") => {
+                T5::from_safetensors(T5Config::from_hugging_face(config)?, file, prefix, format).map(Self::T5)
             }
-            Some("t5") => T5::from_safetensors(T5Config::from_hugging_face(config)?, file, prefix, precision)
-                .map(Self::T5),
             Some("llama") | None => {
                 let config = LlamaConfig::from_hugging_face(config)?;
-                Llama::from_safetensors(config, file, prefix, precision).map(Self::Llama)
+                Llama::from_safetensors(config, file, prefix, format).map(Self::Llama)
             }
             Some(other) => Err(config::unsupported("model_type", &other, "llama, opt or t5")),
         }
@@ -83,11 +83,14 @@ impl LanguageModel {
     /// # Errors
     /// When a file is missing or is not what its name says; those of [`from_gguf`](Self::from_gguf) and
     /// [`from_safetensors`](Self::from_safetensors).
-    pub fn open(path: impl AsRef<Path>, precision: Precision) -> Result<(Self, LanguageTokenizer)> {
+    pub fn open(
+        path: impl AsRef<Path>,
+        format: impl Into<FrozenFormat>,
+    ) -> Result<(Self, LanguageTokenizer)> {
         let path = path.as_ref();
         if !path.is_dir() {
             let file = Gguf::open(path)?;
-            return Ok((Self::from_gguf(&file, precision)?, LanguageTokenizer::from_gguf(&file)?));
+            return Ok((Self::from_gguf(&file, format)?, LanguageTokenizer::from_gguf(&file)?));
         }
         let io = |path: &Path| {
             let path = path.to_owned();
@@ -107,7 +110,7 @@ impl LanguageModel {
             return Err(Error::File { path: path.into(), reason });
         }
         let file = Safetensors::open_files(&weights)?;
-        let model = Self::from_safetensors(&config, &file, "", precision)?;
+        let model = Self::from_safetensors(&config, &file, "", format)?;
         file.finish()?;
         Ok((model, LanguageTokenizer::from_folder(path)?))
     }

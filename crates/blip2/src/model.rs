@@ -11,6 +11,7 @@ mod hugging_face;
 pub mod layout;
 mod memory;
 mod preset;
+mod quantize;
 mod stage1;
 mod stage2;
 mod stages;
@@ -25,11 +26,12 @@ pub use config::{FILE_NAME, ModelConfig, Stage1Config, Stage2Config, VisionConfi
 pub use explain::{HeatMap, Word};
 pub use memory::memory_needed;
 pub use preset::Preset;
+pub use quantize::{quantize, stored_quantization};
 pub use stage1::{LabelScore, MatchScore};
 pub use stage2::{Answer, Choice};
 
 use crate::image::RgbImage;
-use crate::layers::Precision;
+use crate::layers::{FrozenFormat, Precision, Quantization};
 use crate::qformer::ImageKeys;
 use crate::vision::VisionEncoder;
 use crate::weights::{MappedFile, sha256};
@@ -42,6 +44,9 @@ pub struct OpenOptions {
     pub frozen: Vec<PathBuf>,
     /// Precision of the matrix products.
     pub precision: Precision,
+    /// Few bits for the large frozen matrices, of a vision transformer and of a language model; nothing leaves them as they
+    /// are stored. A language model in a GGUF file keeps the blocks that are in as few bits already.
+    pub quantization: Option<Quantization>,
     /// Side in pixels of the pictures that a vision transformer is to see, instead of the one it was trained with: its
     /// position embeddings are interpolated (transformers' `interpolate_pos_encoding`).
     pub image_size: Option<usize>,
@@ -53,11 +58,18 @@ pub struct OpenOptions {
     pub stage2: bool,
 }
 
+impl OpenOptions {
+    fn frozen_format(&self) -> FrozenFormat {
+        FrozenFormat { precision: self.precision, quantization: self.quantization }
+    }
+}
+
 impl Default for OpenOptions {
     fn default() -> Self {
         Self {
             frozen: Vec::new(),
             precision: Precision::F32,
+            quantization: None,
             image_size: None,
             vision: true,
             stage1: true,
@@ -146,7 +158,7 @@ impl Blip2 {
             .map(|stage2| {
                 let language_model = find(&stage2.language_model)?;
                 check_sha256(&language_model, stage2.language_model_sha256.as_deref())?;
-                stage2::Stage2::open(folder, &config, stage2, &language_model, options.precision)
+                stage2::Stage2::open(folder, &config, stage2, &language_model, options.frozen_format())
             })
             .transpose()?;
         Ok(Self { vision, stage1, stage2, config })

@@ -27,6 +27,7 @@ mod blocks;
 mod checkpoint;
 pub mod gguf;
 pub mod int8;
+pub(crate) mod quantized;
 pub mod safetensors;
 pub mod torch_pickle;
 
@@ -170,15 +171,23 @@ impl<'a> TensorRows<'a> {
         self.file.release(self.bytes);
     }
 
+    /// The stored bytes of row `row`.
+    ///
+    /// # Panics
+    /// When there is no such row.
+    pub fn row_bytes(&self, row: usize) -> &'a [u8] {
+        assert!(row < self.n_rows(), "row {row} of a tensor with {} rows", self.n_rows());
+        let n_bytes = self.bytes.len() / self.n_rows();
+        &self.bytes[row * n_bytes..(row + 1) * n_bytes]
+    }
+
     /// Decodes row `row` into `into`.
     ///
     /// # Panics
     /// When there is no such row or `into` is not of length [`row_len`](Self::row_len).
     pub fn read_row(&self, row: usize, into: &mut [f32]) {
         assert_eq!(into.len(), self.row_len(), "the buffer must hold exactly one row");
-        assert!(row < self.n_rows(), "row {row} of a tensor with {} rows", self.n_rows());
-        let n_bytes = self.bytes.len() / self.n_rows();
-        self.encoding.decode(&self.bytes[row * n_bytes..(row + 1) * n_bytes], into);
+        self.encoding.decode(self.row_bytes(row), into);
     }
 
     /// Decodes all rows, in order.

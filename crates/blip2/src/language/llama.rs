@@ -10,7 +10,7 @@ use super::causal::{Causal, check_rows};
 use super::loading::{File, Loader, Table};
 use crate::Result;
 use crate::cache::KvCache;
-use crate::layers::{Activation, AttentionShape, Linear, Precision, RmsNorm, Weight, gated, rope};
+use crate::layers::{Activation, AttentionShape, FrozenFormat, Linear, RmsNorm, Weight, gated, rope};
 use crate::weights::gguf::Gguf;
 use crate::weights::safetensors::Safetensors;
 
@@ -45,9 +45,9 @@ impl Llama {
     ///
     /// # Errors
     /// When it is of another architecture, or a tensor is missing, misshapen or unknown.
-    pub fn from_gguf(file: &Gguf, precision: Precision) -> Result<Self> {
+    pub fn from_gguf(file: &Gguf, format: FrozenFormat) -> Result<Self> {
         let config = LlamaConfig::from_gguf(file)?;
-        let model = Self::load(config, &File::Gguf(file), precision)?;
+        let model = Self::load(config, &File::Gguf(file), format)?;
         file.finish()?;
         Ok(model)
     }
@@ -60,10 +60,10 @@ impl Llama {
         config: LlamaConfig,
         file: &Safetensors,
         prefix: &str,
-        precision: Precision,
+        format: FrozenFormat,
     ) -> Result<Self> {
         config.validate()?;
-        let model = Self::load(config, &File::HuggingFace { file, prefix }, precision)?;
+        let model = Self::load(config, &File::HuggingFace { file, prefix }, format)?;
         // A tied head may be stored all the same, old files also hold the rotary frequencies: both follow from the rest.
         let is_known = |name: &str| {
             name.strip_prefix(prefix).is_some_and(|name| {
@@ -75,16 +75,16 @@ impl Llama {
         Ok(model)
     }
 
-    fn load(config: LlamaConfig, file: &File<'_>, precision: Precision) -> Result<Self> {
-        let mut loader = Loader::new(file, precision);
+    fn load(config: LlamaConfig, file: &File<'_>, format: FrozenFormat) -> Result<Self> {
+        let mut loader = Loader::new(file, format);
         let (d, ffn) = (config.hidden_size, config.intermediate_size);
         let (n_heads, n_kv_heads) = (config.num_attention_heads, config.num_key_value_heads);
         let (q, kv) = (n_heads * config.head_dim, n_kv_heads * config.head_dim);
-        let embed_tokens = loader.packed("model.embed_tokens.weight", config.vocab_size, d, None)?;
+        let embed_tokens = loader.table("model.embed_tokens.weight", config.vocab_size, d)?;
         let lm_head = if config.tie_word_embeddings {
             embed_tokens.clone()
         } else {
-            loader.packed("lm_head.weight", config.vocab_size, d, None)?
+            loader.table("lm_head.weight", config.vocab_size, d)?
         };
         let layer = |loader: &mut Loader<'_>, i: usize| -> Result<Layer> {
             let at = |name: &str| format!("model.layers.{i}.{name}");
@@ -111,7 +111,7 @@ impl Llama {
         let norm = loader.norm("model.norm", d, config.rms_norm_eps)?;
         Ok(Self {
             embed_tokens: Table(embed_tokens),
-            lm_head: Linear::new(Weight::Packed(lm_head), None),
+            lm_head: Linear::new(Weight::Frozen(lm_head), None),
             layers: layers.into(),
             norm,
             n_parameters: loader.n_parameters,
@@ -182,11 +182,12 @@ impl Causal for Llama {
             let k = rotate(&layer.k_proj.forward(&normed)?, config.num_key_value_heads)?;
             let v = layer.v_proj.forward(&normed)?;
             let attended = attend(layer_idx, &q, &k, &v)?;
-            x = (x + layer.o_proj.forward(&attended)?)?;
+            x = layer.o_proj.forward_then(&attended, Activation::Identity, Some(&x))?;
 
             let normed = layer.post_attention_layernorm.forward(&x)?;
             let (gate, up) = (layer.gate_proj.forward(&normed)?, layer.up_proj.forward(&normed)?);
-            x = (x + layer.down_proj.forward(&gated(&gate, &up, Activation::Silu)?)?)?;
+            let inner = gated(&gate, &up, Activation::Silu)?;
+            x = layer.down_proj.forward_then(&inner, Activation::Identity, Some(&x))?;
         }
         Ok(self.norm.forward(&x)?)
     }

@@ -2,24 +2,20 @@
 
 use std::sync::Arc;
 
-use blip2_kernels::linear::PackedWeight;
+use blip2_kernels::quantized::{Format, QuantizedWeight};
 use candle_core::{Device, Tensor};
 
-use crate::layers::{LayerNorm, Linear, Precision, RmsNorm, Weight, pack};
+use crate::layers::{
+    FrozenFormat, FrozenWeight, LayerNorm, Linear, Quantization, RmsNorm, TensorSource, Weight,
+};
 use crate::weights::gguf::Gguf;
 use crate::weights::safetensors::Safetensors;
 use crate::weights::{TensorRows, is_finite};
 use crate::{Error, Result};
 
-/// Embeddings in the packed format of a linear layer, read row by row.
-#[derive(Clone)]
-pub(super) struct Table(pub(super) Arc<PackedWeight>);
-
-impl std::fmt::Debug for Table {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        write!(f, "Table([{}, {}])", self.0.out_features(), self.0.in_features())
-    }
-}
+/// Embeddings in the frozen format of a linear layer, read row by row.
+#[derive(Debug, Clone)]
+pub(super) struct Table(pub(super) FrozenWeight);
 
 impl Table {
     /// The embeddings of tokens, one a row.
@@ -68,6 +64,16 @@ impl File<'_> {
     }
 }
 
+impl File<'_> {
+    /// A matrix that the file holds in few bits as the kernels read it.
+    fn quantized(&self, name: &str) -> Result<Option<QuantizedWeight>> {
+        match self {
+            Self::Gguf(_) => Ok(None),
+            Self::HuggingFace { file, prefix } => file.quantized(&format!("{prefix}{name}")),
+        }
+    }
+}
+
 /// The name in a GGUF file of the tensor that Hugging Face calls `name`.
 fn gguf_name(name: &str) -> String {
     let name = name.strip_prefix("model.").unwrap_or(name);
@@ -106,7 +112,7 @@ fn interleaved_row(row: usize, head_dim: usize) -> usize {
 
 pub(super) struct Loader<'a> {
     file: &'a File<'a>,
-    precision: Precision,
+    format: FrozenFormat,
     /// Parameters read so far.
     pub(super) n_parameters: usize,
     /// Memory of what was read so far.
@@ -114,25 +120,50 @@ pub(super) struct Loader<'a> {
 }
 
 impl<'a> Loader<'a> {
-    pub(super) fn new(file: &'a File<'a>, precision: Precision) -> Self {
-        Self { file, precision, n_parameters: 0, n_bytes: 0 }
+    pub(super) fn new(file: &'a File<'a>, format: FrozenFormat) -> Self {
+        Self { file, format, n_parameters: 0, n_bytes: 0 }
+    }
+
+    /// The embeddings of the vocabulary, or its output head.
+    pub(super) fn table(&mut self, name: &str, n_tokens: usize, width: usize) -> Result<FrozenWeight> {
+        let format = self.format.quantization.map(Quantization::vocabulary);
+        self.frozen(name, n_tokens, width, format, None)
     }
 
     /// Packs a matrix straight from the file's rows, never holding it in f32. `rotary_head_dim` is given for projections
     /// whose outputs are rotated.
-    pub(super) fn packed(
+    fn frozen(
         &mut self,
         name: &str,
         n_out: usize,
         n_in: usize,
+        format: Option<Format>,
         rotary_head_dim: Option<usize>,
-    ) -> Result<Arc<PackedWeight>> {
-        let (rows, name) = self.file.tensor(name)?;
-        let rows = rows.expect_shape(&name, &[n_out, n_in])?;
-        let packed = pack(&name, &rows, self.precision, &self.stored_row(rotary_head_dim))?;
+    ) -> Result<FrozenWeight> {
+        let weight = if let Some(stored) = self.file.quantized(name)? {
+            let found = vec![stored.out_features(), stored.in_features()];
+            if found != [n_out, n_in] {
+                return Err(Error::TensorShape { name: name.into(), expected: vec![n_out, n_in], found });
+            }
+            FrozenWeight::Quantized(Arc::new(stored))
+        } else {
+            let (rows, name) = self.file.tensor(name)?;
+            let rows = rows.expect_shape(&name, &[n_out, n_in])?;
+            let stored_row = self.stored_row(rotary_head_dim);
+            match format {
+                Some(format) => {
+                    let weight = FrozenWeight::quantize(&name, &rows, format, &stored_row)?;
+                    if let File::HuggingFace { file, .. } = self.file {
+                        file.note_quantized(&name, &weight);
+                    }
+                    weight
+                }
+                None => FrozenWeight::pack(&name, &rows, self.format.precision, &stored_row)?,
+            }
+        };
         self.n_parameters += n_out * n_in;
-        self.n_bytes += packed.n_bytes();
-        Ok(Arc::new(packed))
+        self.n_bytes += weight.n_bytes();
+        Ok(weight)
     }
 
     pub(super) fn linear(
@@ -143,7 +174,8 @@ impl<'a> Loader<'a> {
         has_bias: bool,
         rotary_head_dim: Option<usize>,
     ) -> Result<Linear> {
-        let weight = self.packed(&format!("{name}.weight"), n_out, n_in, rotary_head_dim)?;
+        let format = self.format.quantization.map(Quantization::language);
+        let weight = self.frozen(&format!("{name}.weight"), n_out, n_in, format, rotary_head_dim)?;
         let bias = if has_bias {
             let stored = self.vector(&format!("{name}.bias"), n_out)?;
             let stored_row = self.stored_row(rotary_head_dim);
@@ -152,7 +184,7 @@ impl<'a> Loader<'a> {
         } else {
             None
         };
-        Ok(Linear::new(Weight::Packed(weight), bias))
+        Ok(Linear::new(Weight::Frozen(weight), bias))
     }
 
     pub(super) fn norm(&mut self, name: &str, size: usize, eps: f64) -> Result<RmsNorm> {

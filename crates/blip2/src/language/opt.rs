@@ -11,7 +11,7 @@ use super::config::{boolean_or, check_sizes, number, size, size_or, text, unsupp
 use super::loading::{File, Loader, Table};
 use crate::Result;
 use crate::cache::KvCache;
-use crate::layers::{Activation, AttentionShape, LayerNorm, Linear, Precision, Weight, activate};
+use crate::layers::{Activation, AttentionShape, FrozenFormat, LayerNorm, Linear, Weight};
 use crate::weights::safetensors::Safetensors;
 
 /// Rows of the position table before position 0.
@@ -146,14 +146,14 @@ impl Opt {
         config: OptConfig,
         file: &Safetensors,
         prefix: &str,
-        precision: Precision,
+        format: FrozenFormat,
     ) -> Result<Self> {
         config.validate()?;
         let source = File::HuggingFace { file, prefix };
-        let mut loader = Loader::new(&source, precision);
+        let mut loader = Loader::new(&source, format);
         let (d, width, bias) = (config.hidden_size, config.word_embed_proj_dim, config.enable_bias);
         let decoder = |name: &str| format!("model.decoder.{name}");
-        let embed_tokens = loader.packed(&decoder("embed_tokens.weight"), config.vocab_size, width, None)?;
+        let embed_tokens = loader.table(&decoder("embed_tokens.weight"), config.vocab_size, width)?;
         let n_positions = config.max_position_embeddings + POSITION_OFFSET;
         let embed_positions = loader.matrix(&decoder("embed_positions.weight"), n_positions, d)?;
         let projects = width != d;
@@ -188,7 +188,7 @@ impl Opt {
         let lm_head = if config.tie_word_embeddings {
             embed_tokens.clone()
         } else {
-            loader.packed("lm_head.weight", config.vocab_size, width, None)?
+            loader.table("lm_head.weight", config.vocab_size, width)?
         };
         // A tied head may be stored all the same.
         file.ignore(|name| config.tie_word_embeddings && name.strip_prefix(prefix) == Some("lm_head.weight"));
@@ -199,7 +199,7 @@ impl Opt {
             layers: layers.into(),
             final_layer_norm,
             project_out,
-            lm_head: Linear::new(Weight::Packed(lm_head), None),
+            lm_head: Linear::new(Weight::Frozen(lm_head), None),
             n_parameters: loader.n_parameters,
             n_bytes: loader.n_bytes,
             config,
@@ -267,16 +267,14 @@ impl Causal for Opt {
             let input = if before { layer.self_attn_layer_norm.forward(&x)? } else { x.clone() };
             let (q, k) = (layer.q_proj.forward(&input)?, layer.k_proj.forward(&input)?);
             let attended = attend(layer_idx, &q, &k, &layer.v_proj.forward(&input)?)?;
-            let attended = layer.out_proj.forward(&attended)?;
-            x = if before {
-                (x + attended)?
-            } else {
-                layer.self_attn_layer_norm.forward_residual(&attended, &x)?
-            };
+            // The norm stands before the sublayer, or after the residual.
+            let residual = before.then_some(&x);
+            let y = layer.out_proj.forward_then(&attended, Activation::Identity, residual)?;
+            x = if before { y } else { layer.self_attn_layer_norm.forward_residual(&y, &x)? };
             let input = if before { layer.final_layer_norm.forward(&x)? } else { x.clone() };
-            let inner = activate(&layer.fc1.forward(&input)?, config.activation)?;
-            let inner = layer.fc2.forward(&inner)?;
-            x = if before { (x + inner)? } else { layer.final_layer_norm.forward_residual(&inner, &x)? };
+            let inner = layer.fc1.forward_then(&input, config.activation, None)?;
+            let y = layer.fc2.forward_then(&inner, Activation::Identity, before.then_some(&x))?;
+            x = if before { y } else { layer.final_layer_norm.forward_residual(&y, &x)? };
         }
         if let Some(norm) = &self.final_layer_norm {
             x = norm.forward(&x)?;

@@ -11,8 +11,8 @@ use super::config::{boolean, boolean_or, check_sizes, number, size, size_or, tex
 use super::loading::{File, Loader, Table, on_a_worker};
 use crate::cache::{CachedSequence, KvCache, LayerRows};
 use crate::layers::{
-    Activation, AttentionShape, Linear, Plan, Precision, RelativeBias, RmsNorm, Sequence, Span, Weight,
-    activate, attention_biased, attention_cached, attention_to, gated,
+    Activation, AttentionShape, FrozenFormat, Linear, Plan, RelativeBias, RmsNorm, Sequence, Span, Weight,
+    attention_biased, attention_cached, attention_to, gated,
 };
 use crate::weights::safetensors::Safetensors;
 use crate::{Error, Result};
@@ -210,17 +210,17 @@ impl T5 {
         config: T5Config,
         file: &Safetensors,
         prefix: &str,
-        precision: Precision,
+        format: FrozenFormat,
     ) -> Result<Self> {
         config.validate()?;
         let source = File::HuggingFace { file, prefix };
-        let mut loader = Loader::new(&source, precision);
-        let shared = loader.packed("shared.weight", config.vocab_size, config.d_model, None)?;
+        let mut loader = Loader::new(&source, format);
+        let shared = loader.table("shared.weight", config.vocab_size, config.d_model)?;
         let encoder = Stack::load(&config, &mut loader, false)?;
         let decoder = Stack::load(&config, &mut loader, true)?;
         // The head of its own wins over the table, whatever the configuration says of tying.
         let lm_head = if file.contains(&format!("{prefix}lm_head.weight")) {
-            loader.packed("lm_head.weight", config.vocab_size, config.d_model, None)?
+            loader.table("lm_head.weight", config.vocab_size, config.d_model)?
         } else {
             shared.clone()
         };
@@ -239,7 +239,7 @@ impl T5 {
             shared: Table(shared),
             encoder,
             decoder,
-            lm_head: Linear::new(Weight::Packed(lm_head), None),
+            lm_head: Linear::new(Weight::Frozen(lm_head), None),
             n_parameters: loader.n_parameters,
             n_bytes: loader.n_bytes,
             config,
@@ -379,7 +379,7 @@ impl T5 {
                     if let Some(cross) = &layer.cross_attention {
                         let q = cross.q.forward(&cross.layer_norm.forward(&x)?)?;
                         let attended = attention_to(&q, memory, &new.memory_plan, shape, None)?;
-                        x = (x + cross.o.forward(&attended)?)?;
+                        x = cross.o.forward_then(&attended, Activation::Identity, Some(&x))?;
                     }
                     x = layer.feed_forward(&x, &self.config)?;
                 }
@@ -467,7 +467,7 @@ impl Attention {
     ) -> Result<Tensor> {
         let normed = self.layer_norm.forward(x)?;
         let (q, k, v) = (self.q.forward(&normed)?, self.k.forward(&normed)?, self.v.forward(&normed)?);
-        Ok((x + self.o.forward(&attend(&q, &k, &v)?)?)?)
+        Ok(self.o.forward_then(&attend(&q, &k, &v)?, Activation::Identity, Some(x))?)
     }
 }
 
@@ -476,10 +476,10 @@ impl Layer {
         let normed = self.feed_forward_norm.forward(x)?;
         let inner = match &self.wi[..] {
             [gate, up] => gated(&gate.forward(&normed)?, &up.forward(&normed)?, config.activation)?,
-            [wi, ..] => activate(&wi.forward(&normed)?, config.activation)?,
+            [wi, ..] => wi.forward_then(&normed, config.activation, None)?,
             [] => normed,
         };
-        Ok((x + self.wo.forward(&inner)?)?)
+        Ok(self.wo.forward_then(&inner, Activation::Identity, Some(x))?)
     }
 }
 

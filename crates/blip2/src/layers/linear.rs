@@ -1,29 +1,27 @@
 //! The affine map, in whatever format its weight is held.
 
-use std::sync::Arc;
-
 use blip2_kernels::column_sums::add_column_sums;
 use blip2_kernels::gemm::{MatrixRef, Precision, Start, gemm, product};
-use blip2_kernels::linear::PackedWeight;
-use candle_core::{CpuStorage, CustomOp1, CustomOp3, Layout, Result, Shape, Tensor};
+use blip2_kernels::linear::Epilogue;
+use candle_core::{CpuStorage, CustomOp1, CustomOp2, CustomOp3, Layout, Result, Shape, Tensor};
 
-use super::Activation;
 use super::view::{slice, tensor, with_slices};
+use super::{Activation, FrozenWeight, activate};
 
 /// A weight matrix `[out, in]`.
 #[derive(Clone)]
 pub enum Weight {
     /// A plain tensor, trainable where it is a variable; products are computed in the given precision.
     Dense(Tensor, Precision),
-    /// Frozen, in the panels that the kernels read.
-    Packed(Arc<PackedWeight>),
+    /// Frozen, in a format that the kernels read.
+    Frozen(FrozenWeight),
 }
 
 impl std::fmt::Debug for Weight {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         match self {
             Self::Dense(w, precision) => write!(f, "Dense({:?}, {precision:?})", w.shape()),
-            Self::Packed(w) => write!(f, "Packed([{}, {}])", w.out_features(), w.in_features()),
+            Self::Frozen(w) => w.fmt(f),
         }
     }
 }
@@ -56,11 +54,44 @@ impl Linear {
                 };
                 x.apply_op3(weight, &bias, DenseLinear { precision: *precision })
             }
-            Weight::Packed(weight) => {
-                let bias = self.bias.as_ref().map(Tensor::to_vec1).transpose()?;
-                x.apply_op1(PackedLinear { weight: weight.clone(), bias })
-            }
+            Weight::Frozen(weight) => x.apply_op1(self.frozen(weight, Activation::Identity)?),
         }
+    }
+
+    /// `activation(x Wᵀ + b) + residual`. Where the weight is frozen and nothing before has a gradient, it is one pass
+    /// over the result; everywhere it is the same, bit for bit, and has its gradient.
+    ///
+    /// # Errors
+    /// When the width of `x` is not `in`, or the residual is not of the result's shape.
+    pub fn forward_then(
+        &self,
+        x: &Tensor,
+        activation: Activation,
+        residual: Option<&Tensor>,
+    ) -> Result<Tensor> {
+        let is_tracked = x.track_op() || residual.is_some_and(Tensor::track_op);
+        if let Weight::Frozen(weight) = &self.weight
+            && !is_tracked
+        {
+            let (x, op) = (x.contiguous()?, self.frozen(weight, activation)?);
+            return match residual {
+                Some(residual) => x.apply_op2_no_bwd(&residual.contiguous()?, &op),
+                None => x.apply_op1_no_bwd(&op),
+            };
+        }
+        let mut y = self.forward(x)?;
+        if activation != Activation::Identity {
+            y = activate(&y, activation)?;
+        }
+        match residual {
+            Some(residual) => y + residual,
+            None => Ok(y),
+        }
+    }
+
+    fn frozen(&self, weight: &FrozenWeight, activation: Activation) -> Result<FrozenLinear> {
+        let bias = self.bias.as_ref().map(Tensor::to_vec1).transpose()?;
+        Ok(FrozenLinear { weight: weight.clone(), bias, activation })
     }
 
     pub(super) fn weight(&self) -> &Weight {
@@ -213,25 +244,38 @@ impl CustomOp3 for DenseLinear {
     }
 }
 
-struct PackedLinear {
-    weight: Arc<PackedWeight>,
+struct FrozenLinear {
+    weight: FrozenWeight,
     bias: Option<Vec<f32>>,
+    activation: Activation,
 }
 
-impl CustomOp1 for PackedLinear {
+impl FrozenLinear {
+    fn forward(&self, s: &CpuStorage, l: &Layout, residual: Option<&[f32]>) -> Result<(CpuStorage, Shape)> {
+        let (x, n_in, n_out) = (slice(s, l)?, self.weight.in_features(), self.weight.out_features());
+        check_width(l, n_in)?;
+        let (n_rows, shape) = (x.len() / n_in, output_shape(l, n_out));
+        if residual.is_some_and(|residual| residual.len() != n_rows * n_out) {
+            candle_core::bail!("a residual was given that has not the shape {shape:?}");
+        }
+        let epilogue = Epilogue { bias: self.bias.as_deref(), activation: self.activation, residual };
+        Ok((CpuStorage::F32(self.weight.forward(x, n_rows, epilogue)), shape))
+    }
+}
+
+impl CustomOp1 for FrozenLinear {
     fn name(&self) -> &'static str {
-        "packed-linear"
+        "frozen-linear"
     }
 
     fn cpu_fwd(&self, s: &CpuStorage, l: &Layout) -> Result<(CpuStorage, Shape)> {
-        let (x, n_in, n_out) = (slice(s, l)?, self.weight.in_features(), self.weight.out_features());
-        check_width(l, n_in)?;
-        let n_rows = x.len() / n_in;
-        let y = self.weight.forward(x, n_rows, self.bias.as_deref(), Activation::Identity);
-        Ok((CpuStorage::F32(y), output_shape(l, n_out)))
+        self.forward(s, l, None)
     }
 
     fn bwd(&self, x: &Tensor, _: &Tensor, d_y: &Tensor) -> Result<Option<Tensor>> {
+        if self.activation != Activation::Identity {
+            candle_core::bail!("a fused activation has no gradient");
+        }
         let d_x = with_slices([&d_y.contiguous()?], |[d_y]| {
             let n_rows = d_y.len() / self.weight.out_features();
             let mut d_x = vec![0.0; n_rows * self.weight.in_features()];
@@ -239,5 +283,22 @@ impl CustomOp1 for PackedLinear {
             d_x
         })?;
         tensor(d_x, x).map(Some)
+    }
+}
+
+/// The second argument is the residual.
+impl CustomOp2 for FrozenLinear {
+    fn name(&self) -> &'static str {
+        "frozen-linear-residual"
+    }
+
+    fn cpu_fwd(
+        &self,
+        s1: &CpuStorage,
+        l1: &Layout,
+        s2: &CpuStorage,
+        l2: &Layout,
+    ) -> Result<(CpuStorage, Shape)> {
+        self.forward(s1, l1, Some(slice(s2, l2)?))
     }
 }

@@ -5,12 +5,11 @@ use std::sync::Arc;
 use blip2_kernels::column_sums::add_column_sums;
 use blip2_kernels::cross_entropy as kernels;
 use blip2_kernels::gemm::Precision;
-use blip2_kernels::linear::PackedWeight;
 use candle_core::{CpuStorage, CustomOp1, CustomOp3, Layout, Result, Shape, Tensor};
 
 use super::linear::{dense_forward_into, dense_input_gradient_into, dense_weight_gradient};
 use super::view::{slice, tensor, with_slices};
-use super::{Linear, Weight};
+use super::{FrozenWeight, Linear, Weight};
 
 /// Rows of logits held at a time: a vocabulary of 50,000 makes each row 200 kB.
 const ROWS_AT_A_TIME: usize = 512;
@@ -46,10 +45,10 @@ pub fn linear_cross_entropy(x: &Tensor, head: &Linear, targets: &[u32], smoothin
             };
             x.apply_op3(weight, &bias, DenseCrossEntropy { targets, smoothing, precision: *precision })
         }
-        Weight::Packed(weight) => {
+        Weight::Frozen(weight) => {
             check_targets(&targets, n_rows, weight.out_features())?;
             let bias = head.bias().map(Tensor::to_vec1).transpose()?;
-            x.apply_op1(PackedCrossEntropy { weight: weight.clone(), bias, targets, smoothing })
+            x.apply_op1(FrozenCrossEntropy { weight: weight.clone(), bias, targets, smoothing })
         }
     }
 }
@@ -169,16 +168,16 @@ impl CustomOp3 for DenseCrossEntropy {
     }
 }
 
-struct PackedCrossEntropy {
-    weight: Arc<PackedWeight>,
+struct FrozenCrossEntropy {
+    weight: FrozenWeight,
     bias: Option<Vec<f32>>,
     targets: Arc<[u32]>,
     smoothing: f32,
 }
 
-impl CustomOp1 for PackedCrossEntropy {
+impl CustomOp1 for FrozenCrossEntropy {
     fn name(&self) -> &'static str {
-        "packed-linear-cross-entropy"
+        "frozen-linear-cross-entropy"
     }
 
     fn cpu_fwd(&self, s: &CpuStorage, l: &Layout) -> Result<(CpuStorage, Shape)> {

@@ -3,14 +3,14 @@
 use std::cell::RefCell;
 use std::collections::BTreeMap;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
 
 use blip2_kernels::gemm::Precision;
-use blip2_kernels::linear::{Format, PackedWeight};
+use blip2_kernels::linear::PackedWeight;
+use blip2_kernels::quantized::{Format, QuantizedWeight};
 use candle_core::{Device, Tensor, Var};
 
-use super::{Linear, Weight};
-use crate::weights::{Encoding, TensorRows, is_finite};
+use super::{FrozenWeight, Linear, Quantization, Weight};
+use crate::weights::{TensorRows, is_finite};
 use crate::{Error, Result};
 
 /// A checkpoint: named f32 tensors. Implementations note which names were read.
@@ -33,34 +33,20 @@ pub trait TensorSource {
         let _ = name;
         Ok(None)
     }
-}
 
-/// Packs the stored matrix `name`, output `i` from the stored row `stored_row(i)`, and lets go of the file's pages. Numbers of 16
-/// bits stay so, whatever the precision of the products.
-///
-/// # Errors
-/// [`Error::NotFinite`].
-pub(crate) fn pack(
-    name: &str,
-    rows: &TensorRows<'_>,
-    precision: Precision,
-    stored_row: &(dyn Fn(usize) -> usize + Sync),
-) -> Result<PackedWeight> {
-    let format = match (precision, rows.encoding()) {
-        (Precision::F32, Encoding::F16) => Format::WideF16,
-        (Precision::F32, Encoding::Bf16) => Format::WideBf16,
-        (precision, _) => precision.into(),
-    };
-    let is_sound = AtomicBool::new(true);
-    let row = |i: usize, into: &mut [f32]| {
-        rows.read_row(stored_row(i), into);
-        if !is_finite(into) {
-            is_sound.store(false, Ordering::Relaxed);
-        }
-    };
-    let packed = PackedWeight::pack(rows.n_rows(), rows.row_len(), format, &row);
-    rows.release();
-    if is_sound.into_inner() { Ok(packed) } else { Err(Error::NotFinite { name: name.to_owned() }) }
+    /// A matrix that is stored in few bits as the kernels read it; nothing where it is stored as numbers.
+    ///
+    /// # Errors
+    /// When its data cannot be read.
+    fn quantized(&self, name: &str) -> Result<Option<QuantizedWeight>> {
+        let _ = name;
+        Ok(None)
+    }
+
+    /// Tells the source what a matrix was rounded to, for one that is going to be stored so.
+    fn note_quantized(&self, name: &str, weight: &FrozenWeight) {
+        let _ = (name, weight);
+    }
 }
 
 impl TensorSource for BTreeMap<String, (Vec<usize>, Vec<f32>)> {
@@ -95,6 +81,8 @@ pub struct Loader<'a> {
     source: &'a dyn TensorSource,
     trainable: Option<&'a Trainable>,
     precision: Precision,
+    /// The format of frozen linear layers, where it is one of few bits.
+    quantized: Option<Format>,
     prefix: String,
 }
 
@@ -107,12 +95,18 @@ impl std::fmt::Debug for Loader<'_> {
 impl<'a> Loader<'a> {
     /// Frozen weights: matrices are packed for the kernels in `precision`.
     pub fn frozen(source: &'a dyn TensorSource, precision: Precision) -> Self {
-        Self { source, trainable: None, precision, prefix: String::new() }
+        Self { source, trainable: None, precision, quantized: None, prefix: String::new() }
     }
 
     /// Variables registered in `trainable`; f32 master weights whose products are computed in `precision`.
     pub fn trainable(source: &'a dyn TensorSource, trainable: &'a Trainable, precision: Precision) -> Self {
-        Self { source, trainable: Some(trainable), precision, prefix: String::new() }
+        Self { source, trainable: Some(trainable), precision, quantized: None, prefix: String::new() }
+    }
+
+    /// The same loader, whose frozen linear layers are rounded to few bits, as those of a vision transformer are.
+    pub fn quantizing(mut self, quantization: Option<Quantization>) -> Self {
+        self.quantized = quantization.map(Quantization::vision);
+        self
     }
 
     /// The loader of a submodule.
@@ -169,7 +163,21 @@ impl<'a> Loader<'a> {
         if self.trainable.is_some() {
             return Ok(Weight::Dense(self.tensor(name, &[n_out, n_in])?, self.precision));
         }
-        self.frozen_weight(name, &[n_out, n_in])
+        let full_name = self.full_name(name);
+        self.check_shape(&full_name, &[n_out, n_in])?;
+        if let Some(stored) = self.source.quantized(&full_name)? {
+            return Ok(Weight::Frozen(FrozenWeight::Quantized(Arc::new(stored))));
+        }
+        let Some(format) = self.quantized else { return self.frozen_weight(name, &[n_out, n_in]) };
+        let weight = if let Some(rows) = self.source.rows(&full_name)? {
+            FrozenWeight::quantize(&full_name, &rows, format, &|row| row)?
+        } else {
+            let data = self.source.read_f32(&full_name)?;
+            let row = |i: usize, out: &mut [f32]| out.copy_from_slice(&data[i * n_in..(i + 1) * n_in]);
+            FrozenWeight::Quantized(Arc::new(QuantizedWeight::quantize(n_out, n_in, format, &row)))
+        };
+        self.source.note_quantized(&full_name, &weight);
+        Ok(Weight::Frozen(weight))
     }
 
     /// The frozen matrix `name` whose rows are stored in further dimensions, `[n_out, …]`, such as the kernel of a
@@ -182,13 +190,13 @@ impl<'a> Loader<'a> {
         let full_name = self.full_name(name);
         self.check_shape(&full_name, shape)?;
         let packed = if let Some(rows) = self.source.rows(&full_name)? {
-            pack(&full_name, &rows.flattened(), self.precision, &|row| row)?
+            FrozenWeight::pack(&full_name, &rows.flattened(), self.precision, &|row| row)?
         } else {
             let data = self.read(&full_name, shape)?;
             let row = |i: usize, out: &mut [f32]| out.copy_from_slice(&data[i * n_in..(i + 1) * n_in]);
-            PackedWeight::pack(n_out, n_in, self.precision.into(), &row)
+            FrozenWeight::Packed(Arc::new(PackedWeight::pack(n_out, n_in, self.precision.into(), &row)))
         };
-        Ok(Weight::Packed(Arc::new(packed)))
+        Ok(Weight::Frozen(packed))
     }
 
     fn full_name(&self, name: &str) -> String {

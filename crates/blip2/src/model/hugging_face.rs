@@ -5,6 +5,7 @@
 
 use std::path::{Path, PathBuf};
 
+use blip2_kernels::quantized::QuantizedWeight;
 use serde_json::Value as Json;
 
 use super::config::{ModelConfig, Stage1Config, Stage2Config, VisionConfig};
@@ -16,7 +17,7 @@ use crate::config::QFormerConfig;
 use crate::generate::GenerationConfig;
 use crate::image::{Geometry, ImageProcessor};
 use crate::language::LanguageModel;
-use crate::layers::{Loader, TensorSource};
+use crate::layers::{FrozenWeight, Loader, TensorSource};
 use crate::qformer::{QFormer, TextSide};
 use crate::text::{BertTokenizer, LanguageTokenizer, PromptFormat};
 use crate::vision::VisionEncoder;
@@ -46,11 +47,23 @@ pub(super) fn read_config(folder: &Path) -> Result<Option<Json>> {
 /// # Errors
 /// When the configuration asks for what is not there, a file is missing, or the tensors are not exactly those of the model.
 pub(super) fn open(folder: &Path, json: &Json, options: &OpenOptions) -> Result<Blip2> {
+    let file = Safetensors::open(folder)?;
+    if let (Some(stored), Some(wanted)) = (file.quantization(), options.quantization)
+        && stored != wanted
+    {
+        let reason = format!("is stored in {stored:?}: open the original to hold it in {wanted:?}");
+        return Err(Error::File { path: folder.into(), reason });
+    }
+    load(folder, json, &file, options)
+}
+
+/// [`open`] with the checkpoint opened.
+pub(super) fn load(folder: &Path, json: &Json, file: &Safetensors, options: &OpenOptions) -> Result<Blip2> {
     let field = "architectures";
     match json[field][0].as_str() {
         // A configuration that was made by hand may not say; captions are what most models are for.
-        None | Some("Blip2ForConditionalGeneration") => open_generation(folder, json, options),
-        Some("Blip2ForImageTextRetrieval") => open_retrieval(folder, json, options),
+        None | Some("Blip2ForConditionalGeneration") => open_generation(folder, json, file, options),
+        Some("Blip2ForImageTextRetrieval") => open_retrieval(folder, json, file, options),
         Some(other) => Err(wrong(
             field,
             &format!("is `{other}`, expected Blip2ForConditionalGeneration or Blip2ForImageTextRetrieval"),
@@ -59,7 +72,7 @@ pub(super) fn open(folder: &Path, json: &Json, options: &OpenOptions) -> Result<
 }
 
 /// Opens a model for matching and features (`Blip2ForImageTextRetrieval`).
-fn open_retrieval(folder: &Path, json: &Json, options: &OpenOptions) -> Result<Blip2> {
+fn open_retrieval(folder: &Path, json: &Json, file: &Safetensors, options: &OpenOptions) -> Result<Blip2> {
     let vit = vit_config(&json["vision_config"])?;
     let mut qformer = qformer_config(json)?;
     qformer.encoder_hidden_size = vit.hidden_size;
@@ -72,20 +85,19 @@ fn open_retrieval(folder: &Path, json: &Json, options: &OpenOptions) -> Result<B
         );
         return Err(Error::File { path: folder.into(), reason: format!("the vocabulary {reason}") });
     }
-    let file = Safetensors::open(folder)?;
-    let source = Renamed(&file);
+    let source = Renamed(file);
     let loader = Loader::frozen(&source, options.precision);
     let (encoder, processor) = load_vision(folder, vit, &loader, options)?;
     let vit = encoder.config().clone();
     let bridge = QFormer::load(&qformer, &loader, TextSide::Matching)?;
     file.ignore(|name| name.ends_with(".position_ids"));
     file.finish()?;
-    let name = folder_name(folder);
+    let name = model_name(folder, file);
     let is_trained =
         |name: &&str| !name.starts_with("vision_model.") || name.starts_with("vision_model.post_layernorm.");
     let shapes = file.names().filter(is_trained).filter_map(|name| file.shape(name).ok());
     let n_parameters = shapes.map(|shape| shape.iter().product::<usize>()).sum();
-    let stage1 = Stage1Config { weights: file_names(&file), vocabulary: "vocab.txt".into() };
+    let stage1 = Stage1Config { weights: file_names(file), vocabulary: "vocab.txt".into() };
     let vision = vision(options, encoder, processor, &name, vit.image_size)?;
     let loaded = options.stage1.then(|| Stage1::new(bridge, tokenizer, Texts::AsGiven, n_parameters));
     let config =
@@ -101,7 +113,7 @@ fn load_vision(
     options: &OpenOptions,
 ) -> Result<(Vit, ImageProcessor)> {
     let mut processor = processor(folder, config.image_size)?;
-    let loader = loader.at("vision_model");
+    let loader = loader.at("vision_model").quantizing(options.quantization);
     let expected = vec![1, config.n_tokens(), config.hidden_size];
     if let Some(found) = loader.shape("embeddings.position_embedding").filter(|found| *found != expected) {
         let name = "vision_model.embeddings.position_embedding".into();
@@ -113,6 +125,11 @@ fn load_vision(
     // LAVIS resizes the positions of its two encoders by two conventions.
     let align = if config.pre_norm { AlignCorners::Yes } else { AlignCorners::No };
     Ok((Vit::load(config, &loader, align)?, processor))
+}
+
+/// The folder's name, or that of the folder whose model was quantised into this one.
+pub(super) fn model_name(folder: &Path, file: &Safetensors) -> String {
+    file.original_name().map_or_else(|| folder_name(folder), Into::into)
 }
 
 fn file_names(file: &Safetensors) -> Vec<PathBuf> {
@@ -133,7 +150,7 @@ fn vision(
 }
 
 /// Opens a model for captions and answers (`Blip2ForConditionalGeneration`).
-fn open_generation(folder: &Path, json: &Json, options: &OpenOptions) -> Result<Blip2> {
+fn open_generation(folder: &Path, json: &Json, file: &Safetensors, options: &OpenOptions) -> Result<Blip2> {
     let vit = vit_config(&json["vision_config"])?;
     let mut qformer = qformer_config(json)?;
     qformer.encoder_hidden_size = vit.hidden_size;
@@ -144,22 +161,22 @@ fn open_generation(folder: &Path, json: &Json, options: &OpenOptions) -> Result<
         other => return Err(wrong("text_config.model_type", &format!("is `{other}`, expected opt or t5"))),
     };
     let tokenizer = tokenizer(folder, &text, family)?;
-    let file = Safetensors::open(folder)?;
-    let source = Renamed(&file);
+    let source = Renamed(file);
     let loader = Loader::frozen(&source, options.precision);
 
     // Every part is loaded, asked for or not: what is left over then is a mistake.
     let (encoder, processor) = load_vision(folder, vit, &loader, options)?;
     let vit = encoder.config().clone();
     let bridge = QFormer::load(&qformer, &loader, TextSide::None)?;
-    let language_model = LanguageModel::from_safetensors(&text, &file, "language_model.", options.precision)?;
+    let language_model =
+        LanguageModel::from_safetensors(&text, file, "language_model.", options.frozen_format())?;
     let language_projection =
         loader.linear("language_projection", qformer.hidden_size, language_model.hidden_size())?;
     // Buffers of old revisions: positions count from 0.
     file.ignore(|name| name.ends_with(".position_ids"));
     file.finish()?;
 
-    let name = folder_name(folder);
+    let name = model_name(folder, file);
     // The models that were fine-tuned on COCO's captions expect the beginning of one.
     let instruction = if name.contains("coco") { "a photo of" } else { "" };
     let folder_generation = FolderGeneration::read(folder)?;
@@ -180,7 +197,7 @@ fn open_generation(folder: &Path, json: &Json, options: &OpenOptions) -> Result<
         generation: folder_generation,
     };
     let stage2 = Stage2Config {
-        weights: file_names(&file),
+        weights: file_names(file),
         language_model: folder.into(),
         language_model_sha256: None,
         prompt: family.question(),
@@ -306,6 +323,14 @@ impl TensorSource for Renamed<'_> {
 
     fn rows(&self, name: &str) -> Result<Option<TensorRows<'_>>> {
         self.0.rows(&Self::name(name))
+    }
+
+    fn quantized(&self, name: &str) -> Result<Option<QuantizedWeight>> {
+        self.0.quantized(&Self::name(name))
+    }
+
+    fn note_quantized(&self, name: &str, weight: &FrozenWeight) {
+        self.0.note_quantized(&Self::name(name), weight);
     }
 }
 

@@ -11,7 +11,7 @@ use crate::generate::{
     Event, FinishReason, Generation, GenerationConfig, Request, Session, StopRules, generate, score,
 };
 use crate::language::LanguageModel;
-use crate::layers::{DropoutRng, Linear, Loader, Precision};
+use crate::layers::{DropoutRng, FrozenFormat, Linear, Loader};
 use crate::qformer::{QFormer, TextSide};
 use crate::text::{LanguageTokenizer, Prompt, PromptFormat, Turn};
 use crate::weights::int8::TrainedWeights;
@@ -75,13 +75,13 @@ impl Stage2 {
         config: &ModelConfig,
         stage2: &Stage2Config,
         language_model: &Path,
-        precision: Precision,
+        format: FrozenFormat,
     ) -> Result<Self> {
         let paths: Vec<PathBuf> = stage2.weights.iter().map(|file| folder.join(file)).collect();
         let weights = TrainedWeights::open(&paths)?;
-        let loader = Loader::frozen(&weights, precision);
+        let loader = Loader::frozen(&weights, format.precision);
         let qformer = QFormer::load(&config.qformer, &loader, TextSide::None)?;
-        let (language_model, tokenizer) = LanguageModel::open(language_model, precision)?;
+        let (language_model, tokenizer) = LanguageModel::open(language_model, format)?;
         let language_projection =
             loader.linear("language_projection", config.qformer.hidden_size, language_model.hidden_size())?;
         weights.finish()?;

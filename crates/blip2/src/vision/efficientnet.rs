@@ -8,7 +8,7 @@
 
 use blip2_kernels::activation::Activation;
 use blip2_kernels::conv::{ConvDims, depthwise_conv2d, im2col};
-use blip2_kernels::linear::{Format, PackedWeight};
+use blip2_kernels::linear::{Epilogue, Format, PackedWeight};
 use rayon::prelude::*;
 
 use crate::layers::TensorSource;
@@ -261,7 +261,8 @@ impl Pointwise {
     /// `[N, in]` to `[N, out]`.
     fn apply(&self, rows: &[f32]) -> Vec<f32> {
         let n_rows = rows.len() / self.weight.in_features();
-        self.weight.forward(rows, n_rows, Some(&self.bias), self.activation)
+        let epilogue = Epilogue { activation: self.activation, ..Epilogue::bias(Some(&self.bias)) };
+        self.weight.forward(rows, n_rows, epilogue)
     }
 
     fn n_parameters(&self) -> usize {

@@ -9,9 +9,7 @@
 use candle_core::{Device, Tensor};
 use serde::{Deserialize, Serialize};
 
-use crate::layers::{
-    Activation, AttentionShape, LayerNorm, Linear, Loader, Plan, Sequence, Span, activate, attention,
-};
+use crate::layers::{Activation, AttentionShape, LayerNorm, Linear, Loader, Plan, Sequence, Span, attention};
 use crate::{Error, Result};
 
 /// A vision transformer's sizes (`Blip2VisionConfig`).
@@ -282,9 +280,9 @@ impl Vit {
             let qkv = block.qkv.forward(&block.layer_norm1.forward(&x)?)?;
             let part = |i: usize| qkv.narrow(1, i * d, d)?.contiguous();
             let attended = attention(&part(0)?, &part(1)?, &part(2)?, &plan, shape, None)?;
-            x = (x + block.projection.forward(&attended)?)?;
-            let inner = activate(&block.fc1.forward(&block.layer_norm2.forward(&x)?)?, activation)?;
-            x = (x + block.fc2.forward(&inner)?)?;
+            x = block.projection.forward_then(&attended, Activation::Identity, Some(&x))?;
+            let inner = block.fc1.forward_then(&block.layer_norm2.forward(&x)?, activation, None)?;
+            x = block.fc2.forward_then(&inner, Activation::Identity, Some(&x))?;
         }
         Ok(x)
     }

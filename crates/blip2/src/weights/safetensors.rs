@@ -3,13 +3,18 @@
 use std::{
     collections::BTreeMap,
     path::{Path, PathBuf},
-    sync::atomic::{AtomicBool, Ordering},
+    sync::{
+        Mutex, PoisonError,
+        atomic::{AtomicBool, Ordering},
+    },
 };
 
+use blip2_kernels::quantized::QuantizedWeight;
 use safetensors::{Dtype, SafeTensorError, SafeTensors};
 
+use super::quantized::{Index, Matrix};
 use super::{Encoding, MappedFile, TensorRows, recognise, refuse};
-use crate::layers::TensorSource;
+use crate::layers::{FrozenWeight, Quantization, TensorSource};
 use crate::{Error, Result};
 
 mod write;
@@ -32,6 +37,8 @@ pub struct Safetensors {
     files: Vec<MappedFile>,
     metadata: BTreeMap<String, String>,
     tensors: BTreeMap<String, Entry>,
+    quantized: Option<(Quantization, String)>,
+    noted: Option<Mutex<BTreeMap<String, FrozenWeight>>>,
 }
 
 #[derive(Debug)]
@@ -40,7 +47,10 @@ struct Entry {
     dtype: Dtype,
     shape: Vec<usize>,
     range: std::ops::Range<usize>,
+    /// What the bytes are, where they are a matrix in few bits.
+    matrix: Option<Matrix>,
     used: AtomicBool,
+    ignored: AtomicBool,
 }
 
 impl Safetensors {
@@ -74,7 +84,13 @@ impl Safetensors {
     /// [`Error::Io`] or [`Error::File`] with the file's name and what is wrong with it: cut short, a header that
     /// does not match the data, another format, a tensor that two files hold.
     pub fn open_files(paths: &[impl AsRef<Path>]) -> Result<Self> {
-        let mut checkpoint = Self { files: Vec::new(), metadata: BTreeMap::new(), tensors: BTreeMap::new() };
+        let mut checkpoint = Self {
+            files: Vec::new(),
+            metadata: BTreeMap::new(),
+            tensors: BTreeMap::new(),
+            quantized: None,
+            noted: None,
+        };
         for path in paths {
             checkpoint.add(MappedFile::open(path)?)?;
         }
@@ -140,17 +156,71 @@ impl Safetensors {
                 dtype: info.dtype,
                 shape: info.shape.clone(),
                 range: data + start..data + end,
+                matrix: None,
                 used: AtomicBool::new(false),
+                ignored: AtomicBool::new(false),
             };
             if let Some(other) = self.tensors.insert(name.clone(), entry) {
                 let other = self.files[other.file_idx].path().display();
                 return Err(refuse(file.path(), format!("the tensor `{name}` is also in {other}")));
             }
         }
-        self.metadata
-            .extend(header.metadata().iter().flatten().map(|(key, value)| (key.clone(), value.clone())));
+        let metadata: BTreeMap<String, String> =
+            header.metadata().iter().flatten().map(|(key, value)| (key.clone(), value.clone())).collect();
+        let index = Index::read(&metadata).map_err(|reason| refuse(file.path(), reason))?;
+        if let Some(index) = index {
+            self.add_matrices(&file, &index.matrices)?;
+            self.quantized = Some((index.dtype, index.original));
+        }
+        self.metadata.extend(metadata);
         self.files.push(file);
         Ok(())
+    }
+
+    /// The matrices in few bits that the file, which is about to be added, says it has.
+    fn add_matrices(&mut self, file: &MappedFile, matrices: &BTreeMap<String, Matrix>) -> Result<()> {
+        for (name, matrix) in matrices {
+            let here = self.files.len();
+            let entry =
+                self.tensors.get_mut(name).filter(|entry| entry.file_idx == here && entry.dtype == Dtype::U8);
+            let Some(entry) = entry else {
+                return Err(refuse(file.path(), format!("has no tensor of bytes `{name}`, which it lists")));
+            };
+            let refuse = |reason| refuse(file.path(), format!("tensor `{name}` {reason}"));
+            matrix.check(entry.range.len()).map_err(refuse)?;
+            entry.shape = matrix.shape.into();
+            entry.matrix = Some(*matrix);
+        }
+        Ok(())
+    }
+
+    /// The same checkpoint, which remembers what its matrices are rounded to.
+    pub(crate) fn noting(mut self) -> Self {
+        self.noted = Some(Mutex::default());
+        self
+    }
+
+    /// What matrices were rounded to, by name.
+    pub(super) fn noted(&self) -> BTreeMap<String, FrozenWeight> {
+        let noted =
+            self.noted.as_ref().map(|noted| noted.lock().unwrap_or_else(PoisonError::into_inner).clone());
+        noted.unwrap_or_default()
+    }
+
+    /// Whether its large matrices are stored in few bits.
+    pub fn quantization(&self) -> Option<Quantization> {
+        self.quantized.as_ref().map(|(quantization, _)| *quantization)
+    }
+
+    /// The name of the folder that a checkpoint in few bits was made from.
+    pub(crate) fn original_name(&self) -> Option<&str> {
+        self.quantized.as_ref().map(|(_, original)| original.as_str())
+    }
+
+    /// Names of the tensors that were not [ignored](Self::ignore).
+    pub(super) fn kept_names(&self) -> impl Iterator<Item = &str> {
+        let kept = self.tensors.iter().filter(|(_, entry)| !entry.ignored.load(Ordering::Relaxed));
+        kept.map(|(name, _)| name.as_str())
     }
 
     /// The files, in the order they were opened.
@@ -189,6 +259,9 @@ impl Safetensors {
         let entry = self.entry(name)?;
         let file = &self.files[entry.file_idx];
         let refuse = |reason: String| refuse(file.path(), format!("tensor `{name}` {reason}"));
+        if entry.matrix.is_some() {
+            return Err(refuse("is a matrix in few bits, where numbers are needed".into()));
+        }
         let encoding = encoding(entry.dtype).ok_or_else(|| {
             refuse(format!("holds {} numbers: convert it to F32, F16 or BF16", entry.dtype))
         })?;
@@ -226,6 +299,7 @@ impl Safetensors {
         for (name, entry) in &self.tensors {
             if is_known(name) {
                 entry.used.store(true, Ordering::Relaxed);
+                entry.ignored.store(true, Ordering::Relaxed);
             }
         }
     }
@@ -340,6 +414,19 @@ impl TensorSource for Safetensors {
 
     fn rows(&self, name: &str) -> Result<Option<TensorRows<'_>>> {
         self.tensor(name).map(Some)
+    }
+
+    fn quantized(&self, name: &str) -> Result<Option<QuantizedWeight>> {
+        let entry = self.entry(name)?;
+        let Some(matrix) = entry.matrix else { return Ok(None) };
+        entry.used.store(true, Ordering::Relaxed);
+        Ok(Some(matrix.open(&self.files[entry.file_idx], entry.range.clone())))
+    }
+
+    fn note_quantized(&self, name: &str, weight: &FrozenWeight) {
+        if let Some(noted) = &self.noted {
+            noted.lock().unwrap_or_else(PoisonError::into_inner).insert(name.into(), weight.clone());
+        }
     }
 }
 

@@ -37,6 +37,10 @@ pub enum Values<'a> {
     U32(&'a [u32]),
     I64(&'a [i64]),
     U64(&'a [u64]),
+    /// Panels of a matrix in few bits, stored first and at a multiple of 64 bytes.
+    Panels(&'a [u8]),
+    /// The bytes of a tensor as another safetensors file has them.
+    Stored(Encoding, &'a [u8]),
 }
 
 impl Values<'_> {
@@ -50,6 +54,8 @@ impl Values<'_> {
             Self::U32(v) => v.len(),
             Self::I64(v) => v.len(),
             Self::U64(v) => v.len(),
+            Self::Panels(v) => v.len(),
+            Self::Stored(_, v) => 8 * v.len() / self.dtype().bitsize(),
         }
     }
 
@@ -59,10 +65,11 @@ impl Values<'_> {
             Self::F32AsF16(_) | Self::F16(_) => Dtype::F16,
             Self::Bf16(_) => Dtype::BF16,
             Self::I8(_) => Dtype::I8,
-            Self::U8(_) => Dtype::U8,
+            Self::U8(_) | Self::Panels(_) => Dtype::U8,
             Self::U32(_) => Dtype::U32,
             Self::I64(_) => Dtype::I64,
             Self::U64(_) => Dtype::U64,
+            Self::Stored(encoding, _) => dtype(*encoding).expect("a type that the format has"),
         }
     }
 
@@ -77,7 +84,7 @@ impl Values<'_> {
             Self::F16(v) => write_each(file, v, |x| x.to_le_bytes()),
             Self::Bf16(v) => write_each(file, v, |x| x.to_le_bytes()),
             Self::I8(v) => write_each(file, v, |x| x.to_le_bytes()),
-            Self::U8(v) => file.write_all(v),
+            Self::U8(v) | Self::Panels(v) | Self::Stored(_, v) => file.write_all(v),
             Self::U32(v) => write_each(file, v, |x| x.to_le_bytes()),
             Self::I64(v) => write_each(file, v, |x| x.to_le_bytes()),
             Self::U64(v) => write_each(file, v, |x| x.to_le_bytes()),
@@ -102,14 +109,15 @@ fn write_each<T: Copy, const N: usize>(
 
 /// Writes tensors to a safetensors file, atomically (see [`write_atomically`]).
 ///
-/// The bytes depend on nothing but the arguments: tensors are laid out by falling alignment and then by name, the
-/// metadata is sorted.
+/// The bytes depend on nothing but the arguments: after panels, tensors are laid out by falling alignment and then by
+/// name, the metadata is sorted.
 ///
 /// # Errors
 /// [`Error::Io`](crate::Error::Io) that names the file.
 ///
 /// # Panics
-/// When a shape does not fit its values or two tensors have one name.
+/// When a shape does not fit its values, two tensors have one name, or one was stored in blocks that the format does not
+/// have.
 pub fn write_safetensors(
     path: impl AsRef<Path>,
     tensors: &[NamedTensor<'_>],
@@ -118,7 +126,13 @@ pub fn write_safetensors(
     let about = |tensor: &NamedTensor<'_>| {
         let n_values: usize = tensor.shape.iter().product();
         assert_eq!(n_values, tensor.values.len(), "shape {:?} of `{}`", tensor.shape, tensor.name);
-        (tensor.name.clone(), tensor.values.dtype(), tensor.shape.clone(), tensor.values.n_bytes())
+        About {
+            name: tensor.name.clone(),
+            dtype: tensor.values.dtype(),
+            shape: tensor.shape.clone(),
+            n_bytes: tensor.values.n_bytes(),
+            are_panels: matches!(tensor.values, Values::Panels(_)),
+        }
     };
     write_file(path.as_ref(), tensors.iter().map(about).collect(), metadata, |i, file| {
         tensors[i].values.write(file)
@@ -163,7 +177,8 @@ pub fn stream_safetensors(
 ) -> Result<()> {
     let about = |tensor: &TensorAbout| {
         let dtype = dtype(tensor.encoding).unwrap_or_else(|| panic!("`{}` is quantised", tensor.name));
-        (tensor.name.clone(), dtype, tensor.shape.clone(), tensor.n_bytes())
+        let (name, shape) = (tensor.name.clone(), tensor.shape.clone());
+        About { name, dtype, shape, n_bytes: tensor.n_bytes(), are_panels: false }
     };
     write_file(path.as_ref(), tensors.iter().map(about).collect(), metadata, |i, file| {
         let mut counted = Counted { file, n_bytes: 0 };
@@ -196,28 +211,41 @@ impl<W: Write> Write for Counted<'_, W> {
     }
 }
 
-/// Header and data of tensors given as (name, type, shape, bytes).
+struct About {
+    name: String,
+    dtype: Dtype,
+    shape: Vec<usize>,
+    n_bytes: usize,
+    are_panels: bool,
+}
+
+/// Header and data of tensors.
 fn write_file(
     path: &Path,
-    tensors: Vec<(String, Dtype, Vec<usize>, usize)>,
+    tensors: Vec<About>,
     metadata: &BTreeMap<String, String>,
     mut write: impl FnMut(usize, &mut io::BufWriter<std::fs::File>) -> io::Result<()>,
 ) -> Result<()> {
     let mut order: Vec<_> = tensors.into_iter().enumerate().collect();
-    order.sort_by(|(_, a), (_, b)| b.1.cmp(&a.1).then_with(|| a.0.cmp(&b.0)));
+    order.sort_by(|(_, a), (_, b)| {
+        let panels_first = b.are_panels.cmp(&a.are_panels);
+        panels_first.then(b.dtype.cmp(&a.dtype)).then_with(|| a.name.cmp(&b.name))
+    });
     let mut header = serde_json::Map::new();
     if !metadata.is_empty() {
         header.insert("__metadata__".into(), serde_json::json!(metadata));
     }
     let mut end = 0;
-    for (_, (name, dtype, shape, n_bytes)) in &order {
+    for (_, About { name, dtype, shape, n_bytes, .. }) in &order {
         let start = end;
         end += n_bytes;
         let info = serde_json::json!({"dtype": dtype, "shape": shape, "data_offsets": [start, end]});
         assert!(header.insert(name.clone(), info).is_none(), "two tensors are named `{name}`");
     }
     let mut header = serde_json::Value::Object(header).to_string().into_bytes();
-    header.resize(header.len().next_multiple_of(8), b' '); // so that the data starts aligned
+    // So that the data starts aligned; eight bytes stand before the header.
+    let alignment = if order.first().is_some_and(|(_, first)| first.are_panels) { 64 } else { 8 };
+    header.resize((8 + header.len()).next_multiple_of(alignment) - 8, b' ');
     write_atomically(path, |file| {
         file.write_all(&(header.len() as u64).to_le_bytes())?;
         file.write_all(&header)?;

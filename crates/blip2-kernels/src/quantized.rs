@@ -1,0 +1,347 @@
+//! Weights in eight or four bits, multiplied as integers.
+//!
+//! Activations are rounded to eight bits as they come, so that a product is one of bytes: twice the speed of bf16 where
+//! arithmetic is the limit, half or a quarter of its memory traffic where reading weights is. Sums of integers are exact;
+//! scales, bias, activation and residual are applied to a tile of results while it is in the cache. A result is the
+//! same, bit for bit, for every instruction set and number of threads, and whatever other rows there are.
+//!
+//! A row of activations with a NaN or an infinity gives NaN in all of its outputs, and so do the weights of an output
+//! that are not finite (with blocks: where a block of them is not).
+
+mod format;
+mod rows;
+mod sums;
+#[cfg(test)]
+mod tests;
+#[cfg(target_arch = "x86_64")]
+mod x86;
+
+use rayon::prelude::*;
+
+use crate::activation::activate_few;
+use crate::gemm::{MatrixRef, Output, Precision, Start, gemm};
+use crate::isa::{Isa, with_isa};
+use crate::linear::Epilogue;
+pub use format::{BLOCK, Format};
+use format::{QUAD, WIDTH, f32_at};
+use rows::Rows;
+use sums::{Activations, MAX_ROWS, Tile, block_sums, integer_sums};
+
+/// Output rows widened at a time by the input gradient: a few megabytes, not the whole matrix.
+const ROWS_A_GRADIENT_BLOCK: usize = 1024;
+
+/// Tasks for each thread: enough to even out their times.
+const TASKS_A_THREAD: usize = 4;
+
+/// A frozen weight `[out, in]` in few bits. Its bytes are in memory, or wherever else a slice can come from, such as a
+/// mapped file.
+pub struct QuantizedWeight {
+    bytes: Box<dyn AsRef<[u8]> + Send + Sync>,
+    format: Format,
+    out_features: usize,
+    in_features: usize,
+}
+
+impl std::fmt::Debug for QuantizedWeight {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "QuantizedWeight({:?}, [{}, {}])", self.format, self.out_features, self.in_features)
+    }
+}
+
+impl QuantizedWeight {
+    /// Rounds a matrix given row by row: `row(i, into)` fills row `i` of `in_features` numbers.
+    ///
+    /// # Panics
+    /// When a size is zero, or the input is larger than the format allows.
+    pub fn quantize(
+        out_features: usize,
+        in_features: usize,
+        format: Format,
+        row: &(dyn Fn(usize, &mut [f32]) + Sync),
+    ) -> Self {
+        Self::fill(out_features, in_features, format, |panel, first, n| {
+            format::clear(format, panel);
+            let mut values = vec![0.0; in_features];
+            for o in 0..n {
+                row(first + o, &mut values);
+                format::write_row(format, panel, o, &values);
+            }
+        })
+    }
+
+    /// Rearranges the blocks of a GGUF tensor (Q8_0, Q4_0 or Q4_1, as the format says): `row(i)` gives those of row `i`.
+    /// The numbers stay what they are.
+    ///
+    /// # Panics
+    /// When a size is zero, `in_features` is not a multiple of 32, the format has no blocks, or a row is of another
+    /// length.
+    pub fn from_gguf_blocks<'a>(
+        out_features: usize,
+        in_features: usize,
+        format: Format,
+        row: &(dyn Fn(usize) -> &'a [u8] + Sync),
+    ) -> Self {
+        assert!(in_features.is_multiple_of(BLOCK), "a row of whole blocks");
+        Self::fill(out_features, in_features, format, |panel, first, n| {
+            format::clear(format, panel);
+            (0..n).for_each(|o| format::write_gguf_row(format, panel, o, row(first + o)));
+        })
+    }
+
+    /// `write(panel, first, n)` fills the panel of outputs `first` to `first + n`.
+    fn fill(
+        out_features: usize,
+        in_features: usize,
+        format: Format,
+        write: impl Fn(&mut [u8], usize, usize) + Sync,
+    ) -> Self {
+        assert!(in_features <= format.max_in_features(), "{format:?} of {in_features} inputs");
+        let n_bytes = format.n_bytes(out_features, in_features).expect("a weight that fits into memory");
+        let mut bytes = AlignedBytes::new(n_bytes);
+        let panel_bytes = n_bytes / out_features.div_ceil(WIDTH);
+        bytes.as_mut().par_chunks_exact_mut(panel_bytes).enumerate().for_each(|(i, panel)| {
+            write(panel, i * WIDTH, WIDTH.min(out_features - i * WIDTH));
+        });
+        Self::from_bytes(out_features, in_features, format, Box::new(bytes))
+    }
+
+    /// A weight whose [`bytes`](Self::bytes) were stored. They are used where they are; any bytes are some weight.
+    ///
+    /// # Panics
+    /// When a size is zero, the input is larger than the format allows, or the number of bytes is not
+    /// [`Format::n_bytes`].
+    pub fn from_bytes(
+        out_features: usize,
+        in_features: usize,
+        format: Format,
+        bytes: Box<dyn AsRef<[u8]> + Send + Sync>,
+    ) -> Self {
+        assert!(out_features > 0 && in_features > 0, "an empty weight");
+        assert!(in_features <= format.max_in_features(), "{format:?} of {in_features} inputs");
+        let expected = format.n_bytes(out_features, in_features);
+        assert_eq!(Some((*bytes).as_ref().len()), expected, "the bytes of a weight");
+        Self { bytes, format, out_features, in_features }
+    }
+
+    /// Its panels, as [`Format`] describes them.
+    pub fn bytes(&self) -> &[u8] {
+        (*self.bytes).as_ref()
+    }
+
+    /// Its format.
+    pub fn format(&self) -> Format {
+        self.format
+    }
+
+    /// Outputs of the map.
+    pub fn out_features(&self) -> usize {
+        self.out_features
+    }
+
+    /// Inputs of the map.
+    pub fn in_features(&self) -> usize {
+        self.in_features
+    }
+
+    /// `activation(x Wᵀ + bias) + residual`; `x` is `[n_rows, in]`, the result `[n_rows, out]`.
+    ///
+    /// # Panics
+    /// When the lengths do not fit.
+    pub fn forward(&self, x: &[f32], n_rows: usize, epilogue: Epilogue<'_>) -> Vec<f32> {
+        self.forward_with(Isa::detect(), x, n_rows, epilogue)
+    }
+
+    /// [`Self::forward`] into `y`.
+    ///
+    /// # Panics
+    /// When the lengths do not fit.
+    pub fn forward_into(&self, x: &[f32], n_rows: usize, epilogue: Epilogue<'_>, y: &mut [f32]) {
+        assert_eq!(y.len(), n_rows * self.out_features, "y must be [n_rows, out]");
+        // SAFETY: `y` has n_rows * out elements.
+        unsafe { self.forward_to(Isa::detect(), x, n_rows, epilogue, Output(y.as_mut_ptr())) };
+    }
+
+    fn forward_with(&self, isa: Isa, x: &[f32], n_rows: usize, epilogue: Epilogue<'_>) -> Vec<f32> {
+        let n = n_rows * self.out_features;
+        let mut y = Vec::with_capacity(n);
+        // SAFETY: the capacity is n_rows * out, and all of it is written.
+        unsafe {
+            self.forward_to(isa, x, n_rows, epilogue, Output(y.as_mut_ptr()));
+            y.set_len(n);
+        }
+        y
+    }
+
+    /// # Safety
+    /// `y` must point to `n_rows * out_features` elements, which are all written.
+    unsafe fn forward_to(&self, isa: Isa, x: &[f32], n_rows: usize, epilogue: Epilogue<'_>, y: Output) {
+        let (n_out, n_in) = (self.out_features, self.in_features);
+        assert_eq!(x.len(), n_rows * n_in, "x must be [n_rows, in]");
+        assert!(epilogue.bias.is_none_or(|bias| bias.len() == n_out), "the bias must be [out]");
+        assert!(
+            epilogue.residual.is_none_or(|residual| residual.len() == n_rows * n_out),
+            "the residual must be [n_rows, out]"
+        );
+        if n_rows == 0 {
+            return;
+        }
+        let block = self.format.scaled_together(n_in);
+        Rows::with(isa, x, n_rows, block, self.format.zero_point(), |rows| {
+            // SAFETY: the caller's promise.
+            unsafe { self.multiply(isa, rows, n_rows, epilogue, y) };
+        });
+    }
+
+    /// # Safety
+    /// `y` must point to `n_rows * out_features` elements, which are all written.
+    unsafe fn multiply(&self, isa: Isa, rows: &Rows, n_rows: usize, epilogue: Epilogue<'_>, y: Output) {
+        let (n_out, bytes) = (self.out_features, self.bytes());
+        let n_panels = n_out.div_ceil(WIDTH);
+        let panel_bytes = bytes.len() / n_panels;
+        // A panel is read from memory once by a task, which keeps it in its cache for all of its rows. Rows are divided only
+        // where there are not panels enough for the threads.
+        let rows_a_tile = self.format.rows_a_tile();
+        let wanted = TASKS_A_THREAD * rayon::current_num_threads();
+        let panels_a_task = n_panels.div_ceil(wanted);
+        let n_groups = n_panels.div_ceil(panels_a_task);
+        let n_tiles = n_rows.div_ceil(rows_a_tile);
+        let tiles_a_task = n_tiles.div_ceil((wanted / n_groups).max(1));
+        let rows_a_task = tiles_a_task * rows_a_tile;
+        let n_row_groups = n_rows.div_ceil(rows_a_task);
+        (0..n_groups * n_row_groups).into_par_iter().for_each(|task| {
+            let (group, row_group) = (task / n_row_groups, task % n_row_groups);
+            let last_row = n_rows.min((row_group + 1) * rows_a_task);
+            for p in group * panels_a_task..n_panels.min((group + 1) * panels_a_task) {
+                let panel = &bytes[p * panel_bytes..(p + 1) * panel_bytes];
+                for first in (row_group * rows_a_task..last_row).step_by(rows_a_tile) {
+                    let x = Activations::of(rows, first, rows_a_tile.min(last_row - first));
+                    let tile = self.tile(isa, x, panel, epilogue, first, p * WIDTH);
+                    let width = WIDTH.min(n_out - p * WIDTH);
+                    for (r, row) in tile.iter().enumerate().take(x.n_rows) {
+                        // SAFETY: row `first + r` and columns `p * WIDTH ..+ width` lie in `y`; no other task has them.
+                        unsafe {
+                            let y = y.at((first + r) * n_out + p * WIDTH);
+                            std::ptr::copy_nonoverlapping(row.as_ptr(), y, width);
+                        }
+                    }
+                }
+            }
+        });
+    }
+
+    /// The results of the rows `x`, which begin at row `first_row`, for the panel of the outputs from `first_out`.
+    fn tile(
+        &self,
+        isa: Isa,
+        x: Activations<'_>,
+        panel: &[u8],
+        epilogue: Epilogue<'_>,
+        first_row: usize,
+        first_out: usize,
+    ) -> Tile<f32> {
+        let n_out = self.out_features;
+        let width = WIDTH.min(n_out - first_out);
+        let mut tile: Tile<f32> = [[0.0; WIDTH]; MAX_ROWS];
+        let mut integers: Tile<i32> = [[0; WIDTH]; MAX_ROWS];
+        if self.format == Format::Int8 {
+            integer_sums(isa, x, panel[4 * WIDTH..].as_chunks::<QUAD>().0, &mut integers);
+        } else {
+            block_sums(isa, self.format, x, panel, &mut tile);
+        }
+        with_isa(
+            isa,
+            #[inline(always)]
+            || {
+                if self.format == Format::Int8 {
+                    let scales: [f32; WIDTH] = std::array::from_fn(
+                        #[inline(always)]
+                        |o| f32_at(panel, o),
+                    );
+                    for (r, (row, integers)) in tile.iter_mut().zip(&integers).enumerate().take(x.n_rows) {
+                        for (o, y) in row.iter_mut().enumerate() {
+                            *y = integers[o] as f32 * (x.scales[r] * scales[o]);
+                        }
+                    }
+                }
+                for (r, row) in tile.iter_mut().enumerate().take(x.n_rows) {
+                    if let Some(bias) = epilogue.bias {
+                        row.iter_mut().zip(&bias[first_out..]).for_each(|(y, bias)| *y += bias);
+                    }
+                    activate_few(row, epilogue.activation);
+                    if let Some(residual) = epilogue.residual {
+                        let residual = &residual[(first_row + r) * n_out + first_out..][..width];
+                        row.iter_mut().zip(residual).for_each(|(y, residual)| *y += residual);
+                    }
+                }
+            },
+        );
+        tile
+    }
+
+    /// `d_x = d_y W`; `d_y` is `[n_rows, out]`, `d_x` `[n_rows, in]`. The weights are widened some rows at a time, and the
+    /// products taken in `precision`.
+    ///
+    /// # Panics
+    /// When the lengths do not fit.
+    pub fn input_gradient(&self, d_y: &[f32], n_rows: usize, precision: Precision, d_x: &mut [f32]) {
+        assert_eq!(d_y.len(), n_rows * self.out_features, "d_y must be [n_rows, out]");
+        assert_eq!(d_x.len(), n_rows * self.in_features, "d_x must be [n_rows, in]");
+        if n_rows == 0 {
+            return;
+        }
+        let mut rows = vec![0.0; ROWS_A_GRADIENT_BLOCK.min(self.out_features) * self.in_features];
+        for first in (0..self.out_features).step_by(ROWS_A_GRADIENT_BLOCK) {
+            let n = ROWS_A_GRADIENT_BLOCK.min(self.out_features - first);
+            let rows = &mut rows[..n * self.in_features];
+            rows.par_chunks_exact_mut(self.in_features)
+                .enumerate()
+                .for_each(|(i, row)| self.row(first + i, row));
+            let a = MatrixRef { data: &d_y[first..], row_stride: self.out_features, col_stride: 1 };
+            let b = MatrixRef { data: rows, row_stride: self.in_features, col_stride: 1 };
+            let start = if first == 0 { Start::Zero } else { Start::Result };
+            gemm(n_rows, self.in_features, n, a, b, start, d_x, precision);
+        }
+    }
+
+    /// Row `output` of the matrix, as it was rounded.
+    ///
+    /// # Panics
+    /// When there is no such row or `into` is not of length `in`.
+    pub fn row(&self, output: usize, into: &mut [f32]) {
+        assert!(output < self.out_features, "row {output} of {}", self.out_features);
+        assert_eq!(into.len(), self.in_features, "a row has `in` elements");
+        let panel_bytes = self.bytes().len() / self.out_features.div_ceil(WIDTH);
+        let panel = &self.bytes()[output / WIDTH * panel_bytes..][..panel_bytes];
+        format::read_row(self.format, panel, output % WIDTH, into);
+    }
+}
+
+/// Bytes at a multiple of 64, so that no load crosses two lines of the cache.
+struct AlignedBytes {
+    lines: Vec<Line>,
+    len: usize,
+}
+
+#[derive(Clone, Copy)]
+#[repr(C, align(64))]
+struct Line([u8; 64]);
+
+impl AlignedBytes {
+    fn new(len: usize) -> Self {
+        Self { lines: vec![Line([0; 64]); len.div_ceil(64)], len }
+    }
+}
+
+impl AsRef<[u8]> for AlignedBytes {
+    fn as_ref(&self) -> &[u8] {
+        // SAFETY: `Line` is 64 bytes without padding, and there are at least `len` of them.
+        unsafe { std::slice::from_raw_parts(self.lines.as_ptr().cast(), self.len) }
+    }
+}
+
+impl AsMut<[u8]> for AlignedBytes {
+    fn as_mut(&mut self) -> &mut [u8] {
+        // SAFETY: as above.
+        unsafe { std::slice::from_raw_parts_mut(self.lines.as_mut_ptr().cast(), self.len) }
+    }
+}

@@ -1,0 +1,159 @@
+//! Activations in eight bits: -127 to 127 and a scale for the row, or for 32 of its elements.
+
+use std::cell::RefCell;
+
+use rayon::prelude::*;
+
+use crate::isa::{Isa, with_isa};
+
+/// Below this no scale can be inverted; such activations are zero.
+const SMALLEST: f32 = 1e-36;
+
+/// The distance between rows is a multiple of this, and not of a power of two that would put many rows into the same
+/// sets of the cache.
+const LINE: usize = 64;
+
+/// Rounded rows. A scale's elements are one *block*; it is the whole row where rows are scaled as a whole.
+///
+/// Where a block has a NaN or an infinity, its integers are zero and its scale is NaN, which makes all outputs of the
+/// row NaN.
+#[derive(Debug, Default)]
+pub(super) struct Rows {
+    /// Rows of `stride` integers; from the row's end to a multiple of 32 they are zero.
+    pub(super) values: Vec<i8>,
+    pub(super) stride: usize,
+    pub(super) n_blocks: usize,
+    /// Per row and block: an element is its integer times this.
+    pub(super) scales: Vec<f32>,
+    /// Per row and block: minus the weights' zero point times the integers' sum, which is where a sum of products begins.
+    pub(super) starts: Vec<i32>,
+    /// Per row and block: the sum of the elements, as they were rounded.
+    pub(super) totals: Vec<f32>,
+}
+
+thread_local!(static ROWS: RefCell<Rows> = RefCell::default());
+
+impl Rows {
+    /// Calls `f` with `n_rows` rows of `x` in eight bits, in memory that this thread keeps.
+    pub(super) fn with<R>(
+        isa: Isa,
+        x: &[f32],
+        n_rows: usize,
+        block: usize,
+        zero_point: i32,
+        f: impl FnOnce(&Self) -> R,
+    ) -> R {
+        // Taken, not borrowed: a waiting thread may run another task that quantises too.
+        let mut rows = ROWS.take();
+        rows.fill(isa, x, n_rows, block, zero_point);
+        let result = f(&rows);
+        ROWS.set(rows);
+        result
+    }
+
+    fn fill(&mut self, isa: Isa, x: &[f32], n_rows: usize, block: usize, zero_point: i32) {
+        let width = x.len() / n_rows;
+        self.n_blocks = width.div_ceil(block);
+        self.stride = width.next_multiple_of(LINE);
+        if self.stride.is_multiple_of(4 * LINE) {
+            self.stride += LINE;
+        }
+        let n_scales = n_rows * self.n_blocks;
+        self.values.resize(n_rows * self.stride, 0);
+        self.scales.resize(n_scales, 0.0);
+        self.starts.resize(n_scales, 0);
+        self.totals.resize(n_scales, 0.0);
+        self.values
+            .par_chunks_exact_mut(self.stride)
+            .zip(self.scales.par_chunks_exact_mut(self.n_blocks))
+            .zip(self.starts.par_chunks_exact_mut(self.n_blocks))
+            .zip(self.totals.par_chunks_exact_mut(self.n_blocks))
+            .zip(x.par_chunks_exact(width))
+            .with_min_len((1 << 14) / width + 1)
+            .for_each(|((((values, scales), starts), totals), x)| {
+                values[width..].fill(0);
+                with_isa(
+                    isa,
+                    #[inline(always)]
+                    || {
+                        for (i, (x, values)) in x.chunks(block).zip(values.chunks_mut(block)).enumerate() {
+                            let (scale, sum) = round_block(x, values);
+                            scales[i] = scale;
+                            starts[i] = -zero_point * sum;
+                            totals[i] = scale * sum as f32;
+                        }
+                    },
+                );
+            });
+    }
+}
+
+/// The scale and the sum of the integers.
+#[inline(always)]
+fn round_block(x: &[f32], values: &mut [i8]) -> (f32, i32) {
+    // Magnitudes order as their bits do, infinity and NaN last.
+    let largest = f32::from_bits(x.iter().fold(0, |largest, x| largest.max(x.to_bits() & 0x7fff_ffff)));
+    if !largest.is_finite() || largest < SMALLEST {
+        values[..x.len()].fill(0);
+        return (if largest.is_finite() { 0.0 } else { f32::NAN }, 0);
+    }
+    const ROUND: f32 = 12_582_912.0; // 1.5 * 2^23: adding it rounds to the nearest integer, in the lowest bits
+    let inverse = 127.0 / largest;
+    let mut sum = 0i32;
+    for (x, value) in x.iter().zip(values) {
+        let rounded = (x * inverse + ROUND).to_bits().wrapping_sub(ROUND.to_bits()) as i32;
+        *value = rounded as i8;
+        sum += rounded;
+    }
+    (largest / 127.0, sum)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn elements_are_within_half_a_step_on_every_instruction_set() {
+        let (n_rows, width) = (3, 75);
+        let mut x: Vec<f32> = (0..n_rows * width).map(|i| (i as f32 * 0.7).sin() * 3.0).collect();
+        x[width..width + 32].fill(0.0);
+        x[2 * width + 40] = f32::NEG_INFINITY;
+        for block in [32, width] {
+            let mut first = Rows::default();
+            first.fill(Isa::Scalar, &x, n_rows, block, 128);
+            for isa in Isa::all_available() {
+                let mut rows = Rows::default();
+                rows.fill(isa, &x, n_rows, block, 128);
+                assert_eq!(rows.values, first.values, "{isa:?}");
+                assert_eq!(rows.starts, first.starts, "{isa:?}");
+                let bits = |x: &[f32]| x.iter().map(|x| x.to_bits()).collect::<Vec<_>>();
+                assert_eq!(bits(&rows.scales), bits(&first.scales), "{isa:?}");
+            }
+            for (i, row) in x.chunks_exact(width).enumerate() {
+                for (b, x) in row.chunks(block).enumerate() {
+                    let at = i * first.n_blocks + b;
+                    let values = &first.values[i * first.stride + b * block..][..x.len()];
+                    let scale = first.scales[at];
+                    assert_eq!(scale.is_nan(), x.iter().any(|x| !x.is_finite()));
+                    let sum: i32 = values.iter().map(|&q| i32::from(q)).sum();
+                    assert_eq!(first.starts[at], -128 * sum);
+                    for (x, &q) in x.iter().zip(values).filter(|_| !scale.is_nan()) {
+                        assert!((x - scale * f32::from(q)).abs() <= scale * 0.5001, "{x} {q} {scale}");
+                    }
+                }
+                assert!(
+                    first.values[i * first.stride + width..][..first.stride - width].iter().all(|&q| q == 0)
+                );
+            }
+        }
+    }
+
+    #[test]
+    fn the_smallest_and_the_largest_numbers_have_a_scale() {
+        let mut values = [0; 2];
+        assert_eq!(round_block(&[f32::MIN_POSITIVE, 0.0], &mut values), (0.0, 0));
+        assert_eq!(round_block(&[f32::MAX, f32::MIN], &mut values), (f32::MAX / 127.0, 0));
+        assert_eq!(values, [127, -127]);
+        assert_eq!(round_block(&[-1e-35, 0.0], &mut values).1, -127);
+    }
+}

@@ -1,0 +1,285 @@
+use super::*;
+use crate::activation::Activation;
+use half::f16;
+
+fn numbers(n: usize, seed: u32) -> Vec<f32> {
+    let mut state = seed.wrapping_mul(2_654_435_761).wrapping_add(1);
+    (0..n)
+        .map(|_| {
+            state = state.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);
+            (state >> 8) as f32 / (1 << 23) as f32 - 1.0
+        })
+        .collect()
+}
+
+fn weight(format: Format, n_out: usize, n_in: usize) -> QuantizedWeight {
+    let w = numbers(n_out * n_in, 11);
+    QuantizedWeight::quantize(n_out, n_in, format, &|i, row| {
+        row.copy_from_slice(&w[i * n_in..(i + 1) * n_in]);
+    })
+}
+
+fn bits(y: &[f32]) -> Vec<u32> {
+    // One NaN is as good as another.
+    y.iter().map(|y| if y.is_nan() { f32::NAN.to_bits() } else { y.to_bits() }).collect()
+}
+
+/// A row of activations as the kernels round it, block by block, in f64.
+fn rounded(x: &[f32], block: usize) -> Vec<f64> {
+    x.chunks(block)
+        .flat_map(|x| {
+            let largest = x.iter().fold(0.0f32, |largest, x| largest.max(x.abs()));
+            x.iter().map(move |&x| {
+                let step = f64::from(largest / 127.0);
+                f64::from((x * (127.0 / largest)).round_ties_even()) * step
+            })
+        })
+        .collect()
+}
+
+#[test]
+fn products_equal_the_reference_for_all_tails_and_the_widths_of_the_models() {
+    // Outputs that fill no panel, inputs that fill no quad and no block, rows that fill no tile.
+    let mut sizes: Vec<(usize, usize, usize)> = (1..=70).map(|n_in| (n_in % 15 + 1, 33, n_in)).collect();
+    sizes.extend((1..=70).map(|n_out| (n_out % 13 + 1, n_out, 40)));
+    sizes.extend([(3, 88, 257), (13, 384, 576), (2, 31, 2560), (7, 96, 1408), (1, 33, 10_240)]);
+    for format in Format::ALL {
+        for &(n_rows, n_out, n_in) in &sizes {
+            let (w, bias) = (weight(format, n_out, n_in), numbers(n_out, 3));
+            // Unaligned: one element into its memory.
+            let x = &numbers(n_rows * n_in + 1, 7)[1..];
+            let residual = numbers(n_rows * n_out, 5);
+            let epilogue =
+                Epilogue { bias: Some(&bias), activation: Activation::Relu, residual: Some(&residual) };
+            let y = w.forward_with(Isa::Scalar, x, n_rows, epilogue);
+            let mut row = vec![0.0; n_in];
+            let block = format.scaled_together(n_in);
+            let x_rounded: Vec<Vec<f64>> = x.chunks_exact(n_in).map(|x| rounded(x, block)).collect();
+            for o in 0..n_out {
+                w.row(o, &mut row);
+                for (i, x) in x_rounded.iter().enumerate() {
+                    let product: f64 = x.iter().zip(&row).map(|(x, w)| x * f64::from(*w)).sum();
+                    let at = i * n_out + o;
+                    let expected = (product + f64::from(bias[o])).max(0.0) + f64::from(residual[at]);
+                    let magnitude: f64 = x.iter().zip(&row).map(|(x, w)| (x * f64::from(*w)).abs()).sum();
+                    let tolerance = 4.0 * f64::from(f32::EPSILON) * (magnitude + 2.0);
+                    let found = f64::from(y[at]);
+                    assert!(
+                        (found - expected).abs() <= tolerance,
+                        "{format:?} {n_rows}x{n_out}x{n_in} ({i}, {o}): {found} {expected}"
+                    );
+                }
+            }
+            for isa in Isa::all_available() {
+                let found = w.forward_with(isa, x, n_rows, epilogue);
+                assert_eq!(bits(&found), bits(&y), "{format:?} {isa:?} {n_rows}x{n_out}x{n_in}");
+            }
+        }
+    }
+}
+
+/// Every integer there is, in weights and activations: where AVX2 could saturate.
+#[test]
+fn extreme_integers_do_not_saturate() {
+    let (n_out, n_in) = (32, 256);
+    for format in Format::ALL {
+        let n_bytes = format.n_bytes(n_out, n_in).unwrap();
+        for byte in [0x00, 0x01, 0x7f, 0x80, 0x88, 0xf0, 0xff] {
+            let mut bytes = vec![byte; n_bytes];
+            let one = f16::ONE.to_le_bytes();
+            match format.block_bytes() {
+                None => bytes[..4 * WIDTH].as_chunks_mut().0.fill(1.0f32.to_le_bytes()),
+                Some(size) => bytes.chunks_exact_mut(size).for_each(|block| {
+                    let head = if format == Format::Int4Offset { 4 * WIDTH } else { 2 * WIDTH };
+                    block[..head].as_chunks_mut().0.fill(one);
+                }),
+            }
+            let w = QuantizedWeight::from_bytes(n_out, n_in, format, Box::new(bytes));
+            let mut row = vec![0.0; n_in];
+            w.row(5, &mut row);
+            for x in [127.0, -127.0] {
+                let alternating: Vec<f32> =
+                    (0..n_in).map(|i| if i % 3 == 0 { x } else { -x * 126.0 / 127.0 }).collect();
+                for x in [vec![x; n_in], alternating] {
+                    // Integers below 2^24: exact in f32 too.
+                    let expected: f64 = row.iter().zip(&x).map(|(w, x)| f64::from(w * x.round())).sum();
+                    for isa in Isa::all_available() {
+                        let y = w.forward_with(isa, &x, 1, Epilogue::bias(None));
+                        assert_eq!(f64::from(y[5]), expected, "{format:?} {isa:?} {byte:#x}");
+                    }
+                }
+            }
+        }
+    }
+}
+
+#[test]
+fn a_row_depends_neither_on_other_rows_nor_on_the_number_of_threads() {
+    let (n_out, n_in, n_rows) = (75, 700, 100);
+    let bias = numbers(n_out, 3);
+    for format in Format::ALL {
+        let w = weight(format, n_out, n_in);
+        let mut x = numbers(n_rows * n_in, 7);
+        let epilogue = Epilogue { activation: Activation::GeluErf, ..Epilogue::bias(Some(&bias)) };
+        let all = w.forward(&x, n_rows, epilogue);
+        for some in [1, 2, 5, 13, 97] {
+            let y = w.forward(&x[..some * n_in], some, epilogue);
+            assert_eq!(y, all[..some * n_out], "{format:?} {some}");
+        }
+        for n_threads in [1, 3, 16] {
+            let pool = rayon::ThreadPoolBuilder::new().num_threads(n_threads).build().unwrap();
+            assert_eq!(pool.install(|| w.forward(&x, n_rows, epilogue)), all, "{format:?} {n_threads}");
+        }
+        // Nor on a neighbour that is not a number.
+        for (not_finite, row) in [(f32::NAN, 3), (f32::INFINITY, 7), (f32::NEG_INFINITY, 98)] {
+            x[row * n_in + row] = not_finite;
+        }
+        for isa in Isa::all_available() {
+            let y = w.forward_with(isa, &x, n_rows, Epilogue::bias(Some(&bias)));
+            let plain = w.forward(&numbers(n_rows * n_in, 7), n_rows, Epilogue::bias(Some(&bias)));
+            for (i, (y, plain)) in y.chunks_exact(n_out).zip(plain.chunks_exact(n_out)).enumerate() {
+                if [3, 7, 98].contains(&i) {
+                    assert!(y.iter().all(|y| y.is_nan()), "{format:?} {isa:?} {i}");
+                } else {
+                    assert_eq!(y, plain, "{format:?} {isa:?} {i}");
+                }
+            }
+        }
+    }
+}
+
+#[test]
+fn weights_come_back_within_their_step() {
+    let (n_out, n_in) = (70, 1027);
+    let w = numbers(n_out * n_in, 11);
+    // Largest error of weights in -1 to 1: half a step, and what half precision rounds off scale and smallest value. The
+    // scale of four symmetric bits gives up the end of the range where the sum of squares gains by it.
+    for (format, largest) in [
+        (Format::Int8, 0.5 / 127.0),
+        (Format::Int8Blocks, 0.57 / 127.0),
+        (Format::Int4, 0.2),
+        (Format::Int4Offset, 0.5 * 2.0 / 15.0 + 0.005),
+    ] {
+        let packed = weight(format, n_out, n_in);
+        let mut row = vec![0.0; n_in];
+        let (mut error, mut square) = (0.0, 0.0);
+        for i in 0..n_out {
+            packed.row(i, &mut row);
+            for (a, b) in row.iter().zip(&w[i * n_in..]) {
+                assert!((a - b).abs() <= largest + 1e-6, "{format:?}: {a} {b}");
+                (error, square) = (error + f64::from((a - b) * (a - b)), square + f64::from(b * b));
+            }
+        }
+        let bound = if largest < 0.01 { 0.005 } else { 0.08 };
+        assert!((error / square).sqrt() < bound, "{format:?}: {}", (error / square).sqrt());
+    }
+}
+
+#[test]
+fn weights_that_are_not_finite_show() {
+    for format in Format::ALL {
+        let w = QuantizedWeight::quantize(3, 64, format, &|i, row| {
+            row.fill(0.5);
+            row[40] = [0.5, f32::NAN, f32::NEG_INFINITY][i];
+        });
+        for isa in Isa::all_available() {
+            let y = w.forward_with(isa, &[1.0; 64], 1, Epilogue::bias(None));
+            assert!((y[0] - 32.0).abs() < 0.1 && y[1].is_nan() && y[2].is_nan(), "{format:?} {isa:?} {y:?}");
+        }
+    }
+    // Zeros, and weights too small for a scale in half precision, are zero and not NaN.
+    for format in Format::ALL {
+        let w = QuantizedWeight::quantize(2, 64, format, &|i, row| row.fill([0.0, 1e-30][i]));
+        let y = w.forward(&[1.0; 64], 1, Epilogue::bias(None));
+        assert!(y.iter().all(|y| y.abs() < 1e-6), "{format:?} {y:?}");
+    }
+}
+
+#[test]
+fn gguf_blocks_keep_their_numbers() {
+    let (n_out, n_in) = (35, 96);
+    for (format, size) in [(Format::Int8Blocks, 34), (Format::Int4, 18), (Format::Int4Offset, 20)] {
+        let row_bytes = n_in / 32 * size;
+        let mut state = 1u32;
+        let mut stored: Vec<u8> = (0..n_out * row_bytes)
+            .map(|_| {
+                state = state.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);
+                (state >> 24) as u8
+            })
+            .collect();
+        for block in stored.chunks_exact_mut(size) {
+            block[..2].copy_from_slice(&f16::from_f32(0.125).to_le_bytes());
+            if format == Format::Int4Offset {
+                block[2..4].copy_from_slice(&f16::from_f32(-0.75).to_le_bytes());
+            }
+        }
+        let w = QuantizedWeight::from_gguf_blocks(n_out, n_in, format, &|i| {
+            &stored[i * row_bytes..(i + 1) * row_bytes]
+        });
+        let mut row = vec![0.0; n_in];
+        for (o, stored) in stored.chunks_exact(row_bytes).enumerate() {
+            w.row(o, &mut row);
+            for (block, row) in stored.chunks_exact(size).zip(row.chunks_exact(32)) {
+                for (i, &w) in row.iter().enumerate() {
+                    let expected = match format {
+                        Format::Int8Blocks => 0.125 * f32::from(block[2 + i] as i8),
+                        _ => {
+                            let byte = block[size - 16 + i % 16];
+                            let q = f32::from(if i < 16 { byte & 15 } else { byte >> 4 });
+                            if format == Format::Int4 { 0.125 * (q - 8.0) } else { 0.125 * q - 0.75 }
+                        }
+                    };
+                    assert_eq!(w, expected, "{format:?} ({o}, {i})");
+                }
+            }
+        }
+    }
+}
+
+#[test]
+fn stored_bytes_are_the_same_weight() {
+    for format in Format::ALL {
+        let (w, x) = (weight(format, 40, 100), numbers(2 * 100, 7));
+        // At an odd address, as a mapped file may be.
+        struct Odd(Vec<u8>);
+        impl AsRef<[u8]> for Odd {
+            fn as_ref(&self) -> &[u8] {
+                &self.0[1..]
+            }
+        }
+        let stored = Odd([&[0], w.bytes()].concat());
+        let again = QuantizedWeight::from_bytes(40, 100, format, Box::new(stored));
+        for isa in Isa::all_available() {
+            let epilogue = Epilogue::bias(None);
+            assert_eq!(again.forward_with(isa, &x, 2, epilogue), w.forward_with(isa, &x, 2, epilogue));
+        }
+    }
+}
+
+#[test]
+#[should_panic(expected = "the bytes of a weight")]
+fn bytes_that_are_too_few_are_refused() {
+    QuantizedWeight::from_bytes(33, 5, Format::Int8, Box::new(vec![0u8; 100]));
+}
+
+#[test]
+fn the_input_gradient_is_the_product_with_the_weight() {
+    let (n_out, n_in, n_rows) = (1100, 37, 3);
+    let d_y = numbers(n_rows * n_out, 9);
+    for format in Format::ALL {
+        let w = weight(format, n_out, n_in);
+        let mut d_x = vec![0.0; n_rows * n_in];
+        w.input_gradient(&d_y, n_rows, Precision::F32, &mut d_x);
+        let mut expected = vec![0.0f64; n_rows * n_in];
+        let mut row = vec![0.0; n_in];
+        for o in 0..n_out {
+            w.row(o, &mut row);
+            for (i, expected) in expected.iter_mut().enumerate() {
+                *expected += f64::from(d_y[i / n_in * n_out + o]) * f64::from(row[i % n_in]);
+            }
+        }
+        for (d_x, expected) in d_x.iter().zip(expected) {
+            assert!((f64::from(*d_x) - expected).abs() < 1e-3, "{format:?}: {d_x} {expected}");
+        }
+    }
+}

@@ -1,0 +1,212 @@
+//! Frozen matrices, in whatever format the kernels read them.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+
+use blip2_kernels::gemm::Precision;
+use blip2_kernels::linear::{Epilogue, Format as PlainFormat, PackedWeight};
+use blip2_kernels::quantized::{Format, QuantizedWeight};
+use serde::{Deserialize, Serialize};
+
+use crate::weights::{Encoding, TensorRows, is_finite};
+use crate::{Error, Result};
+
+/// Few bits for the large frozen matrices of a model: those of the layers of a vision transformer and of a language
+/// model. Whatever else a model has, its Q-Former, its norms and its biases, stays as it is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Quantization {
+    /// Eight bits.
+    Int8,
+    /// Four bits for the layers of the language model; eight for its embeddings and output head, which every token
+    /// depends on, and for the vision transformer, whose products cost more than its memory.
+    Int4,
+}
+
+impl Quantization {
+    /// The format of a vision transformer's layers.
+    pub(crate) fn vision(self) -> Format {
+        Format::Int8
+    }
+
+    /// The format of a language model's layers. Activations have outliers there (OPT from 6.7 billion parameters on, T5's
+    /// feed-forward layers): scaled by blocks, these cost their neighbours only.
+    pub(crate) fn language(self) -> Format {
+        match self {
+            Self::Int8 => Format::Int8Blocks,
+            Self::Int4 => Format::Int4,
+        }
+    }
+
+    /// The format of a language model's embeddings and output head.
+    pub(crate) fn vocabulary(self) -> Format {
+        Format::Int8Blocks
+    }
+}
+
+/// How the frozen matrices of a part are held and multiplied.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct FrozenFormat {
+    /// Precision of products with matrices that are not quantised.
+    pub precision: Precision,
+    /// Whether the large ones are.
+    pub quantization: Option<Quantization>,
+}
+
+impl From<Precision> for FrozenFormat {
+    fn from(precision: Precision) -> Self {
+        Self { precision, quantization: None }
+    }
+}
+
+/// A frozen matrix `[out, in]`. Cheap to clone.
+#[derive(Clone)]
+pub enum FrozenWeight {
+    /// Floating-point numbers in panels.
+    Packed(Arc<PackedWeight>),
+    /// Integers in panels.
+    Quantized(Arc<QuantizedWeight>),
+}
+
+impl std::fmt::Debug for FrozenWeight {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            Self::Packed(w) => write!(f, "Packed([{}, {}])", w.out_features(), w.in_features()),
+            Self::Quantized(w) => w.fmt(f),
+        }
+    }
+}
+
+/// Reads the rows of a matrix and lets go of the file's pages; refuses one that is not all numbers.
+fn read_finite<T>(
+    name: &str,
+    rows: &TensorRows<'_>,
+    stored_row: &(dyn Fn(usize) -> usize + Sync),
+    read: impl FnOnce(&(dyn Fn(usize, &mut [f32]) + Sync)) -> T,
+) -> Result<T> {
+    let is_sound = AtomicBool::new(true);
+    let matrix = read(&|i, into| {
+        rows.read_row(stored_row(i), into);
+        if !is_finite(into) {
+            is_sound.store(false, Ordering::Relaxed);
+        }
+    });
+    rows.release();
+    if is_sound.into_inner() { Ok(matrix) } else { Err(Error::NotFinite { name: name.to_owned() }) }
+}
+
+impl FrozenWeight {
+    /// Packs the stored matrix `name`, output `i` from the stored row `stored_row(i)`, and lets go of the file's pages.
+    /// Numbers of 16 bits stay so, whatever the precision of the products.
+    ///
+    /// # Errors
+    /// [`Error::NotFinite`].
+    pub(crate) fn pack(
+        name: &str,
+        rows: &TensorRows<'_>,
+        precision: Precision,
+        stored_row: &(dyn Fn(usize) -> usize + Sync),
+    ) -> Result<Self> {
+        let format = match (precision, rows.encoding()) {
+            (Precision::F32, Encoding::F16) => PlainFormat::WideF16,
+            (Precision::F32, Encoding::Bf16) => PlainFormat::WideBf16,
+            (precision, _) => precision.into(),
+        };
+        let packed = read_finite(name, rows, stored_row, |row| {
+            PackedWeight::pack(rows.n_rows(), rows.row_len(), format, row)
+        })?;
+        Ok(Self::Packed(Arc::new(packed)))
+    }
+
+    /// Rounds a stored matrix as [`pack`](Self::pack) packs it. Blocks that are in few bits already are taken as they are,
+    /// where that is not more bits than `format` has: rounding again would lose more.
+    ///
+    /// # Errors
+    /// [`Error::NotFinite`].
+    pub(crate) fn quantize(
+        name: &str,
+        rows: &TensorRows<'_>,
+        format: Format,
+        stored_row: &(dyn Fn(usize) -> usize + Sync),
+    ) -> Result<Self> {
+        let (n_out, n_in) = (rows.n_rows(), rows.row_len());
+        let stored = match (rows.encoding(), format) {
+            (Encoding::Q4_0, _) => Some(Format::Int4),
+            (Encoding::Q4_1, _) => Some(Format::Int4Offset),
+            (Encoding::Q8_0, Format::Int8 | Format::Int8Blocks) => Some(Format::Int8Blocks),
+            _ => None,
+        };
+        let quantized = match stored {
+            Some(format) => {
+                let blocks = |i: usize| rows.row_bytes(stored_row(i));
+                let quantized = QuantizedWeight::from_gguf_blocks(n_out, n_in, format, &blocks);
+                rows.release();
+                quantized
+            }
+            None => read_finite(name, rows, stored_row, |row| {
+                QuantizedWeight::quantize(n_out, n_in, format, row)
+            })?,
+        };
+        Ok(Self::Quantized(Arc::new(quantized)))
+    }
+
+    /// Inputs of the map.
+    pub fn in_features(&self) -> usize {
+        match self {
+            Self::Packed(w) => w.in_features(),
+            Self::Quantized(w) => w.in_features(),
+        }
+    }
+
+    /// Outputs of the map.
+    pub fn out_features(&self) -> usize {
+        match self {
+            Self::Packed(w) => w.out_features(),
+            Self::Quantized(w) => w.out_features(),
+        }
+    }
+
+    /// Memory of the matrix, in bytes.
+    pub fn n_bytes(&self) -> usize {
+        match self {
+            Self::Packed(w) => w.n_bytes(),
+            Self::Quantized(w) => w.bytes().len(),
+        }
+    }
+
+    /// Row `i` of the matrix, as it was rounded.
+    ///
+    /// # Panics
+    /// When there is no such row or `into` is not of length `in`.
+    pub fn row(&self, i: usize, into: &mut [f32]) {
+        match self {
+            Self::Packed(w) => w.row(i, into),
+            Self::Quantized(w) => w.row(i, into),
+        }
+    }
+
+    /// `activation(x Wᵀ + bias) + residual`; `x` is `[n_rows, in]`, the result and the residual `[n_rows, out]`.
+    pub(super) fn forward(&self, x: &[f32], n_rows: usize, epilogue: Epilogue<'_>) -> Vec<f32> {
+        match self {
+            Self::Packed(w) => w.forward(x, n_rows, epilogue),
+            Self::Quantized(w) => w.forward(x, n_rows, epilogue),
+        }
+    }
+
+    /// `x Wᵀ + bias` into `y`, `[n_rows, out]`.
+    pub(super) fn forward_into(&self, x: &[f32], n_rows: usize, bias: Option<&[f32]>, y: &mut [f32]) {
+        match self {
+            Self::Packed(w) => w.forward_into(x, n_rows, bias, y),
+            Self::Quantized(w) => w.forward_into(x, n_rows, Epilogue::bias(bias), y),
+        }
+    }
+
+    /// `d_x = d_y W`.
+    pub(super) fn input_gradient(&self, d_y: &[f32], n_rows: usize, d_x: &mut [f32]) {
+        match self {
+            Self::Packed(w) => w.input_gradient(d_y, n_rows, d_x),
+            // The weights were rounded more than bf16 rounds.
+            Self::Quantized(w) => w.input_gradient(d_y, n_rows, Precision::Bf16, d_x),
+        }
+    }
+}
