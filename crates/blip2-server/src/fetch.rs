@@ -137,6 +137,10 @@ impl Fetcher {
             _ => return Err(Refusal::Malformed),
         };
         let authority = uri.authority().ok_or(Refusal::Malformed)?;
+        let after_bracket = authority.as_str().rsplit_once(']').map_or("", |(_, rest)| rest);
+        if !after_bracket.is_empty() && !after_bracket.starts_with(':') {
+            return Err(Refusal::Malformed);
+        }
         let has_odd_port = authority.as_str().rsplit(']').next().is_some_and(|rest| rest.contains(':'))
             && authority.port_u16() != Some(port);
         if authority.as_str().contains('@') || has_odd_port {
