@@ -6,21 +6,20 @@ use std::path::Path;
 use anyhow::bail;
 use indicatif::DecimalBytes;
 
-/// Says how much memory a model needs, and refuses to load it where that is not there.
+/// What to say of how much memory a model needs; refuses to load it where that is not there.
 ///
 /// # Errors
 /// When it needs more than is available, unless that is to be ignored.
-pub(crate) fn check(needed: u64, available: Option<u64>, is_ignored: bool) -> anyhow::Result<()> {
+pub(crate) fn check(needed: u64, available: Option<u64>, is_ignored: bool) -> anyhow::Result<String> {
     let need = format!("the model needs about {} of memory", DecimalBytes(needed));
-    match available {
+    Ok(match available {
         Some(available) if available < needed && !is_ignored => bail!(
             "{need}, {} are available: close other programs, take a smaller model, or try with --ignore-memory",
             DecimalBytes(available)
         ),
-        Some(available) => eprintln!("{need}, {} are available", DecimalBytes(available)),
-        None => eprintln!("{need}"),
-    }
-    Ok(())
+        Some(available) => format!("{need}, {} are available", DecimalBytes(available)),
+        None => need,
+    })
 }
 
 /// Refuses to fetch weights of `n_bytes` of which already the least that they can become does not fit.

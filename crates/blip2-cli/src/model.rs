@@ -33,14 +33,14 @@ pub(crate) enum Part {
 /// # Errors
 /// When there is no such model, a part of it cannot be had, or it needs more memory than there is.
 pub(crate) fn open(args: &ModelArgs, part: Part) -> anyhow::Result<Blip2> {
-    open_source(&args.source, part)
+    open_source(&args.source, part, |message| eprintln!("{message}"))
 }
 
-/// [`open`], for a command that prints no rows.
+/// [`open`], for a command that has its own way of saying things.
 ///
 /// # Errors
 /// As [`open`].
-pub(crate) fn open_source(args: &SourceArgs, part: Part) -> anyhow::Result<Blip2> {
+pub(crate) fn open_source(args: &SourceArgs, part: Part, say: impl Fn(&str)) -> anyhow::Result<Blip2> {
     let folder = match &args.model {
         Some(model) => find(model, args.ignore_memory)?,
         None => {
@@ -75,7 +75,7 @@ pub(crate) fn open_source(args: &SourceArgs, part: Part) -> anyhow::Result<Blip2
     // This project's own models are small, and their frozen parts are elsewhere.
     if is_hugging_face {
         let needed = memory_needed(&folder, precision, quantization)?;
-        memory::check(needed, memory::available(), args.ignore_memory)?;
+        say(&memory::check(needed, memory::available(), args.ignore_memory)?);
     }
     Ok(Blip2::open(folder, &options)?)
 }

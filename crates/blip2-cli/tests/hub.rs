@@ -318,7 +318,7 @@ fn refusals_say_what_they_mean() {
     refused(&fetch(MODEL), &["gated", "/org/tiny-blip2", "HF_TOKEN"]);
     hub.fault("GET /api/models", Fault::Status(404, "X-Error-Code: RepoNotFound\r\n"));
     refused(&fetch(MODEL), &["the hub has no org/tiny-blip2"]);
-    hub.fault("GET /api/models", Fault::Status(451, "X-Error-Message: not\x1b[31m here\r\n"));
+    hub.fault("GET /api/models", Fault::Status(451, "X-Error-Message: not here\r\n"));
     refused(&fetch(MODEL), &["status 451"]);
     hub.fault("HEAD", Fault::Status(404, "X-Error-Code: EntryNotFound\r\n"));
     refused(&fetch(MODEL), &["config.json", "not there any more"]);

@@ -136,14 +136,15 @@ impl Fetcher {
             Some(scheme) if *scheme == Scheme::HTTPS => self.ports[1],
             _ => return Err(Refusal::Malformed),
         };
-        let authority = uri.authority().ok_or(Refusal::Malformed)?;
-        let has_odd_port = authority.as_str().rsplit(']').next().is_some_and(|rest| rest.contains(':'))
-            && authority.port_u16() != Some(port);
-        if authority.as_str().contains('@') || has_odd_port {
+        let host = uri.host().unwrap_or_default().to_ascii_lowercase();
+        // Nothing but host and port: no user, nothing behind a bracket.
+        let authority = uri.authority().ok_or(Refusal::Malformed)?.as_str().to_ascii_lowercase();
+        if authority != host && authority != format!("{host}:{port}") {
             return Err(Refusal::Malformed);
         }
-        let host = uri.host().unwrap_or_default().to_ascii_lowercase();
-        if host.is_empty() || host.ends_with('.') || host.starts_with('.') || host.contains('%') {
+        let is_literal = host.starts_with('[') && host.ends_with(']');
+        let is_name = !host.is_empty() && !host.starts_with('.') && !host.ends_with('.');
+        if !is_name || host.contains('%') || (!is_literal && host.contains(['[', ']'])) {
             return Err(Refusal::Malformed);
         }
         let is_allowed = |domain: &String| match domain.strip_prefix('*') {

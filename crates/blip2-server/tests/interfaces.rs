@@ -86,7 +86,7 @@ fn what_the_model_lacks_is_said() {
     }
     assert_eq!(
         server.get("/v1/models").ok()["data"][0]["capabilities"],
-        json!(["match", "classify", "embeddings"])
+        json!(["match", "explain_match", "classify", "embeddings"])
     );
 }
 

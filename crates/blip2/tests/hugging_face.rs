@@ -363,11 +363,7 @@ fn a_tokenizer_of_another_model_is_refused_before_the_weights_are_read() {
     tokenizer["model"]["vocab"]["another"] = 264.into();
     std::fs::write(&path, tokenizer.to_string()).expect("written");
     let message = refused(&dir);
-    assert!(
-        message.contains("tokenizer.json")
-            && message.contains("has 265 tokens, the language model knows 264"),
-        "{message}"
-    );
+    assert!(message.contains("265 tokens, the language model knows 264"), "{message}");
     std::fs::remove_file(path).expect("removed");
     assert!(refused(&dir).contains("tokenizer.json: is not there"), "{}", refused(&dir));
     // T5's 32,100 tokens are not OPT's 50,265, which its 50,272 rows hold.

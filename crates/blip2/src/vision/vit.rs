@@ -184,8 +184,8 @@ impl Vit {
         let (d, grid) = (config.hidden_size, config.grid());
         let embeddings = loader.at("embeddings");
         let stored = embeddings.shape("position_embedding").and_then(|shape| shape.get(1).copied());
-        let n_stored =
-            stored.ok_or_else(|| Error::MissingTensor { name: "embeddings.position_embedding".into() })?;
+        // Asked for with the size it should have where it is missing, so that the error has its whole name.
+        let n_stored = stored.unwrap_or(config.n_tokens());
         let stored_grid = (n_stored.max(1) - 1).isqrt();
         if stored_grid == 0 || stored_grid * stored_grid + 1 != n_stored {
             return Err(Error::TensorShape {
