@@ -10,6 +10,10 @@ use std::arch::x86_64::*;
 use super::format::{BLOCK, QUAD, WIDTH};
 use super::sums::{Activations, Tile};
 
+/// How far ahead of the products of a few rows four-bit weights are fetched: a fifth faster with five rows. With one row, and
+/// with eight bits, reading far ahead is what the processor does by itself, and asking for it costs more than it gains.
+const AHEAD: usize = 4096;
+
 /// Four integers of a row in every lane.
 ///
 /// # Safety
@@ -74,6 +78,11 @@ pub(super) unsafe fn avx512_block_sums<const R: usize, const BITS: usize, const 
         unsafe {
             let block = panel.as_ptr().add(b * block_bytes);
             let values = x.values.as_ptr().add(b * BLOCK);
+            if BITS == 4 && R > 1 && R < 6 {
+                for line in (0..block_bytes).step_by(64) {
+                    _mm_prefetch::<_MM_HINT_T0>(block.wrapping_add(AHEAD + line).cast());
+                }
+            }
             let mut integers = [[_mm512_setzero_si512(); 2]; R];
             if !OFFSET {
                 for (r, integers) in integers.iter_mut().enumerate() {
