@@ -78,3 +78,28 @@ fn a_heat_map_is_written_as_a_picture() {
     };
     assert_eq!(size(&heat), size(&picture));
 }
+
+#[test]
+fn a_quantised_folder_captions_as_the_original_does_in_as_few_bits() {
+    let dir = tempfile::tempdir().expect("a folder");
+    let (picture, few_bits) = (golden("blip2.png"), dir.path().join("few-bits"));
+    let picture = picture.to_str().expect("UTF-8");
+    let run = |arguments: &[&str], model: &Path| {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_blip2"));
+        command.args(arguments).args(["--json", "--model"]).arg(model).output().expect("the command runs")
+    };
+    let quantised = Command::new(env!("CARGO_BIN_EXE_blip2"))
+        .args(["quantize", "--dtype", "int4"])
+        .args([&golden("blip2_opt"), &few_bits])
+        .output()
+        .expect("the command runs");
+    assert!(quantised.status.success(), "{}", String::from_utf8_lossy(&quantised.stderr));
+    let stored = run(&["caption", picture], &few_bits);
+    assert!(stored.status.success(), "{}", String::from_utf8_lossy(&stored.stderr));
+    let rounded = run(&["caption", picture, "--dtype", "int4"], &golden("blip2_opt"));
+    assert_eq!(stored.stdout, rounded.stdout);
+    // What is not there any more is not pretended.
+    let refused = run(&["caption", picture, "--dtype", "f32"], &few_bits);
+    let said = String::from_utf8_lossy(&refused.stderr);
+    assert!(!refused.status.success() && said.contains("stored in few bits"), "{said}");
+}
