@@ -40,6 +40,13 @@ pub(crate) enum Picture {
     New { key: Key, pixels: Arc<Vec<f32>> },
 }
 
+impl Picture {
+    /// Whether it still has to be encoded.
+    pub(crate) fn is_new(&self) -> bool {
+        matches!(self, Self::New { .. })
+    }
+}
+
 /// What the model saw in a picture.
 #[derive(Debug)]
 pub(crate) struct SeenPicture {

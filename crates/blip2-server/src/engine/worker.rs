@@ -104,12 +104,14 @@ impl Worker {
         move |job| {
             let (n_pictures, n_rows, n_texts, kv_bytes) = match &job.work {
                 Work::Write { write, .. } => (
-                    1,
+                    usize::from(write.picture.is_new()),
                     write.prompt.n_rows(self.model.config().qformer.num_query_tokens),
                     n_texts(&write.generation),
                     kv_bytes(write, &self.model, self.row_bytes),
                 ),
-                Work::Compute { pictures, .. } => (pictures.len(), 0, 0, 0),
+                Work::Compute { pictures, .. } => {
+                    (pictures.iter().filter(|picture| picture.is_new()).count(), 0, 0, 0)
+                }
             };
             let has_place = n_texts <= texts_left && kv_bytes <= kv_left;
             let is_short = n_pictures <= pictures_left && n_rows <= rows_left;
