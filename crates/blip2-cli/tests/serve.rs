@@ -24,6 +24,7 @@ struct Running {
 }
 
 impl Running {
+    #[allow(clippy::zombie_processes, reason = "who is given it waits for it; a test that fails ends it too")]
     fn start(environment: &[(&str, &str)]) -> Self {
         let mut child =
             serve(&["--port", "0", "--log-format", "json"], environment).spawn().expect("started");

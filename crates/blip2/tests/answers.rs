@@ -137,17 +137,17 @@ fn who_is_beside_an_answer_makes_no_difference() {
 fn a_batch_writes_what_ask_and_caption_write() {
     for name in MODELS {
         let (model, features) = open(name);
-        for i in 0..4 {
+        for (i, features) in features.iter().take(4).enumerate() {
             let config = generation(i);
             let ask = Ask {
                 prompt: model.prompt(&[Turn::open("which city is this?")]).expect("a prompt"),
-                soft_tokens: model.soft_tokens(&[&features[i]]).expect("soft tokens").remove(0),
+                soft_tokens: model.soft_tokens(&[features]).expect("soft tokens").remove(0),
                 generation: config.clone(),
             };
-            let expected = model.ask(&[(&features[i], "which city is this?")], &config).expect("answers");
+            let expected = model.ask(&[(features, "which city is this?")], &config).expect("answers");
             assert_eq!(alone(&model, &ask), expected[0], "{name}");
             let caption = Ask { prompt: model.prompt(&[]).expect("a prompt"), ..ask };
-            let expected = model.caption(&[&features[i]], &config).expect("captions");
+            let expected = model.caption(&[features], &config).expect("captions");
             assert_eq!(alone(&model, &caption), expected[0], "{name}");
         }
     }

@@ -73,7 +73,9 @@ macro_rules! for_n_rows {
         match ($format, $n_rows) {
             // SAFETY: as above.
             $((Format::Int4, $n) => unsafe { x86::$kernel::<$n, 4, false> $arguments },
+            // SAFETY: as above.
             (Format::Int4Offset, $n) => unsafe { x86::$kernel::<$n, 4, true> $arguments },
+            // SAFETY: as above.
             (Format::Int8Blocks, $n) => unsafe { x86::$kernel::<$n, 8, false> $arguments },)*
             _ => unreachable!("`check` bounds the rows of a tile, and the format has blocks"),
         }

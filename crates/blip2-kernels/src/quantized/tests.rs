@@ -55,12 +55,12 @@ fn products_equal_the_reference_for_all_tails_and_the_widths_of_the_models() {
             let mut row = vec![0.0; n_in];
             let block = format.scaled_together(n_in);
             let x_rounded: Vec<Vec<f64>> = x.chunks_exact(n_in).map(|x| rounded(x, block)).collect();
-            for o in 0..n_out {
+            for (o, &bias) in bias.iter().enumerate() {
                 w.row(o, &mut row);
                 for (i, x) in x_rounded.iter().enumerate() {
                     let product: f64 = x.iter().zip(&row).map(|(x, w)| x * f64::from(*w)).sum();
                     let at = i * n_out + o;
-                    let expected = (product + f64::from(bias[o])).max(0.0) + f64::from(residual[at]);
+                    let expected = (product + f64::from(bias)).max(0.0) + f64::from(residual[at]);
                     let magnitude: f64 = x.iter().zip(&row).map(|(x, w)| (x * f64::from(*w)).abs()).sum();
                     let tolerance = 4.0 * f64::from(f32::EPSILON) * (magnitude + 2.0);
                     let found = f64::from(y[at]);

@@ -58,7 +58,7 @@ impl Blip2 {
     ///
     /// # Errors
     /// When the model has no stage-2 part, a turn is empty, or all of it does not fit the context
-    /// ([`Error::TextTooLong`](crate::Error::TextTooLong)).
+    /// ([`Error::TextTooLong`]).
     pub fn prompt(&self, turns: &[Turn]) -> Result<Prompt> {
         self.stage2()?.render_whole(turns, self.instruction())
     }
