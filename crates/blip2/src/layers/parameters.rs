@@ -172,7 +172,7 @@ impl<'a> Loader<'a> {
         let weight = if let Some(rows) = self.source.rows(&full_name)? {
             FrozenWeight::quantize(&full_name, &rows, format, &|row| row)?
         } else {
-            let data = self.source.read_f32(&full_name)?;
+            let data = self.read(&full_name, &[n_out, n_in])?;
             let row = |i: usize, out: &mut [f32]| out.copy_from_slice(&data[i * n_in..(i + 1) * n_in]);
             FrozenWeight::Quantized(Arc::new(QuantizedWeight::quantize(n_out, n_in, format, &row)))
         };
