@@ -13,6 +13,7 @@ import argparse
 import csv
 import io
 import json
+import os
 import re
 import socket
 import subprocess
@@ -37,7 +38,9 @@ class Server:
             free.bind(("127.0.0.1", 0))
             self.port = free.getsockname()[1]
         self.url = f"http://127.0.0.1:{self.port}/"
-        environment = {"BLIP2_API_KEY": key} if key else {}
+        environment = {name: value for name, value in os.environ.items() if not name.startswith("BLIP2_")}
+        if key:
+            environment["BLIP2_API_KEY"] = key
         command = [binary, "serve", "--model", GOLDEN / model, "--port", str(self.port)]
         self.log = tempfile.TemporaryFile("w+")
         self.process = subprocess.Popen(command, env=environment, stderr=self.log)
@@ -144,11 +147,11 @@ def talk(browser, server, options):
     visit.done("a chosen picture is described as it streams")
 
     first = ask(page, "what is this?")
-    second = ask(page, "<img src=x onerror=alert(1)> why?")
+    second = ask(page, "<b>why?</b>")
     assert first.strip() and second.strip()
     chats = [body for url, body in sent if url.endswith("chat/completions")]
     assert [len(body["messages"]) for body in chats] == [1, 1, 3] and all(body["max_tokens"] == 12 for body in chats)
-    assert page.locator("#turns img").count() == 0, "text stays text"
+    assert page.locator("#turns b").count() == 0, "text stays text"
     page.get_by_role("button", name="Describe").click()
     expect(page.locator("#turns > li")).to_have_count(4)
     assert answers(page)[-1] == caption, "described again, the same without a temperature"
@@ -195,13 +198,16 @@ def talk(browser, server, options):
     visit.axe("error")
     visit.done("an error in the server's words, and the question is not lost")
 
-    # A stopped answer: the stream is held back so that there is time to stop it.
+    # A stopped answer: the request is held back, since tiny models are done before anybody can stop them.
+    held = []
     set_settings(page)
-    page.route("**/v1/chat/completions", lambda route: (time.sleep(0.5), route.continue_()))
+    page.route("**/v1/chat/completions", lambda route: held.append(route))
     page.get_by_role("button", name="Ask").click()
     page.get_by_role("button", name="Stop").click()
     expect(page.get_by_text("stopped")).to_be_visible()
     expect(page.locator("#send")).to_be_visible()
+    assert len(held) == 1
+    held[0].abort()
     page.unroute("**/v1/chat/completions")
     visit.done("stop")
 
@@ -212,7 +218,11 @@ def talk(browser, server, options):
     visit.shot("5-history")
     page.locator("#conversations button").first.click()
     expect(page.locator("#turns .answer").first).to_have_text(caption)
-    assert ask(page, "and now?").strip(), "a conversation of the history goes on"
+    # Another question would not fit the tiny model's context.
+    set_settings(page, max_tokens="12")
+    page.get_by_role("button", name="Describe").click()
+    expect(page.locator("#turns > li")).to_have_count(6)
+    assert answers(page)[-1] == caption, "a conversation of the history goes on"
     page.get_by_role("button", name="History").click()
     page.get_by_role("button", name="Clear the history").click()
     expect(page.locator("#history-about")).to_have_text("Nothing yet.")

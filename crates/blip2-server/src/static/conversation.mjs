@@ -140,7 +140,8 @@ function finish(turn, element) {
     }
   };
   const tools = make("div", { className: "row" }, copyButton);
-  if (turn.stopped || turn.failed) tools.append(make("span", { className: "faint", textContent: "stopped" }));
+  const note = turn.stopped || turn.failed ? "stopped" : turn.answer ? "" : "The model wrote nothing.";
+  if (note) tools.append(make("span", { className: "faint", textContent: note }));
   if (turn.answer && abilities.has("explain_answer")) makeExplainable(turn, answer, tools);
   else answer.textContent = turn.answer;
   element.append(tools);
