@@ -26,10 +26,21 @@ use crate::weights::TensorRows;
 use crate::weights::safetensors::Safetensors;
 use crate::{Error, Result};
 
+/// The longest configuration that is read; published ones have some thousand bytes.
+const MAX_CONFIG_BYTES: u64 = 1 << 20;
+
 /// Reads `config.json` if it is that of a BLIP-2 model from Hugging Face; nothing if it is this project's.
 pub(super) fn read_config(folder: &Path) -> Result<Option<Json>> {
     let path = folder.join(super::FILE_NAME);
-    let bytes = std::fs::read(&path).map_err(|source| Error::Io { path: path.clone(), source })?;
+    let io = |source| Error::Io { path: path.clone(), source };
+    let n_bytes = std::fs::metadata(&path).map_err(io)?.len();
+    if n_bytes > MAX_CONFIG_BYTES {
+        return Err(Error::File {
+            path,
+            reason: format!("has {n_bytes} bytes: no configuration is that long"),
+        });
+    }
+    let bytes = std::fs::read(&path).map_err(io)?;
     let json: Json = serde_json::from_slice(&bytes)
         .map_err(|error| Error::File { path: path.clone(), reason: error.to_string() })?;
     match json["model_type"].as_str() {

@@ -26,7 +26,7 @@ pub const SINGLE_NAME: &str = "model.safetensors";
 /// The name of the list of a checkpoint's shards, in a Hugging Face folder.
 pub const INDEX_NAME: &str = "model.safetensors.index.json";
 
-/// The longest header that is read: ten times that of a model of ten thousand tensors.
+/// The longest header or index that is read: ten times that of a model of ten thousand tensors.
 const MAX_HEADER_BYTES: u64 = 16 << 20;
 
 /// Tensors kept in one or several safetensors files, memory-mapped.
@@ -351,6 +351,11 @@ fn read_index(index: &Path) -> Result<BTreeMap<String, String>> {
         weight_map: BTreeMap<String, String>,
     }
     let file = MappedFile::open(index)?;
+    if file.bytes().len() as u64 > MAX_HEADER_BYTES {
+        let reason =
+            format!("has {} bytes, more than the list of any checkpoint's tensors", file.bytes().len());
+        return Err(refuse(index, reason));
+    }
     let parsed: Index = serde_json::from_slice(file.bytes())
         .map_err(|error| refuse(index, format!("this is not an index of safetensors shards: {error}")))?;
     if parsed.weight_map.is_empty() {

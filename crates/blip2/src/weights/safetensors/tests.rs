@@ -126,6 +126,9 @@ fn an_index_is_held_to_what_it_says() {
             .collect();
         write_safetensors(at(&format!("{shard}.safetensors")), &tensors, &BTreeMap::new()).unwrap();
     }
+    fs::write(at(INDEX_NAME), vec![b' '; 17 << 20]).unwrap();
+    let error = Safetensors::open(folder.path()).unwrap_err().to_string();
+    assert!(error.contains(INDEX_NAME) && error.contains("has 17825792 bytes"), "{error}");
     let refused = |weight_map: &[(&str, &str)]| {
         let weight_map: BTreeMap<_, _> = weight_map.iter().copied().collect();
         fs::write(at(INDEX_NAME), serde_json::json!({"weight_map": weight_map}).to_string()).unwrap();
