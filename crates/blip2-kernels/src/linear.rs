@@ -5,7 +5,7 @@ mod format;
 use rayon::prelude::*;
 
 use crate::activation::{Activation, activate_in_place};
-use crate::gemm::{KW, MatrixRef, NR, Output, Panels, Start, gemm, multiply, pack_panels};
+use crate::gemm::{KW, MatrixRef, NR, Output, Panels, Precision, Start, gemm, multiply, pack_panels};
 use crate::isa::Isa;
 
 pub use format::Format;
@@ -153,23 +153,8 @@ impl PackedWeight {
     /// # Panics
     /// When the lengths do not fit.
     pub fn input_gradient(&self, d_y: &[f32], n_rows: usize, d_x: &mut [f32]) {
-        assert_eq!(d_y.len(), n_rows * self.out_features, "d_y must be [n_rows, out]");
-        assert_eq!(d_x.len(), n_rows * self.in_features, "d_x must be [n_rows, in]");
-        if n_rows == 0 {
-            return;
-        }
-        let mut rows = vec![0.0; ROWS_A_GRADIENT_BLOCK.min(self.out_features) * self.in_features];
-        for first in (0..self.out_features).step_by(ROWS_A_GRADIENT_BLOCK) {
-            let n = ROWS_A_GRADIENT_BLOCK.min(self.out_features - first);
-            let rows = &mut rows[..n * self.in_features];
-            rows.par_chunks_exact_mut(self.in_features)
-                .enumerate()
-                .for_each(|(i, row)| self.row(first + i, row));
-            let a = MatrixRef { data: &d_y[first..], row_stride: self.out_features, col_stride: 1 };
-            let b = MatrixRef { data: rows, row_stride: self.in_features, col_stride: 1 };
-            let start = if first == 0 { Start::Zero } else { Start::Result };
-            gemm(n_rows, self.in_features, n, a, b, start, d_x, self.format.precision());
-        }
+        let shape = (self.out_features, self.in_features);
+        input_gradient(shape, &|i, row| self.row(i, row), d_y, n_rows, self.format.precision(), d_x);
     }
 
     /// Row `output` of the matrix, as it was rounded.
@@ -207,6 +192,32 @@ impl PackedWeight {
     fn panels<'a>(&self, i: usize, words: &'a [u32]) -> Panels<'a> {
         let k_len = self.block_len().min(self.in_features - i * self.block_len());
         Panels { words, format: self.format, k_len, n: self.out_features }
+    }
+}
+
+/// `d_x = d_y W` of a matrix `[out, in]` whose rows are widened some at a time by `row(i, into)`.
+pub(crate) fn input_gradient(
+    (n_out, n_in): (usize, usize),
+    row: &(dyn Fn(usize, &mut [f32]) + Sync),
+    d_y: &[f32],
+    n_rows: usize,
+    precision: Precision,
+    d_x: &mut [f32],
+) {
+    assert_eq!(d_y.len(), n_rows * n_out, "d_y must be [n_rows, out]");
+    assert_eq!(d_x.len(), n_rows * n_in, "d_x must be [n_rows, in]");
+    if n_rows == 0 {
+        return;
+    }
+    let mut rows = vec![0.0; ROWS_A_GRADIENT_BLOCK.min(n_out) * n_in];
+    for first in (0..n_out).step_by(ROWS_A_GRADIENT_BLOCK) {
+        let n = ROWS_A_GRADIENT_BLOCK.min(n_out - first);
+        let rows = &mut rows[..n * n_in];
+        rows.par_chunks_exact_mut(n_in).enumerate().for_each(|(i, into)| row(first + i, into));
+        let a = MatrixRef { data: &d_y[first..], row_stride: n_out, col_stride: 1 };
+        let b = MatrixRef { data: rows, row_stride: n_in, col_stride: 1 };
+        let start = if first == 0 { Start::Zero } else { Start::Result };
+        gemm(n_rows, n_in, n, a, b, start, d_x, precision);
     }
 }
 

@@ -19,16 +19,13 @@ mod x86;
 use rayon::prelude::*;
 
 use crate::activation::activate_few;
-use crate::gemm::{MatrixRef, Output, Precision, Start, gemm};
+use crate::gemm::{Output, Precision};
 use crate::isa::{Isa, with_isa};
-use crate::linear::Epilogue;
+use crate::linear::{Epilogue, input_gradient};
 pub use format::{BLOCK, Format};
 use format::{QUAD, WIDTH, f32_at};
 use rows::Rows;
 use sums::{Activations, MAX_ROWS, Tile, block_sums, integer_sums};
-
-/// Output rows widened at a time by the input gradient: a few megabytes, not the whole matrix.
-const ROWS_A_GRADIENT_BLOCK: usize = 1024;
 
 /// Tasks for each thread: enough to even out their times.
 const TASKS_A_THREAD: usize = 4;
@@ -284,23 +281,8 @@ impl QuantizedWeight {
     /// # Panics
     /// When the lengths do not fit.
     pub fn input_gradient(&self, d_y: &[f32], n_rows: usize, precision: Precision, d_x: &mut [f32]) {
-        assert_eq!(d_y.len(), n_rows * self.out_features, "d_y must be [n_rows, out]");
-        assert_eq!(d_x.len(), n_rows * self.in_features, "d_x must be [n_rows, in]");
-        if n_rows == 0 {
-            return;
-        }
-        let mut rows = vec![0.0; ROWS_A_GRADIENT_BLOCK.min(self.out_features) * self.in_features];
-        for first in (0..self.out_features).step_by(ROWS_A_GRADIENT_BLOCK) {
-            let n = ROWS_A_GRADIENT_BLOCK.min(self.out_features - first);
-            let rows = &mut rows[..n * self.in_features];
-            rows.par_chunks_exact_mut(self.in_features)
-                .enumerate()
-                .for_each(|(i, row)| self.row(first + i, row));
-            let a = MatrixRef { data: &d_y[first..], row_stride: self.out_features, col_stride: 1 };
-            let b = MatrixRef { data: rows, row_stride: self.in_features, col_stride: 1 };
-            let start = if first == 0 { Start::Zero } else { Start::Result };
-            gemm(n_rows, self.in_features, n, a, b, start, d_x, precision);
-        }
+        let shape = (self.out_features, self.in_features);
+        input_gradient(shape, &|i, row| self.row(i, row), d_y, n_rows, precision, d_x);
     }
 
     /// Row `output` of the matrix, as it was rounded.

@@ -12,6 +12,18 @@ pub use bert::BertTokenizer;
 pub use language::{LanguageTokenizer, StreamDecoder};
 pub use prompt::{Prompt, PromptFormat, Turn};
 
+/// What the tokenizers of Hugging Face folders are kept in; none has all of them.
+pub const TOKENIZER_FILES: [&str; 8] = [
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "spiece.model",
+    "vocab.txt",
+];
+
 /// A caption as the Q-Former reads it, in training and afterwards: lower case, punctuation to spaces, at most 50 words
 /// (LAVIS `blip_caption`).
 pub fn clean_caption(caption: &str) -> String {

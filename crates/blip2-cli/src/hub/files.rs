@@ -3,6 +3,7 @@
 use std::path::Path;
 
 use anyhow::bail;
+use blip2::text::TOKENIZER_FILES;
 use blip2::weights::safetensors::{INDEX_NAME, SINGLE_NAME, shards};
 
 pub(super) const CONFIG: &str = "config.json";
@@ -10,17 +11,6 @@ pub(super) const CONFIG: &str = "config.json";
 /// What describes a model, of which each has some.
 const DESCRIPTIONS: [&str; 4] =
     [CONFIG, "generation_config.json", "preprocessor_config.json", "processor_config.json"];
-
-const TOKENIZER_FILES: [&str; 8] = [
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "merges.txt",
-    "spiece.model",
-    "vocab.txt",
-];
 
 /// Any of these files is a tokenizer, with its companions.
 const TOKENIZERS: [&[&str]; 4] =

@@ -10,20 +10,9 @@ use super::language::{Family, Language};
 use super::sizes;
 use super::table::{Architecture, Head};
 use crate::image::ImageProcessor;
-use crate::text::{BertTokenizer, LanguageTokenizer};
+use crate::text::{BertTokenizer, LanguageTokenizer, TOKENIZER_FILES};
 use crate::{Error, Result};
 
-/// What tokenizers are kept in.
-const TOKENIZER_FILES: [&str; 8] = [
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "merges.txt",
-    "spiece.model",
-    "vocab.txt",
-];
 /// What else stands beside the weights.
 const OTHER_FILES: [&str; 4] =
     ["config.json", "generation_config.json", "preprocessor_config.json", "processor_config.json"];
