@@ -11,7 +11,7 @@ use serde_json::json;
 
 use crate::Done;
 use crate::args::{AskArgs, CaptionArgs, ChatArgs};
-use crate::model::{Part, encode_picture, generation, open};
+use crate::model::{Part, answering, encode_picture, generation, open};
 
 /// Pictures that are described at once: the language model reads its weights once for all of them.
 const PICTURES_AT_ONCE: usize = 8;
@@ -104,7 +104,7 @@ pub(crate) fn ask(args: &AskArgs) -> anyhow::Result<Done> {
         }
         return Ok(Done::All);
     }
-    let config = generation(&model, args.preset, &args.generation);
+    let config = answering(&model, args.preset, &args.generation);
     let answers = model.ask(&[(&features, &args.question)], &config)?.concat();
     if args.model.json {
         let rows: Vec<_> = answers
@@ -126,7 +126,7 @@ pub(crate) fn ask(args: &AskArgs) -> anyhow::Result<Done> {
 pub(crate) fn chat(args: &ChatArgs) -> anyhow::Result<Done> {
     let model = open(&args.model, Part::Stage2)?;
     let features = encode_picture(&model, &args.picture, args.preset)?;
-    let mut config = generation(&model, args.preset, &args.generation);
+    let mut config = answering(&model, args.preset, &args.generation);
     if args.generation.num_beams.is_none() && args.preset.is_none() {
         // What beams write can still change: without them the answer can be shown as it grows.
         config.num_beams = 1;

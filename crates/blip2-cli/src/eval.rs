@@ -14,7 +14,7 @@ use serde_json::json;
 
 use crate::Done;
 use crate::args::{EvalArgs, EvalTask};
-use crate::model::{Part, generation, open};
+use crate::model::{Part, answering, generation, open};
 
 /// What a task measured.
 struct Report {
@@ -74,7 +74,7 @@ fn captions_report(args: &EvalArgs, rows: &[Row], on_progress: OnProgress<'_>) -
 
 fn questions_report(args: &EvalArgs, rows: &[Row], on_progress: OnProgress<'_>) -> anyhow::Result<Report> {
     let model = open(&args.model, Part::Stage2)?;
-    let config = generation(&model, None, &args.generation);
+    let config = answering(&model, None, &args.generation);
     let evaluated = questions(&model, base(args), rows, &config, on_progress)?;
     write_predictions(args.out.as_deref(), &evaluated)?;
     let (accuracy, kinds) = evaluated.accuracy();

@@ -154,16 +154,30 @@ pub(crate) fn encode_picture(
     features.pop().ok_or_else(|| anyhow::anyhow!("the picture gave no features"))
 }
 
-/// The model's own settings, or those of the preset, with what the arguments change.
+/// The model's own settings for captions, or those of the preset, with what the arguments change.
 pub(crate) fn generation(
     model: &Blip2,
     preset: Option<PresetArg>,
     args: &GenerationArgs,
 ) -> GenerationConfig {
-    let mut config = model.generation(preset.map(|preset| match preset {
-        PresetArg::Hf => Preset::Hf,
-        PresetArg::Lavis => Preset::Lavis,
-    }));
+    changed(model.generation(preset.map(Preset::from)), args)
+}
+
+/// The same for answers to questions.
+pub(crate) fn answering(model: &Blip2, preset: Option<PresetArg>, args: &GenerationArgs) -> GenerationConfig {
+    changed(model.answering(preset.map(Preset::from)), args)
+}
+
+impl From<PresetArg> for Preset {
+    fn from(preset: PresetArg) -> Self {
+        match preset {
+            PresetArg::Hf => Self::Hf,
+            PresetArg::Lavis => Self::Lavis,
+        }
+    }
+}
+
+fn changed(mut config: GenerationConfig, args: &GenerationArgs) -> GenerationConfig {
     let draws =
         args.temperature.is_some() || args.top_k.is_some() || args.top_p.is_some() || args.min_p.is_some();
     if draws {

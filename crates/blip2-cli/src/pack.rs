@@ -63,6 +63,12 @@ pub(crate) fn run(args: &PackArgs) -> anyhow::Result<Done> {
             chat_prompt: None,
             instruction: run.instructions.into_iter().next().unwrap_or_default(),
             generation: GenerationConfig { num_beams: 5, ..GenerationConfig::default() },
+            // As LAVIS answers questions: where a word is wanted, a long text is not the better one.
+            answering: Some(GenerationConfig {
+                num_beams: 5,
+                length_penalty: 0.0,
+                ..GenerationConfig::default()
+            }),
         });
         shared = Some((run.encoder, run.qformer));
     }

@@ -182,8 +182,10 @@ impl Stage2 {
             start = rows.end;
             vec![prompt(&ids[rows.clone()], &is_target[rows])]
         });
+        let prompts: Vec<_> = prompts.collect();
+        let weights = vec![1.0; prompts.len()];
         Ok(Self {
-            batch: stage2::Batch { image_embeds: image_embeds(file, &config)?, prompts: prompts.collect() },
+            batch: stage2::Batch { image_embeds: image_embeds(file, &config)?, prompts, weights },
             qformer,
             language_projection,
             language_model,

@@ -50,6 +50,10 @@ pub struct DataConfig {
     /// The most samples of this entry in one epoch.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub max_per_epoch: Option<usize>,
+    /// Stage 2: how much a token of this entry's answers counts beside those of others. Answers of one word have few
+    /// tokens among captions of a dozen, and hardly move a mean over all of them.
+    #[serde(default = "once")]
+    pub weight: f64,
     /// Augmented views of each picture beside the plain one.
     #[serde(default)]
     pub views: u32,
@@ -71,6 +75,7 @@ impl DataConfig {
             images: None,
             repeat: once(),
             max_per_epoch: None,
+            weight: once(),
             views: 0,
             augment: Augment::default(),
         }
@@ -85,6 +90,12 @@ impl DataConfig {
         }
         if self.max_per_epoch == Some(0) {
             return Err(Error::config(format!("{field}.max_per_epoch"), "must be at least 1"));
+        }
+        if !(self.weight.is_finite() && self.weight > 0.0 && self.weight <= 1e6) {
+            return Err(Error::config(
+                format!("{field}.weight"),
+                "must be a positive number, at most a million",
+            ));
         }
         if self.images.is_some() && !matches!(self.format, None | Some(Format::Coco)) {
             return Err(Error::config(format!("{field}.images"), "is only for format = \"coco\""));

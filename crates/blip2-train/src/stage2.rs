@@ -28,6 +28,8 @@ pub struct Batch {
     pub image_embeds: Tensor,
     /// For each picture its prompts with answers, at least one; all begin alike up to the picture.
     pub prompts: Vec<Vec<Prompt>>,
+    /// For each picture how much a token of its answers counts in the mean that is the loss; above zero.
+    pub weights: Vec<f32>,
 }
 
 /// What a step needs besides the batch.
@@ -46,7 +48,7 @@ pub struct StepOptions {
 /// The values a step reports.
 #[derive(Debug, Clone, Copy, Default, PartialEq)]
 pub struct Values {
-    /// Mean loss of an answer's token.
+    /// Mean loss of an answer's token, weighted as [`Batch::weights`] says.
     pub loss: f32,
     /// Tokens that the loss is the mean of.
     pub n_tokens: usize,
@@ -74,14 +76,14 @@ pub struct Pass {
     pub soft_tokens: Tensor,
     /// The language model's last hidden states, packed picture by picture: beginning, then each continuation.
     pub hidden: Tensor,
-    /// The sum over the answers' tokens.
+    /// The weighted sum over the answers' tokens.
     pub loss_sum: Tensor,
 }
 
 /// Computes the loss of `batch` and the gradients of `variables`, the bridge's own.
 ///
 /// # Errors
-/// When a picture has no prompt, its prompts do not begin alike or no token is to be learned, a prompt is longer than
+/// When a picture has no prompt or no weight, its prompts do not begin alike or no token is to be learned, a prompt is longer than
 /// the language model's context, or the tensor engine fails.
 pub fn gradients(
     bridge: &Bridge<'_>,
@@ -90,8 +92,15 @@ pub fn gradients(
     options: StepOptions,
 ) -> Result<(Gradients, Values)> {
     let n_queries = bridge.qformer.config().num_query_tokens;
-    let n_tokens: usize =
-        batch.prompts.iter().flatten().map(|prompt| prompt.targets(n_queries).count()).sum();
+    if batch.weights.len() != batch.prompts.len() {
+        return Err(Error::Training("a batch must have a weight for each of its pictures".into()));
+    }
+    let (mut n_tokens, mut weight) = (0, 0.0);
+    for (prompts, &of_picture) in batch.prompts.iter().zip(&batch.weights) {
+        let n: usize = prompts.iter().map(|prompt| prompt.targets(n_queries).count()).sum();
+        n_tokens += n;
+        weight += n as f64 * f64::from(of_picture);
+    }
     if n_tokens == 0 {
         return Err(Error::Training("no text of the batch has an answer to learn".into()));
     }
@@ -102,7 +111,7 @@ pub fn gradients(
         let part = start..(start + options.micro_batch.max(1)).min(n);
         let seed = Random::new(&[options.seed, options.step, start as u64]).next_u64();
         let pass = bridge.forward(batch, part, &mut DropoutRng::new(options.dropout, seed))?;
-        let loss = (pass.loss_sum / n_tokens as f64)?;
+        let loss = (pass.loss_sum / weight)?;
         values.loss += loss.to_scalar::<f32>()?;
         gradients.add(variables, &mut loss.backward()?)?;
     }
@@ -121,14 +130,19 @@ impl Bridge<'_> {
         let (queries, _) = self.qformer.encode_queries(&image, dropout)?;
         let soft_tokens = self.language_projection.forward(&queries)?;
 
-        let rows = Rows::of(&batch.prompts[part], self.qformer.config().num_query_tokens)?;
+        let rows = Rows::of(
+            &batch.prompts[part.clone()],
+            &batch.weights[part],
+            self.qformer.config().num_query_tokens,
+        )?;
         // One table, soft tokens first, and for each place in the texts the row that stands there.
         let table = Tensor::cat(&[&soft_tokens, &self.language_model.embed(&rows.words)?], 0)?;
         let embeds = table.index_select(&index(&rows.table_rows)?, 0)?;
         let hidden = self.language_model.forward_branched(&embeds, &rows.texts)?;
         let predicting = hidden.index_select(&index(&rows.predicting)?, 0)?;
         let losses = linear_cross_entropy(&predicting, self.language_model.head(), &rows.targets, 0.0)?;
-        Ok(Pass { queries, soft_tokens, hidden, loss_sum: losses.sum_all()? })
+        let weights = Tensor::from_slice(&rows.weights, losses.shape(), losses.device())?;
+        Ok(Pass { queries, soft_tokens, hidden, loss_sum: (losses * weights)?.sum_all()? })
     }
 }
 
@@ -143,10 +157,12 @@ struct Rows {
     /// The rows that predict the targets.
     predicting: Vec<u32>,
     targets: Vec<u32>,
+    /// What each target counts.
+    weights: Vec<f32>,
 }
 
 impl Rows {
-    fn of(pictures: &[Vec<Prompt>], n_queries: usize) -> Result<Self> {
+    fn of(pictures: &[Vec<Prompt>], weights: &[f32], n_queries: usize) -> Result<Self> {
         let mut rows = Self::default();
         let n_soft_tokens = pictures.len() * n_queries;
         for (picture, prompts) in pictures.iter().enumerate() {
@@ -174,6 +190,7 @@ impl Rows {
                     let row = if row < shared { start + row } else { own_start + row - shared };
                     rows.predicting.push(row as u32);
                     rows.targets.push(token);
+                    rows.weights.push(weights[picture]);
                 }
             }
             rows.texts.push(Branched { shared, continuations });

@@ -13,7 +13,7 @@ use blip2::config::QFormerConfig;
 use blip2::generate::GenerationConfig;
 use blip2::layers::{Loader, Precision, TensorSource, Trainable};
 use blip2::model::{
-    Blip2, ImageFeatures, ModelConfig, OpenOptions, Stage1Config, Stage2Config, VisionConfig,
+    Blip2, ImageFeatures, ModelConfig, OpenOptions, Preset, Stage1Config, Stage2Config, VisionConfig,
 };
 use blip2::qformer::{QFormer, TextSide};
 use blip2::text::{PromptFormat, Turn};
@@ -63,6 +63,7 @@ fn folder() -> tempfile::TempDir {
             chat_prompt: None,
             instruction: "Describe it.".into(),
             generation: GenerationConfig { max_new_tokens: 8, ..GenerationConfig::default() },
+            answering: None,
         }),
     };
     write_config(dir.path(), &serde_json::to_value(&config).expect("JSON"));
@@ -215,6 +216,27 @@ fn a_wrong_folder_is_refused_by_name() {
 }
 
 /// A model opens with the frozen file it was trained with, and with no other; it names no file outside its folder.
+/// A model says how it answers where that is not how it captions; a preset is the same for both.
+#[test]
+fn answers_have_their_own_settings() {
+    let dir = folder();
+    let model = open(dir.path());
+    assert_eq!(model.answering(None), model.generation(None));
+    let mut config = serde_json::to_value(model.config()).expect("JSON");
+    config["stage2"]["answering"] = serde_json::json!({"num_beams": 3, "length_penalty": -1.0});
+    write_config(dir.path(), &config);
+    let model = open(dir.path());
+    let (captions, answers) = (model.generation(None), model.answering(None));
+    assert_eq!((captions.num_beams, captions.length_penalty), (1, 1.0));
+    assert_eq!((answers.num_beams, answers.length_penalty), (3, -1.0));
+    assert_eq!(model.answering(Some(Preset::Lavis)), model.generation(Some(Preset::Lavis)));
+    config["stage2"]["answering"]["num_beams"] = 0.into();
+    write_config(dir.path(), &config);
+    let options = OpenOptions { vision: false, ..OpenOptions::default() };
+    let message = Blip2::open(dir.path(), &options).expect_err("refused").to_string();
+    assert!(message.contains("num_beams"), "{message}");
+}
+
 #[test]
 fn other_frozen_files_and_other_folders_are_refused() {
     let dir = folder();

@@ -49,12 +49,14 @@ fn open() -> (Golden, Stage2) {
         let is_target: Vec<bool> = is_target.by_ref().take(ids.len()).map(|t| t == 1).collect();
         vec![prompt(&ids, &is_target)]
     });
+    let prompts: Vec<_> = prompts.collect();
+    let weights = vec![1.0; prompts.len()];
     let stage2 = Stage2 {
         qformer,
         language_projection,
         language_model,
         variables: trainable.into_variables(),
-        batch: Batch { image_embeds: golden.rows("in.image_embeds"), prompts: prompts.collect() },
+        batch: Batch { image_embeds: golden.rows("in.image_embeds"), prompts, weights },
     };
     (golden, stage2)
 }
@@ -118,15 +120,39 @@ fn shared_pictures_equal_copies() {
     other.ids.push(3);
     other.answers.push(last + 1..last + 2);
     let texts = [one.clone(), other, one];
-    let shared = Batch { image_embeds: first.clone(), prompts: vec![texts.to_vec()] };
+    let shared = Batch { image_embeds: first.clone(), prompts: vec![texts.to_vec()], weights: vec![1.0] };
     let copies = Batch {
         image_embeds: Tensor::cat(&[&first; 3], 0).expect("copies"),
         prompts: texts.iter().map(|text| vec![text.clone()]).collect(),
+        weights: vec![1.0; 3],
     };
     let (a, a_values) = stage2.gradients_of(&shared, usize::MAX);
     let (b, b_values) = stage2.gradients_of(&copies, usize::MAX);
     assert_eq!(a_values.n_tokens, b_values.n_tokens);
     assert!((a_values.loss - b_values.loss).abs() < 1e-5, "{a_values:?} {b_values:?}");
+    let difference = difference(&a, &b, stage2.variables.keys());
+    assert!(difference < 1e-5, "{difference}");
+}
+
+/// A picture of weight two counts as the picture twice.
+#[test]
+fn a_weight_counts_as_copies() {
+    let (_, stage2) = open();
+    let Batch { image_embeds, prompts, .. } = &stage2.batch;
+    let n = prompts.len();
+    let first = image_embeds.narrow(0, 0, image_embeds.dim(0).expect("rows") / n).expect("a picture");
+    let mut weights = vec![1.0; n];
+    weights[0] = 2.0;
+    let weighted = Batch { weights, ..stage2.batch.clone() };
+    let copied = Batch {
+        image_embeds: Tensor::cat(&[&first, image_embeds], 0).expect("a copy"),
+        prompts: [&prompts[..1], &prompts[..]].concat(),
+        weights: vec![1.0; n + 1],
+    };
+    let (a, a_values) = stage2.gradients_of(&weighted, usize::MAX);
+    let (b, b_values) = stage2.gradients_of(&copied, usize::MAX);
+    assert!((a_values.loss - b_values.loss).abs() < 1e-5, "{a_values:?} {b_values:?}");
+    assert!((a_values.loss - stage2.gradients().1).abs() > 1e-4, "the weight changes the loss");
     let difference = difference(&a, &b, stage2.variables.keys());
     assert!(difference < 1e-5, "{difference}");
 }

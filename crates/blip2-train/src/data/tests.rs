@@ -147,6 +147,8 @@ fn configuration_refuses_unknown_fields_and_wrong_values() {
     for (text, field) in [
         ("repeat = 0.0", "data[0].repeat"),
         ("repeat = nan", "data[0].repeat"),
+        ("weight = 0.0", "data[0].weight"),
+        ("weight = inf", "data[0].weight"),
         ("max_per_epoch = 0", "data[0].max_per_epoch"),
         ("augment = { scale = [0.0, 1.0] }", "data[0].augment.scale"),
         ("format = \"jsonl\"\nimages = \"y\"", "data[0].images"),

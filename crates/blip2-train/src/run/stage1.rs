@@ -87,6 +87,10 @@ impl Stage1Config {
             return Err(Error::config("batch_size", "must be 2 or more: contrast needs another picture"));
         }
         validate_step(self.batch_size, self.micro_batch, self.dropout)?;
+        if let Some(number) = self.data.iter().position(|entry| entry.weight != 1.0) {
+            let reason = "is for stage 2: the losses of stage 1 are of pairs, not of answers";
+            return Err(Error::config(format!("data[{number}].weight"), reason));
+        }
         if !(3..=self.qformer.max_position_embeddings).contains(&self.max_text_tokens) {
             let limit = self.qformer.max_position_embeddings;
             return Err(Error::config("max_text_tokens", format!("must be 3 to {limit}")));

@@ -187,6 +187,7 @@ impl<'a> Stage2<'a> {
 
     fn batch(&self, batch: &Batch, step: u64) -> Result<stage2::Batch> {
         let mut prompts = Vec::with_capacity(batch.items.len());
+        let mut weights = Vec::with_capacity(batch.items.len());
         for (number, item) in batch.items.iter().enumerate() {
             let mut random = Random::new(&[self.config.seed, TEXTS, step, number as u64]);
             let dealt = (item.sample, item.choice);
@@ -201,11 +202,13 @@ impl<'a> Stage2<'a> {
             let instruction = &self.config.instructions[random.below(self.config.instructions.len())];
             let of_picture = texts.into_iter().map(|text| self.prompt(text, instruction));
             prompts.push(of_picture.collect::<Result<_>>()?);
+            weights.push(self.dataset.entries()[self.dataset.samples()[item.sample].entry].weight as f32);
         }
         let views: Vec<(usize, u32)> = batch.items.iter().map(|item| (item.image, item.view)).collect();
         let features = self.features.gather(&views)?;
         let shape = (views.len() * self.features.n_tokens(), self.features.width());
-        Ok(stage2::Batch { image_embeds: Tensor::from_vec(features, shape, &Device::Cpu)?, prompts })
+        let image_embeds = Tensor::from_vec(features, shape, &Device::Cpu)?;
+        Ok(stage2::Batch { image_embeds, prompts, weights })
     }
 
     fn is_caption(&self, sample: usize) -> bool {

@@ -80,9 +80,19 @@ pub struct Stage2Config {
     pub chat_prompt: Option<PromptFormat>,
     /// What is asked for a caption; may be empty where the model describes a picture unasked.
     pub instruction: String,
-    /// How captions and answers are generated unless the caller says otherwise.
+    /// How captions are generated unless the caller says otherwise.
     #[serde(default)]
     pub generation: GenerationConfig,
+    /// How answers are generated, where that is not how captions are.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub answering: Option<GenerationConfig>,
+}
+
+impl Stage2Config {
+    /// How answers to questions are generated unless the caller says otherwise.
+    pub fn answering(&self) -> &GenerationConfig {
+        self.answering.as_ref().unwrap_or(&self.generation)
+    }
 }
 
 impl ModelConfig {
@@ -130,6 +140,7 @@ impl ModelConfig {
                 return wrong("stage2.instruction", "is empty: it is what asks for a caption");
             }
             stage2.generation.validate()?;
+            stage2.answering().validate()?;
         }
         Ok(())
     }

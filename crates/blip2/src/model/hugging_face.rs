@@ -216,6 +216,7 @@ fn open_generation(folder: &Path, json: &Json, file: &Safetensors, options: &Ope
         chat_prompt: Some(family.turn()),
         instruction: instruction.into(),
         generation,
+        answering: None,
     };
     let n_parameters = bridge.n_query_parameters()
         + qformer.hidden_size * language_model.hidden_size()

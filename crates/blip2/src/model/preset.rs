@@ -24,12 +24,26 @@ pub enum Preset {
 }
 
 impl Blip2 {
-    /// How this model generates unless the caller says otherwise: in its own way, or with the defaults of `preset`.
+    /// How this model writes a caption unless the caller says otherwise: in its own way, or with the defaults of `preset`.
     pub fn generation(&self, preset: Option<Preset>) -> GenerationConfig {
-        let loaded = self.stage2.as_ref();
         match preset {
             None => self.config.stage2.as_ref().map(|stage2| stage2.generation.clone()).unwrap_or_default(),
-            Some(Preset::Hf) => {
+            Some(preset) => self.preset(preset),
+        }
+    }
+
+    /// As [`generation`](Self::generation), for the answer to a question; presets make no difference between the two.
+    pub fn answering(&self, preset: Option<Preset>) -> GenerationConfig {
+        match preset {
+            None => self.config.stage2.as_ref().map(|stage2| stage2.answering().clone()).unwrap_or_default(),
+            Some(preset) => self.preset(preset),
+        }
+    }
+
+    fn preset(&self, preset: Preset) -> GenerationConfig {
+        let loaded = self.stage2.as_ref();
+        match preset {
+            Preset::Hf => {
                 let mut config = GenerationConfig {
                     num_beams: 1,
                     max_new_tokens: 20,
@@ -43,7 +57,7 @@ impl Blip2 {
                 config
             }
             // Its `min_length` of 1 counts the prompt (OPT) or the start token (T5), so that it forbids nothing.
-            Some(Preset::Lavis) => GenerationConfig {
+            Preset::Lavis => GenerationConfig {
                 num_beams: 5,
                 max_new_tokens: 30,
                 top_p: 0.9,
