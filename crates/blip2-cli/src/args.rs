@@ -169,8 +169,33 @@ pub(crate) enum EarlyStoppingArg {
 #[derive(Debug, clap::Args)]
 pub(crate) struct CaptionArgs {
     /// The pictures.
-    #[arg(required = true)]
+    #[arg(required_unless_present = "folder")]
     pub(crate) pictures: Vec<PathBuf>,
+    /// Describe the pictures in this folder; may be given several times.
+    #[arg(long, value_name = "FOLDER", help_heading = "Many pictures")]
+    pub(crate) folder: Vec<PathBuf>,
+    /// With --folder: those in the folders below it too.
+    #[arg(long, requires = "folder", help_heading = "Many pictures")]
+    pub(crate) recursive: bool,
+    /// Write each caption to a text file beside its picture: `photo.txt`, or of the extension that is given
+    /// (`--sidecar=caption`). Pictures that have one are left out.
+    #[arg(
+        long,
+        value_name = "EXTENSION",
+        num_args = 0..=1,
+        require_equals = true,
+        default_missing_value = "txt",
+        conflicts_with_all = ["out", "json"],
+        help_heading = "Many pictures"
+    )]
+    pub(crate) sidecar: Option<String>,
+    /// Write the captions to this file: `.jsonl`, which is a manifest to train with, or `.csv`. Rows are added to a file that
+    /// exists, for the pictures that it does not have.
+    #[arg(long, value_name = "FILE", conflicts_with = "json", help_heading = "Many pictures")]
+    pub(crate) out: Option<PathBuf>,
+    /// With --sidecar or --out: replace what is there instead of going on from it.
+    #[arg(long, help_heading = "Many pictures")]
+    pub(crate) overwrite: bool,
     /// Begin the caption with this text, as it stands, instead of the model's own prompt (`--prompt=` for none).
     #[arg(long, value_name = "TEXT")]
     pub(crate) prompt: Option<String>,

@@ -1,82 +1,13 @@
-//! `blip2 caption`, `blip2 ask` and `blip2 chat`.
+//! `blip2 ask` and `blip2 chat`.
 
 use std::io::{BufRead, IsTerminal, Write};
 use std::ops::ControlFlow;
-use std::path::Path;
 
-use anyhow::Context;
-use blip2::generate::GenerationConfig;
-use blip2::model::{Answer, Blip2};
 use serde_json::json;
 
 use crate::Done;
-use crate::args::{AskArgs, CaptionArgs, ChatArgs};
-use crate::model::{Part, answering, encode_picture, generation, open};
-
-/// Pictures that are described at once: the language model reads its weights once for all of them.
-const PICTURES_AT_ONCE: usize = 8;
-
-pub(crate) fn caption(args: &CaptionArgs) -> anyhow::Result<Done> {
-    let model = open(&args.model, Part::Stage2)?;
-    let config = generation(&model, args.preset, &args.generation);
-    let mut rows = Vec::new();
-    let mut n_failed = 0;
-    let mut out = std::io::stdout().lock();
-    for paths in args.pictures.chunks(PICTURES_AT_ONCE) {
-        for (path, result) in paths.iter().zip(caption_pictures(&model, paths, args, &config)?) {
-            let path = path.display().to_string();
-            match result {
-                Ok(answers) if args.model.json => rows.extend(answers.iter().map(
-                    |answer| json!({"path": path, "caption": answer.text, "token_ids": answer.token_ids}),
-                )),
-                Ok(answers) => {
-                    for answer in answers {
-                        if args.pictures.len() > 1 {
-                            write!(out, "{path}\t")?;
-                        }
-                        writeln!(out, "{}", answer.text)?;
-                    }
-                }
-                Err(error) => {
-                    n_failed += 1;
-                    let message = crate::message(&error);
-                    eprintln!("blip2: {message}");
-                    rows.push(json!({"path": path, "error": message}));
-                }
-            }
-        }
-        out.flush()?;
-    }
-    if args.model.json {
-        writeln!(out, "{}", serde_json::to_string_pretty(&rows)?)?;
-    }
-    Ok(if n_failed == 0 { Done::All } else { Done::SomeFailed })
-}
-
-/// The captions of some pictures, or why one cannot be read.
-fn caption_pictures(
-    model: &Blip2,
-    paths: &[impl AsRef<Path>],
-    args: &CaptionArgs,
-    config: &GenerationConfig,
-) -> anyhow::Result<Vec<anyhow::Result<Vec<Answer>>>> {
-    // One picture at a time: a photo in memory is a thousand times its features.
-    let features: Vec<_> =
-        paths.iter().map(|path| encode_picture(model, path.as_ref(), args.preset)).collect();
-    let readable: Vec<_> = features.iter().flatten().collect();
-    let captions = match &args.prompt {
-        Some(prompt) => {
-            let requests: Vec<_> = readable.iter().map(|features| (*features, prompt.as_str())).collect();
-            model.complete(&requests, config)
-        }
-        None => model.caption(&readable, config),
-    };
-    let mut captions = captions?.into_iter();
-    Ok(features
-        .into_iter()
-        .map(|features| features.and_then(|_| captions.next().context("a picture got no caption")))
-        .collect())
-}
+use crate::args::{AskArgs, ChatArgs};
+use crate::model::{Part, answering, encode_picture, open};
 
 pub(crate) fn ask(args: &AskArgs) -> anyhow::Result<Done> {
     if args.question.trim().is_empty() {

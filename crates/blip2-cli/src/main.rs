@@ -4,6 +4,7 @@
 #![allow(clippy::print_stdout, clippy::print_stderr, reason = "the one crate that talks to a terminal")]
 
 mod args;
+mod caption;
 mod compare;
 mod convert;
 mod data;
@@ -39,7 +40,7 @@ enum Done {
 
 fn main() -> ExitCode {
     let result = match Args::parse().command {
-        Command::Caption(args) => describe::caption(&args),
+        Command::Caption(args) => caption::run(&args),
         Command::Ask(args) => describe::ask(&args),
         Command::Chat(args) => describe::chat(&args),
         Command::Match(args) => compare::match_texts(&args),

@@ -7,6 +7,11 @@ use std::path::{Path, PathBuf};
 /// Extensions that are taken for pictures, in folders and in tar shards.
 pub(super) const PICTURE_EXTENSIONS: [&str; 8] = ["jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff"];
 
+/// Whether a file's name is that of a picture.
+pub fn is_picture(path: &Path) -> bool {
+    PICTURE_EXTENSIONS.contains(&extension(path).as_str())
+}
+
 /// The extension in lower case.
 pub(super) fn extension(path: &Path) -> String {
     path.extension().map(|e| e.to_string_lossy().to_ascii_lowercase()).unwrap_or_default()
@@ -23,7 +28,7 @@ pub(super) fn read(path: &Path, builder: &mut Builder) -> Result<()> {
     for (path, kind) in entries {
         if kind.is_dir() {
             read(&path, builder)?;
-        } else if PICTURE_EXTENSIONS.contains(&extension(&path).as_str()) {
+        } else if is_picture(&path) {
             let text_path = path.with_extension("txt");
             match std::fs::read(&text_path) {
                 Ok(bytes) => match captions(&bytes) {

@@ -1,0 +1,106 @@
+//! `blip2 caption`.
+
+mod destination;
+mod folder;
+mod rows;
+
+use std::path::{Path, PathBuf};
+
+use anyhow::{Context, bail};
+use blip2::generate::GenerationConfig;
+use blip2::model::{Answer, Blip2};
+use indicatif::{ProgressBar, ProgressStyle};
+
+use crate::Done;
+use crate::args::CaptionArgs;
+use crate::model::{Part, encode_picture, generation, open};
+use destination::Destination;
+
+/// Pictures that are described at once: the language model reads its weights once for all of them.
+const PICTURES_AT_ONCE: usize = 8;
+
+pub(crate) fn run(args: &CaptionArgs) -> anyhow::Result<Done> {
+    if args.overwrite && args.sidecar.is_none() && args.out.is_none() {
+        bail!("--overwrite is for --sidecar or --out: nothing else is written");
+    }
+    let mut pictures = args.pictures.clone();
+    for folder in &args.folder {
+        let before = pictures.len();
+        folder::find(folder, args.recursive, &mut pictures)?;
+        if pictures.len() == before {
+            let where_else = if args.recursive { "" } else { " (--recursive looks in the folders below it)" };
+            bail!("{} holds no pictures{where_else}", folder.display());
+        }
+    }
+    // Everything that can be wrong with where they go is said before a model is loaded.
+    let mut destination = Destination::open(args, &pictures)?;
+    let n_given = pictures.len();
+    pictures.retain(|picture| !destination.has(picture));
+    let n_had = n_given - pictures.len();
+    let mut n_failed = 0;
+    if !pictures.is_empty() {
+        let model = open(&args.model, Part::Stage2)?;
+        n_failed = describe(&model, &pictures, args, &mut destination)?;
+    }
+    if destination.is_file() {
+        let n_described = pictures.len() - n_failed;
+        eprintln!("{n_described} described, {n_had} described already, {n_failed} failed");
+    }
+    destination.finish()?;
+    Ok(if n_failed == 0 { Done::All } else { Done::SomeFailed })
+}
+
+/// Describes the pictures, a few at a time; gives how many could not be read.
+fn describe(
+    model: &Blip2,
+    pictures: &[PathBuf],
+    args: &CaptionArgs,
+    destination: &mut Destination,
+) -> anyhow::Result<usize> {
+    let config = generation(model, args.preset, &args.generation);
+    let bar =
+        if destination.is_file() { ProgressBar::new(pictures.len() as u64) } else { ProgressBar::hidden() };
+    bar.set_style(ProgressStyle::with_template("{wide_bar} {pos}/{len} {per_sec} {eta}")?);
+    let mut n_failed = 0;
+    for paths in pictures.chunks(PICTURES_AT_ONCE) {
+        let captions = caption_pictures(model, paths, args, &config)?;
+        for (path, result) in paths.iter().zip(&captions) {
+            if let Err(error) = result {
+                n_failed += 1;
+                bar.suspend(|| eprintln!("blip2: {}", crate::message(error)));
+                destination.refuse(path, error);
+            }
+        }
+        let described =
+            paths.iter().zip(&captions).filter_map(|(path, result)| Some((path, result.as_ref().ok()?)));
+        destination.write(&described.collect::<Vec<_>>())?;
+        bar.inc(paths.len() as u64);
+    }
+    bar.finish_and_clear();
+    Ok(n_failed)
+}
+
+/// The captions of some pictures, or why one cannot be read.
+fn caption_pictures(
+    model: &Blip2,
+    paths: &[impl AsRef<Path>],
+    args: &CaptionArgs,
+    config: &GenerationConfig,
+) -> anyhow::Result<Vec<anyhow::Result<Vec<Answer>>>> {
+    // One picture at a time: a photo in memory is a thousand times its features.
+    let features: Vec<_> =
+        paths.iter().map(|path| encode_picture(model, path.as_ref(), args.preset)).collect();
+    let readable: Vec<_> = features.iter().flatten().collect();
+    let captions = match &args.prompt {
+        Some(prompt) => {
+            let requests: Vec<_> = readable.iter().map(|features| (*features, prompt.as_str())).collect();
+            model.complete(&requests, config)
+        }
+        None => model.caption(&readable, config),
+    };
+    let mut captions = captions?.into_iter();
+    Ok(features
+        .into_iter()
+        .map(|features| features.and_then(|_| captions.next().context("a picture got no caption")))
+        .collect())
+}

@@ -1,0 +1,143 @@
+//! Where captions go: standard output, a file beside each picture, or one file for all.
+
+use std::collections::HashMap;
+use std::io::Write;
+use std::path::{Path, PathBuf};
+
+use anyhow::bail;
+use blip2::model::Answer;
+use serde_json::{Value, json};
+
+use super::rows::RowsFile;
+use crate::args::CaptionArgs;
+
+pub(super) enum Destination {
+    /// Standard output, as lines, or as one JSON array when all are there.
+    Output { array: Option<Vec<Value>>, with_path: bool },
+    /// A text file beside each picture.
+    Sidecars { extension: String, overwrite: bool },
+    /// A file of rows.
+    Rows(RowsFile),
+}
+
+impl Destination {
+    /// Prepares to take the captions of `pictures`.
+    ///
+    /// # Errors
+    /// When two pictures would have one file beside them, or the file of rows is not one of ours.
+    pub(super) fn open(args: &CaptionArgs, pictures: &[PathBuf]) -> anyhow::Result<Self> {
+        if let Some(path) = &args.out {
+            return Ok(Self::Rows(RowsFile::open(path, args.overwrite)?));
+        }
+        let Some(extension) = &args.sidecar else {
+            let array = args.model.json.then(Vec::new);
+            return Ok(Self::Output { array, with_path: pictures.len() > 1 });
+        };
+        if extension.is_empty() || extension.contains(['/', '\\', '.']) {
+            bail!("--sidecar={extension} is not an extension: give one like txt, without a dot");
+        }
+        let mut picture_of = HashMap::new();
+        for picture in pictures {
+            let sidecar = picture.with_extension(extension);
+            if sidecar == *picture {
+                bail!("--sidecar={extension} would write over the picture {}", picture.display());
+            }
+            if let Some(other) = picture_of.insert(sidecar, picture)
+                && other != picture
+            {
+                bail!(
+                    "{} and {} would have the same file beside them: rename one, or use --out",
+                    other.display(),
+                    picture.display()
+                );
+            }
+        }
+        Ok(Self::Sidecars { extension: extension.clone(), overwrite: args.overwrite })
+    }
+
+    /// Whether a picture has its caption already.
+    pub(super) fn has(&self, picture: &Path) -> bool {
+        match self {
+            Self::Output { .. } => false,
+            Self::Sidecars { extension, overwrite } => {
+                // An empty file is no caption.
+                let file = std::fs::metadata(picture.with_extension(extension));
+                !overwrite && file.is_ok_and(|file| file.len() > 0)
+            }
+            Self::Rows(rows) => rows.has(picture),
+        }
+    }
+
+    /// Whether the captions go to files, so that standard output stays empty.
+    pub(super) fn is_file(&self) -> bool {
+        !matches!(self, Self::Output { .. })
+    }
+
+    /// Takes note of a picture that cannot be described.
+    pub(super) fn refuse(&mut self, picture: &Path, error: &anyhow::Error) {
+        // Files keep what is there: the picture is tried again the next time.
+        if let Self::Output { array: Some(array), .. } = self {
+            array.push(json!({"path": picture.display().to_string(), "error": crate::message(error)}));
+        }
+    }
+
+    /// Writes the captions of some pictures.
+    ///
+    /// # Errors
+    /// When they cannot be written.
+    pub(super) fn write(&mut self, described: &[(&PathBuf, &Vec<Answer>)]) -> anyhow::Result<()> {
+        match self {
+            Self::Output { array: Some(array), .. } => {
+                for (path, answers) in described {
+                    let path = path.display().to_string();
+                    array.extend(answers.iter().map(
+                        |answer| json!({"path": path, "caption": answer.text, "token_ids": answer.token_ids}),
+                    ));
+                }
+                Ok(())
+            }
+            Self::Output { array: None, with_path } => {
+                let mut out = std::io::stdout().lock();
+                for (path, answers) in described {
+                    for answer in *answers {
+                        if *with_path {
+                            write!(out, "{}\t", path.display())?;
+                        }
+                        writeln!(out, "{}", answer.text)?;
+                    }
+                }
+                Ok(out.flush()?)
+            }
+            Self::Sidecars { extension, .. } => {
+                for (path, answers) in described {
+                    blip2::weights::write_atomically(path.with_extension(&*extension), |file| {
+                        answers.iter().try_for_each(|answer| writeln!(file, "{}", one_line(&answer.text)))
+                    })?;
+                }
+                Ok(())
+            }
+            Self::Rows(rows) => {
+                for (path, answers) in described {
+                    rows.push(path, answers.iter().map(|answer| one_line(&answer.text)).collect())?;
+                }
+                rows.save()
+            }
+        }
+    }
+
+    /// Ends the output.
+    ///
+    /// # Errors
+    /// When it cannot be written.
+    pub(super) fn finish(self) -> anyhow::Result<()> {
+        if let Self::Output { array: Some(array), .. } = self {
+            writeln!(std::io::stdout().lock(), "{}", serde_json::to_string_pretty(&array)?)?;
+        }
+        Ok(())
+    }
+}
+
+/// A caption is a line of a file.
+fn one_line(text: &str) -> String {
+    text.split_whitespace().collect::<Vec<_>>().join(" ")
+}

@@ -1,0 +1,247 @@
+//! A file of captions that grows: JSON lines, which are a training manifest, or CSV.
+
+use std::collections::HashSet;
+use std::fs::{File, OpenOptions, TryLockError};
+use std::io::{Read, Seek, SeekFrom, Write};
+use std::path::{Path, PathBuf};
+
+use anyhow::{Context, anyhow, bail};
+use serde::{Deserialize, Serialize};
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Layout {
+    Jsonl,
+    Csv,
+}
+
+/// What a row of JSON lines says; the names are those of a training manifest.
+#[derive(Serialize, Deserialize)]
+struct JsonRow {
+    image: String,
+    captions: Vec<String>,
+}
+
+/// A row of a CSV file, one caption each.
+#[derive(Serialize, Deserialize)]
+struct CsvRow {
+    image: String,
+    caption: String,
+}
+
+/// The file, the pictures that it has, and the rows that it is to get.
+pub(super) struct RowsFile {
+    path: PathBuf,
+    /// Where the file is; pictures are named relative to it.
+    folder: PathBuf,
+    file: File,
+    layout: Layout,
+    has: HashSet<String>,
+    unsaved: Vec<u8>,
+}
+
+impl RowsFile {
+    /// Opens the file for adding to it. A row that was cut short, by a crash or a full disk, is taken out.
+    ///
+    /// # Errors
+    /// When the name ends in neither `.jsonl` nor `.csv`, the file holds something else, or another process writes it.
+    pub(super) fn open(path: &Path, overwrite: bool) -> anyhow::Result<Self> {
+        let extension = path.extension().map(|e| e.to_string_lossy().to_ascii_lowercase());
+        let layout = match extension.as_deref() {
+            Some("jsonl") => Layout::Jsonl,
+            Some("csv") => Layout::Csv,
+            _ => bail!("--out {}: the name must end in .jsonl or .csv", path.display()),
+        };
+        let cannot = || format!("cannot write {}", path.display());
+        let mut file = OpenOptions::new()
+            .read(true)
+            .write(true)
+            .create(true)
+            .truncate(false)
+            .open(path)
+            .with_context(cannot)?;
+        match file.try_lock() {
+            Ok(()) => {}
+            Err(TryLockError::WouldBlock) => bail!("another process is writing {}", path.display()),
+            Err(TryLockError::Error(error)) => return Err(error).with_context(cannot),
+        }
+        if overwrite {
+            file.set_len(0).with_context(cannot)?;
+        }
+        let mut bytes = Vec::new();
+        file.read_to_end(&mut bytes).with_context(cannot)?;
+        // Every row ends with a newline, and a caption has none.
+        let n_whole = bytes.iter().rposition(|byte| *byte == b'\n').map_or(0, |at| at + 1);
+        let has = match layout {
+            Layout::Jsonl => json_pictures(path, &bytes[..n_whole])?,
+            Layout::Csv => csv_pictures(path, &bytes[..n_whole])?,
+        };
+        if n_whole < bytes.len() {
+            // A file without any whole row may be anything: it is not ours to cut.
+            if n_whole == 0 {
+                bail!("{} does not hold captions: give --out another name, or --overwrite", path.display());
+            }
+            file.set_len(n_whole as u64).with_context(cannot)?;
+        }
+        file.seek(SeekFrom::End(0)).with_context(cannot)?;
+        let folder = path.parent().filter(|folder| !folder.as_os_str().is_empty()).unwrap_or(Path::new("."));
+        let folder = std::fs::canonicalize(folder).with_context(cannot)?;
+        let mut rows = Self { path: path.to_owned(), folder, file, layout, has, unsaved: Vec::new() };
+        if layout == Layout::Csv && n_whole == 0 {
+            rows.unsaved.extend_from_slice(b"image,caption\n");
+            rows.save()?;
+        }
+        Ok(rows)
+    }
+
+    /// Whether it has a row of this picture.
+    pub(super) fn has(&self, picture: &Path) -> bool {
+        self.name(picture).is_ok_and(|name| self.has.contains(&name))
+    }
+
+    /// Adds a picture's row, to be written by [`save`](Self::save).
+    ///
+    /// # Errors
+    /// When the picture's name is not UTF-8.
+    pub(super) fn push(&mut self, picture: &Path, captions: Vec<String>) -> anyhow::Result<()> {
+        let image = self.name(picture)?;
+        match self.layout {
+            Layout::Jsonl => {
+                serde_json::to_writer(&mut self.unsaved, &JsonRow { image: image.clone(), captions })?;
+                self.unsaved.push(b'\n');
+            }
+            Layout::Csv => {
+                let mut writer = csv::WriterBuilder::new().has_headers(false).from_writer(&mut self.unsaved);
+                for caption in captions {
+                    writer.serialize(CsvRow { image: image.clone(), caption })?;
+                }
+                writer.flush()?;
+            }
+        }
+        self.has.insert(image);
+        Ok(())
+    }
+
+    /// Writes the rows that were added, to the disk.
+    ///
+    /// # Errors
+    /// When that fails.
+    pub(super) fn save(&mut self) -> anyhow::Result<()> {
+        let written = self.file.write_all(&self.unsaved).and_then(|()| self.file.sync_data());
+        self.unsaved.clear();
+        written.with_context(|| format!("cannot write {}", self.path.display()))
+    }
+
+    /// How the file names a picture: relative to itself where the picture is below it.
+    fn name(&self, picture: &Path) -> anyhow::Result<String> {
+        let whole = std::fs::canonicalize(picture).unwrap_or_else(|_| picture.to_owned());
+        let name = whole.strip_prefix(&self.folder).unwrap_or(&whole);
+        let name = name.to_str().ok_or_else(|| {
+            anyhow!("the name of {} is not UTF-8, so a row cannot have it: rename it", picture.display())
+        })?;
+        Ok(name.to_owned())
+    }
+}
+
+fn json_pictures(path: &Path, bytes: &[u8]) -> anyhow::Result<HashSet<String>> {
+    let mut pictures = HashSet::new();
+    for (number, line) in bytes.split(|byte| *byte == b'\n').enumerate() {
+        if line.trim_ascii().is_empty() {
+            continue;
+        }
+        let row: JsonRow = serde_json::from_slice(line).with_context(|| {
+            let line = number + 1;
+            format!(
+                "{}, line {line} is not a picture with captions: give --out another name, or --overwrite",
+                path.display()
+            )
+        })?;
+        pictures.insert(row.image);
+    }
+    Ok(pictures)
+}
+
+fn csv_pictures(path: &Path, bytes: &[u8]) -> anyhow::Result<HashSet<String>> {
+    csv::Reader::from_reader(bytes)
+        .deserialize()
+        .map(|row: csv::Result<CsvRow>| Ok(row?.image))
+        .collect::<csv::Result<_>>()
+        .with_context(|| {
+            format!("{} does not hold captions: give --out another name, or --overwrite", path.display())
+        })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn picture(folder: &Path, name: &str) -> PathBuf {
+        let path = folder.join(name);
+        std::fs::write(&path, "x").unwrap();
+        path
+    }
+
+    fn add(path: &Path, picture: &Path, caption: &str) {
+        let mut rows = RowsFile::open(path, false).unwrap();
+        assert!(!rows.has(picture));
+        rows.push(picture, vec![caption.into()]).unwrap();
+        rows.save().unwrap();
+        assert!(rows.has(picture));
+    }
+
+    #[test]
+    fn what_was_cut_short_is_written_again_and_the_rest_kept() {
+        let dir = tempfile::tempdir().unwrap();
+        let (a, b) = (picture(dir.path(), "a, \"1\".jpg"), picture(dir.path(), "b.jpg"));
+        for name in ["rows.jsonl", "rows.csv"] {
+            let path = dir.path().join(name);
+            add(&path, &a, "a dog, \"Rex\"");
+            let kept = std::fs::read(&path).unwrap();
+            add(&path, &b, "a cat");
+            let whole = std::fs::read(&path).unwrap();
+            for cut in kept.len()..whole.len() {
+                std::fs::write(&path, &whole[..cut]).unwrap();
+                let rows = RowsFile::open(&path, false).unwrap();
+                assert!(rows.has(&a) && !rows.has(&b), "{name} {cut}");
+                drop(rows);
+                assert_eq!(std::fs::read(&path).unwrap(), kept);
+            }
+            add(&path, &b, "a cat");
+            assert_eq!(std::fs::read(&path).unwrap(), whole);
+            let mut rows = RowsFile::open(&path, true).unwrap();
+            assert!(!rows.has(&a));
+            rows.push(&a, vec!["another".into()]).unwrap();
+            rows.save().unwrap();
+        }
+        let manifest = blip2_train::data::read_rows(&dir.path().join("rows.jsonl")).unwrap();
+        assert_eq!(manifest[0].image, "a, \"1\".jpg");
+        assert_eq!(manifest[0].captions.as_deref(), Some(&["another".to_owned()][..]));
+    }
+
+    #[test]
+    fn files_of_others_are_left_as_they_are() {
+        let dir = tempfile::tempdir().unwrap();
+        for (name, content) in [
+            ("a.jsonl", "{\"url\": 1}\n"),
+            ("b.csv", "x,y\n1,2\n"),
+            ("c.jsonl", "no newline"),
+            ("d.csv", "one"),
+        ] {
+            let path = dir.path().join(name);
+            std::fs::write(&path, content).unwrap();
+            let message = format!("{:#}", RowsFile::open(&path, false).err().expect("refused"));
+            assert!(message.contains("--overwrite") && message.contains(name), "{message}");
+            assert_eq!(std::fs::read_to_string(&path).unwrap(), content);
+        }
+        let message = RowsFile::open(&dir.path().join("rows.txt"), false).err().expect("refused").to_string();
+        assert!(message.contains(".jsonl or .csv"), "{message}");
+    }
+
+    #[test]
+    fn a_file_that_is_being_written_is_refused() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("rows.jsonl");
+        let _open = RowsFile::open(&path, false).unwrap();
+        let message = RowsFile::open(&path, false).err().expect("refused").to_string();
+        assert!(message.contains("another process"), "{message}");
+    }
+}

@@ -1,0 +1,105 @@
+//! `blip2 caption` over folders: files beside pictures, files of rows, and going on where it ended.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Output};
+
+fn golden(name: &str) -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("../blip2/tests/golden").join(name)
+}
+
+/// A folder with two pictures, one below it, and a file that only looks like a picture.
+fn folder() -> tempfile::TempDir {
+    let dir = tempfile::tempdir().expect("a folder");
+    fs::create_dir(dir.path().join("below")).expect("made");
+    for name in ["a.png", "b.PNG", "below/c.png"] {
+        fs::copy(golden("blip2.png"), dir.path().join(name)).expect("copied");
+    }
+    fs::write(dir.path().join("broken.jpg"), "no picture").expect("written");
+    fs::write(dir.path().join("notes.md"), "no picture either").expect("written");
+    dir
+}
+
+fn caption(arguments: &[&str], folder: &Path) -> Output {
+    let mut command = Command::new(env!("CARGO_BIN_EXE_blip2"));
+    command.args(["caption", "--beams", "1", "--max-new-tokens", "4", "--min-new-tokens", "2", "--model"]);
+    command.arg(golden("blip2_opt")).arg("--folder").arg(folder).args(arguments);
+    command.current_dir(folder).output().expect("the command runs")
+}
+
+fn said(output: &Output) -> String {
+    String::from_utf8_lossy(&output.stderr).into_owned()
+}
+
+#[test]
+fn captions_are_written_beside_their_pictures_once() {
+    let dir = folder();
+    let output = caption(&["--sidecar"], dir.path());
+    assert_eq!(output.status.code(), Some(3), "{}", said(&output));
+    assert!(
+        said(&output).contains("broken.jpg") && said(&output).contains("2 described"),
+        "{}",
+        said(&output)
+    );
+    assert!(output.stdout.is_empty());
+    let text = fs::read_to_string(dir.path().join("a.txt")).expect("a caption");
+    assert!(text.ends_with('\n') && !text.trim().is_empty(), "{text:?}");
+    assert_eq!(text, fs::read_to_string(dir.path().join("b.txt")).expect("a caption"));
+    assert!(!dir.path().join("below/c.txt").exists() && !dir.path().join("broken.txt").exists());
+
+    // What a person wrote stays; what is missing is added.
+    fs::write(dir.path().join("a.txt"), "mine\n").expect("written");
+    fs::remove_file(dir.path().join("broken.jpg")).expect("removed");
+    let output = caption(&["--sidecar", "--recursive"], dir.path());
+    assert!(output.status.success(), "{}", said(&output));
+    assert!(said(&output).contains("1 described, 2 described already"), "{}", said(&output));
+    assert_eq!(fs::read_to_string(dir.path().join("a.txt")).expect("a caption"), "mine\n");
+    assert_eq!(fs::read_to_string(dir.path().join("below/c.txt")).expect("a caption"), text);
+    let output = caption(&["--sidecar", "--overwrite"], dir.path());
+    assert!(output.status.success(), "{}", said(&output));
+    assert_eq!(fs::read_to_string(dir.path().join("a.txt")).expect("a caption"), text);
+}
+
+#[test]
+fn rows_go_on_where_they_ended_and_are_a_manifest() {
+    let dir = folder();
+    fs::remove_file(dir.path().join("broken.jpg")).expect("removed");
+    let (jsonl, csv) = (dir.path().join("captions.jsonl"), dir.path().join("captions.csv"));
+    for (name, file) in [("captions.jsonl", &jsonl), ("captions.csv", &csv)] {
+        let output = caption(&["--out", name], dir.path());
+        assert!(output.status.success(), "{}", said(&output));
+        let first = fs::read(file).expect("rows");
+        // The last row was being written when the machine failed.
+        fs::write(file, &first[..first.len() - 3]).expect("written");
+        let output = caption(&["--out", name, "--recursive"], dir.path());
+        assert!(said(&output).contains("2 described, 1 described already"), "{}", said(&output));
+        assert!(fs::read(file).expect("rows").starts_with(&first));
+    }
+    let rows = blip2_train::data::read_rows(&jsonl).expect("a manifest");
+    let images: Vec<&str> = rows.iter().map(|row| row.image.as_str()).collect();
+    assert_eq!(images, ["a.png", "b.PNG", "below/c.png"]);
+    let table = fs::read_to_string(&csv).expect("rows");
+    assert!(table.starts_with("image,caption\na.png,"), "{table}");
+    assert_eq!(table.lines().count(), 4);
+}
+
+#[test]
+fn what_cannot_be_right_is_said_first() {
+    let dir = folder();
+    fs::copy(golden("blip2.png"), dir.path().join("a.gif")).expect("copied");
+    let empty = tempfile::tempdir().expect("a folder");
+    for (arguments, folder, expected) in [
+        (&["--sidecar"][..], dir.path(), "would have the same file beside them"),
+        (&["--sidecar=.txt"], dir.path(), "without a dot"),
+        (&["--out", "captions.txt"], dir.path(), ".jsonl or .csv"),
+        (&["--overwrite"], dir.path(), "--overwrite is for"),
+        (&[], empty.path(), "holds no pictures"),
+        (&["--folder", "absent"], dir.path(), "cannot list absent"),
+    ] {
+        let output = caption(arguments, folder);
+        assert_eq!(output.status.code(), Some(1), "{}", said(&output));
+        assert!(said(&output).contains(expected), "{}", said(&output));
+    }
+    let output = caption(&["--sidecar", "--json"], dir.path());
+    assert_eq!(output.status.code(), Some(2), "{}", said(&output));
+}
