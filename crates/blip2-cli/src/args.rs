@@ -59,7 +59,7 @@ pub(crate) enum Command {
 }
 
 /// Which model, and how to open it.
-#[derive(Debug, clap::Args)]
+#[derive(Debug, Clone, clap::Args)]
 pub(crate) struct SourceArgs {
     /// The model's folder, or its name on the Hugging Face hub (`organisation/name` or `organisation/name@revision`); without
     /// it the default model.
@@ -459,6 +459,8 @@ pub(crate) enum DataCommand {
         #[arg(long, default_value_t = 1)]
         seed: u64,
     },
+    /// Keep the captions that fit their picture best, of those of a manifest and of some that the model writes (CapFilt).
+    Filter(FilterArgs),
     /// Write the manifests that the default model is trained and measured on.
     Prepare {
         /// The folder with flickr8k, places, paintings and people.
@@ -474,4 +476,51 @@ pub(crate) enum DataCommand {
         #[arg(long, default_value_t = 1)]
         seed: u64,
     },
+}
+
+#[derive(Debug, clap::Args)]
+pub(crate) struct FilterArgs {
+    /// JSON lines with `image` and `captions`.
+    pub(crate) manifest: PathBuf,
+    /// The JSON lines to write, a manifest with `scores`; rows are added for the pictures that it does not have.
+    pub(crate) out: PathBuf,
+    /// Captions that the model writes of each picture, to stand beside those of the manifest.
+    #[arg(long, default_value_t = 0, value_name = "N")]
+    pub(crate) generate: usize,
+    /// The most captions that a picture keeps.
+    #[arg(long, default_value_t = 2, value_name = "N")]
+    pub(crate) keep: usize,
+    /// By which score they are compared.
+    #[arg(long, value_enum, default_value_t = ScoreArg::Itc)]
+    pub(crate) by: ScoreArg,
+    /// The least that a caption must score.
+    #[arg(long, allow_negative_numbers = true, value_name = "SCORE")]
+    pub(crate) min_score: Option<f32>,
+    /// The model that judges, where it is another than the one that writes.
+    #[arg(long, value_name = "MODEL")]
+    pub(crate) matcher: Option<PathBuf>,
+    /// Replace the file instead of going on from it.
+    #[arg(long)]
+    pub(crate) overwrite: bool,
+    #[command(flatten)]
+    pub(crate) source: SourceArgs,
+    #[command(flatten)]
+    pub(crate) generation: GenerationArgs,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
+pub(crate) enum ScoreArg {
+    /// Cosine similarity.
+    Itc,
+    /// Probability of the matching head.
+    Itm,
+}
+
+impl From<ScoreArg> for blip2_train::capfilt::Score {
+    fn from(score: ScoreArg) -> Self {
+        match score {
+            ScoreArg::Itc => Self::Similarity,
+            ScoreArg::Itm => Self::Matching,
+        }
+    }
 }

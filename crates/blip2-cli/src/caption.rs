@@ -2,7 +2,6 @@
 
 mod destination;
 mod folder;
-mod rows;
 
 use std::path::{Path, PathBuf};
 

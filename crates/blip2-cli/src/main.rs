@@ -11,6 +11,7 @@ mod data;
 mod describe;
 mod eval;
 mod explain;
+mod filter;
 mod frozen;
 mod hub;
 mod info;
@@ -18,6 +19,7 @@ mod memory;
 mod model;
 mod pack;
 mod quantize;
+mod rows;
 mod serve;
 mod train;
 
@@ -56,7 +58,7 @@ fn main() -> ExitCode {
         Command::Fetch { model: None } => frozen::ensure(true).map(|()| Done::All),
         Command::Fetch { model: Some(name) } => model::fetch(&name).map(|()| Done::All),
         Command::Train(args) => train::run(&args).map(|()| Done::All),
-        Command::Data(args) => data::run(&args).map(|()| Done::All),
+        Command::Data(args) => data::run(&args),
         Command::Completions { shell } => {
             clap_complete::generate(shell, &mut Args::command(), "blip2", &mut std::io::stdout());
             Ok(Done::All)

@@ -1,4 +1,4 @@
-//! `blip2 caption` over folders: files beside pictures, files of rows, and going on where it ended.
+//! `blip2 caption` over folders and `blip2 data filter`: files beside pictures, files of rows, going on where it ended.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -102,4 +102,52 @@ fn what_cannot_be_right_is_said_first() {
     }
     let output = caption(&["--sidecar", "--json"], dir.path());
     assert_eq!(output.status.code(), Some(2), "{}", said(&output));
+}
+
+/// The matching model judges, and the other writes candidates; the rows are a manifest with the best first.
+#[test]
+fn captions_that_fit_best_are_kept() {
+    let dir = folder();
+    let manifest = dir.path().join("web.jsonl");
+    let rows = r#"{"image": "a.png", "captions": ["a cat", "two dogs", "A  cat"]}
+{"image": "below/c.png", "caption": "a red car"}
+{"image": "broken.jpg", "caption": "nothing"}
+"#;
+    fs::write(&manifest, rows).expect("written");
+    let filter = |more: &[&str]| {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_blip2"));
+        command.args(["data", "filter", "web.jsonl", "best.jsonl", "--matcher"]).arg(golden("blip2_itm"));
+        command.args(more).current_dir(dir.path()).output().expect("the command runs")
+    };
+    let read = || fs::read_to_string(dir.path().join("best.jsonl")).expect("rows");
+    let output = filter(&[]);
+    assert_eq!(output.status.code(), Some(3), "{}", said(&output));
+    assert!(said(&output).contains("2 written") && said(&output).contains("1 failed"), "{}", said(&output));
+    let first: serde_json::Value = serde_json::from_str(read().lines().next().expect("a row")).expect("JSON");
+    let scores: Vec<f64> = serde_json::from_value(first["scores"].clone()).expect("scores");
+    assert_eq!(first["captions"].as_array().map(Vec::len), Some(2), "the copy counts once: {first}");
+    assert!(scores[0] >= scores[1], "{first}");
+    assert_eq!(blip2_train::data::read_rows(&dir.path().join("best.jsonl")).expect("a manifest").len(), 2);
+
+    let before = read();
+    assert!(said(&filter(&[])).contains("2 there already"));
+    assert_eq!(read(), before);
+    let writer = golden("blip2_opt");
+    let writer = writer.to_str().expect("UTF-8");
+    let output = filter(&[
+        "--overwrite",
+        "--model",
+        writer,
+        "--generate",
+        "4",
+        "--keep",
+        "9",
+        "--max-new-tokens",
+        "5",
+    ]);
+    assert_eq!(output.status.code(), Some(3), "{}", said(&output));
+    let first: serde_json::Value = serde_json::from_str(read().lines().next().expect("a row")).expect("JSON");
+    assert!(first["captions"].as_array().expect("captions").len() > 2, "{first}");
+    let output = filter(&["--overwrite", "--min-score", "1.5"]);
+    assert!(said(&output).contains("2 without a caption that fits"), "{}", said(&output));
 }

@@ -4,6 +4,7 @@
 //! stage ([`stage1`], [`stage2`]) turns a batch into gradients; [`optimizer`] updates the trainable variables only.
 //! Everything random is a function of the seed and the step ([`random`]), so resuming needs no random state.
 
+pub mod capfilt;
 pub mod checkpoint;
 pub mod data;
 pub mod encoder;

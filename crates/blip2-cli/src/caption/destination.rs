@@ -8,8 +8,8 @@ use anyhow::bail;
 use blip2::model::Answer;
 use serde_json::{Value, json};
 
-use super::rows::RowsFile;
 use crate::args::CaptionArgs;
+use crate::rows::RowsFile;
 
 pub(super) enum Destination {
     /// Standard output, as lines, or as one JSON array when all are there.
@@ -118,7 +118,11 @@ impl Destination {
             }
             Self::Rows(rows) => {
                 for (path, answers) in described {
-                    rows.push(path, answers.iter().map(|answer| one_line(&answer.text)).collect())?;
+                    rows.push(
+                        path,
+                        answers.iter().map(|answer| one_line(&answer.text)).collect(),
+                        Vec::new(),
+                    )?;
                 }
                 rows.save()
             }

@@ -19,6 +19,9 @@ enum Layout {
 struct JsonRow {
     image: String,
     captions: Vec<String>,
+    /// How well each caption fits the picture, where that was measured.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    scores: Vec<f32>,
 }
 
 /// A row of a CSV file, one caption each.
@@ -29,7 +32,7 @@ struct CsvRow {
 }
 
 /// The file, the pictures that it has, and the rows that it is to get.
-pub(super) struct RowsFile {
+pub(crate) struct RowsFile {
     path: PathBuf,
     /// Where the file is; pictures are named relative to it.
     folder: PathBuf,
@@ -44,7 +47,7 @@ impl RowsFile {
     ///
     /// # Errors
     /// When the name ends in neither `.jsonl` nor `.csv`, the file holds something else, or another process writes it.
-    pub(super) fn open(path: &Path, overwrite: bool) -> anyhow::Result<Self> {
+    pub(crate) fn open(path: &Path, overwrite: bool) -> anyhow::Result<Self> {
         let extension = path.extension().map(|e| e.to_string_lossy().to_ascii_lowercase());
         let layout = match extension.as_deref() {
             Some("jsonl") => Layout::Jsonl,
@@ -94,19 +97,27 @@ impl RowsFile {
     }
 
     /// Whether it has a row of this picture.
-    pub(super) fn has(&self, picture: &Path) -> bool {
+    pub(crate) fn has(&self, picture: &Path) -> bool {
         self.name(picture).is_ok_and(|name| self.has.contains(&name))
     }
 
-    /// Adds a picture's row, to be written by [`save`](Self::save).
+    /// Adds a picture's row, to be written by [`save`](Self::save); only JSON lines have the scores.
     ///
     /// # Errors
     /// When the picture's name is not UTF-8.
-    pub(super) fn push(&mut self, picture: &Path, captions: Vec<String>) -> anyhow::Result<()> {
+    pub(crate) fn push(
+        &mut self,
+        picture: &Path,
+        captions: Vec<String>,
+        scores: Vec<f32>,
+    ) -> anyhow::Result<()> {
         let image = self.name(picture)?;
         match self.layout {
             Layout::Jsonl => {
-                serde_json::to_writer(&mut self.unsaved, &JsonRow { image: image.clone(), captions })?;
+                serde_json::to_writer(
+                    &mut self.unsaved,
+                    &JsonRow { image: image.clone(), captions, scores },
+                )?;
                 self.unsaved.push(b'\n');
             }
             Layout::Csv => {
@@ -125,7 +136,7 @@ impl RowsFile {
     ///
     /// # Errors
     /// When that fails.
-    pub(super) fn save(&mut self) -> anyhow::Result<()> {
+    pub(crate) fn save(&mut self) -> anyhow::Result<()> {
         let written = self.file.write_all(&self.unsaved).and_then(|()| self.file.sync_data());
         self.unsaved.clear();
         written.with_context(|| format!("cannot write {}", self.path.display()))
@@ -183,7 +194,7 @@ mod tests {
     fn add(path: &Path, picture: &Path, caption: &str) {
         let mut rows = RowsFile::open(path, false).unwrap();
         assert!(!rows.has(picture));
-        rows.push(picture, vec![caption.into()]).unwrap();
+        rows.push(picture, vec![caption.into()], Vec::new()).unwrap();
         rows.save().unwrap();
         assert!(rows.has(picture));
     }
@@ -209,7 +220,7 @@ mod tests {
             assert_eq!(std::fs::read(&path).unwrap(), whole);
             let mut rows = RowsFile::open(&path, true).unwrap();
             assert!(!rows.has(&a));
-            rows.push(&a, vec!["another".into()]).unwrap();
+            rows.push(&a, vec!["another".into()], Vec::new()).unwrap();
             rows.save().unwrap();
         }
         let manifest = blip2_train::data::read_rows(&dir.path().join("rows.jsonl")).unwrap();

@@ -1,0 +1,110 @@
+//! `blip2 data filter`.
+
+use std::path::{Path, PathBuf};
+
+use anyhow::{Context, bail};
+use blip2::generate::GenerationConfig;
+use blip2::model::Blip2;
+use blip2_train::capfilt::{Filter, best_captions};
+use blip2_train::data::{Row, Text, read_rows};
+use indicatif::{ProgressBar, ProgressStyle};
+
+use crate::Done;
+use crate::args::{FilterArgs, SourceArgs};
+use crate::model::{Part, encode_picture, generation, open_source};
+use crate::rows::RowsFile;
+
+pub(crate) fn run(args: &FilterArgs) -> anyhow::Result<Done> {
+    if args.keep == 0 {
+        bail!("--keep 0 would leave nothing: give 1 or more");
+    }
+    if args.out.extension().is_none_or(|extension| extension != "jsonl") {
+        bail!("{} must end in .jsonl: it becomes a training manifest", args.out.display());
+    }
+    let base = args.manifest.parent().unwrap_or(Path::new(""));
+    let rows = read_rows(&args.manifest)?;
+    let mut out = RowsFile::open(&args.out, args.overwrite)?;
+    let mut todo = Vec::new();
+    for row in &rows {
+        let Ok(Text::Captions(captions)) = row.text() else {
+            bail!("the row of {} in {} has no captions", row.image, args.manifest.display());
+        };
+        let picture = base.join(&row.image);
+        if !out.has(&picture) {
+            todo.push((row, picture, captions));
+        }
+    }
+    let n_had = rows.len() - todo.len();
+    let filter = Filter { by: args.by.into(), n_kept: args.keep, minimum: args.min_score };
+    let (mut n_failed, mut n_empty, mut n_written) = (0, 0, 0);
+    if !todo.is_empty() {
+        let models = Models::open(args)?;
+        let bar = ProgressBar::new(todo.len() as u64);
+        bar.set_style(ProgressStyle::with_template("{wide_bar} {pos}/{len} {per_sec} {eta}")?);
+        for (row, picture, captions) in todo {
+            match models.filter(row, &picture, captions, filter) {
+                Ok(kept) if kept.is_empty() => n_empty += 1,
+                Ok(kept) => {
+                    n_written += 1;
+                    let (captions, scores) = kept.into_iter().unzip();
+                    out.push(&picture, captions, scores)?;
+                    out.save()?;
+                }
+                Err(error) => {
+                    n_failed += 1;
+                    bar.suspend(|| eprintln!("blip2: {}", crate::message(&error)));
+                }
+            }
+            bar.inc(1);
+        }
+        bar.finish_and_clear();
+    }
+    eprintln!(
+        "{n_written} written, {n_had} there already, {n_empty} without a caption that fits, {n_failed} failed"
+    );
+    Ok(if n_failed == 0 { Done::All } else { Done::SomeFailed })
+}
+
+/// The model that judges, and the one that writes where captions are to be written.
+struct Models {
+    matcher: Blip2,
+    writer: Option<(Blip2, GenerationConfig)>,
+}
+
+impl Models {
+    fn open(args: &FilterArgs) -> anyhow::Result<Self> {
+        let source = |model: &Option<PathBuf>| SourceArgs { model: model.clone(), ..args.source.clone() };
+        let say = |message: &str| eprintln!("{message}");
+        let judge = args.matcher.as_ref().or(args.source.model.as_ref()).cloned();
+        let matcher = open_source(&source(&judge), Part::Stage1, say).context("the model that judges")?;
+        let writer = if args.generate == 0 {
+            None
+        } else {
+            let model = open_source(&args.source, Part::Stage2, say).context("the model that writes")?;
+            let mut config = generation(&model, None, &args.generation);
+            if !config.do_sample {
+                // Beams differ in a word; captions that are drawn say different things.
+                config = GenerationConfig { do_sample: true, num_beams: 1, top_p: 0.9, ..config };
+            }
+            config.num_return_sequences = args.generate;
+            Some((model, config))
+        };
+        Ok(Self { matcher, writer })
+    }
+
+    fn filter(
+        &self,
+        row: &Row,
+        picture: &Path,
+        mut captions: Vec<String>,
+        filter: Filter,
+    ) -> anyhow::Result<Vec<(String, f32)>> {
+        if let Some((model, config)) = &self.writer {
+            let features = encode_picture(model, picture, None)?;
+            let written = model.caption(&[&features], config)?.concat();
+            captions.extend(written.into_iter().map(|answer| answer.text));
+        }
+        let features = encode_picture(&self.matcher, picture, None)?;
+        best_captions(&self.matcher, &features, &captions, filter).with_context(|| row.image.clone())
+    }
+}
