@@ -44,6 +44,9 @@ pub type Value = (&'static str, f64);
 pub struct LoopConfig {
     /// Passes over the data.
     pub epochs: u64,
+    /// The most steps, where the run is to end before its epochs do; the learning rate's curve ends there too.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub max_steps: Option<u64>,
     /// The learning rate over the run.
     pub learning_rate: Schedule,
     /// AdamW's constants.
@@ -51,6 +54,14 @@ pub struct LoopConfig {
     pub optimizer: OptimizerConfig,
     /// Steps between checkpoints.
     pub save_every: u64,
+}
+
+impl LoopConfig {
+    /// How many steps a run has whose epochs have so many batches.
+    fn n_steps(&self, batches_per_epoch: usize) -> u64 {
+        let n_steps = self.epochs.saturating_mul(batches_per_epoch as u64);
+        self.max_steps.map_or(n_steps, |most| n_steps.min(most))
+    }
 }
 
 /// A finished step.
@@ -125,7 +136,7 @@ impl Start {
     }
 }
 
-/// Runs the loop from `start` to the end of the last epoch, or until `on_step` breaks.
+/// Runs the loop from `start` to the end of the last epoch or the last of `max_steps`, or until `on_step` breaks.
 ///
 /// `settings` is the run's whole configuration as text; every checkpoint carries it.
 ///
@@ -141,10 +152,11 @@ pub fn train(
     on_step: &mut dyn FnMut(&Report) -> ControlFlow<()>,
 ) -> Result<Outcome> {
     let Start { mut optimizer, mut step } = start;
-    let n_steps = config.epochs * loader.batches_per_epoch() as u64;
+    let n_steps = config.n_steps(loader.batches_per_epoch());
     if step >= n_steps {
+        let ends_by_steps = config.max_steps == Some(n_steps);
         return Err(Error::config(
-            "epochs",
+            if ends_by_steps { "max_steps" } else { "epochs" },
             format!("{n_steps} steps are already made: there is nothing left to do"),
         ));
     }

@@ -50,6 +50,7 @@ impl Objective for Toy {
 fn settings() -> LoopConfig {
     LoopConfig {
         epochs: 3,
+        max_steps: None,
         learning_rate: Schedule { peak: 0.05, min: 0.001, warmup_steps: 2 },
         optimizer: OptimizerConfig::default(),
         save_every: 1000,
@@ -98,6 +99,39 @@ fn stopped_and_resumed_equals_uninterrupted() {
     }
     assert_eq!(toy.weights(), whole.weights());
     assert_ne!(whole.weights(), Toy::new().weights(), "training changes the weights");
+}
+
+/// A run may end within an epoch, and its learning rate with it.
+#[test]
+fn the_most_steps_end_the_run_and_its_schedule() {
+    let dir = tempfile::tempdir().expect("a folder");
+    let settings = LoopConfig { max_steps: Some(5), ..settings() };
+    let mut rates = Vec::new();
+    let run = |settings: &LoopConfig, name: &str, rates: &mut Vec<f64>| {
+        let toy = Toy::new();
+        let start = Start::fresh(settings, &toy);
+        train(&toy, &mut loader(dir.path()), settings, "", &dir.path().join(name), start, &mut |report| {
+            rates.push(report.learning_rate);
+            ControlFlow::Continue(())
+        })
+    };
+    let Ok(Outcome::Finished(checkpoint)) = run(&settings, "short", &mut rates) else {
+        panic!("not finished")
+    };
+    let expected: Vec<f64> = (0..5).map(|step| settings.learning_rate.at(step, 5)).collect();
+    assert_eq!(rates, expected);
+
+    let toy = Toy::new();
+    let mut loader = loader(dir.path());
+    let start = Start::resume(&checkpoint, &settings, &toy, &mut loader).expect("a checkpoint");
+    let none = &mut |_: &_| ControlFlow::Continue(());
+    let error = train(&toy, &mut loader, &settings, "", dir.path(), start, none).expect_err("nothing to do");
+    assert!(error.to_string().contains("max_steps"), "{error}");
+
+    rates.clear();
+    let longer = LoopConfig { max_steps: Some(500), ..settings };
+    run(&longer, "long", &mut rates).expect("a run");
+    assert_eq!(rates.len(), 12, "more than the epochs have changes nothing");
 }
 
 #[test]

@@ -131,6 +131,7 @@ impl Setting {
             precision: RunPrecision::F32,
             run: LoopConfig {
                 epochs: 10,
+                max_steps: None,
                 learning_rate: Schedule { peak: 1e-2, min: 2e-3, warmup_steps: 2 },
                 optimizer: OptimizerConfig::default(),
                 save_every: 1000,
