@@ -2,13 +2,21 @@
 
 use std::sync::OnceLock;
 
-/// An instruction set; the later contain the earlier ones.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+/// An instruction set.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Isa {
     /// Plain Rust: the reference of every test.
     Scalar,
+    /// AArch64 with NEON, which all of them have.
+    Neon,
+    /// NEON with dot products of four bytes (`sdot`).
+    NeonDot,
+    /// [`NeonDot`](Self::NeonDot) with products of small matrices of bytes (`smmla`).
+    NeonI8mm,
     /// AVX2, FMA and F16C.
     Avx2,
+    /// [`Avx2`](Self::Avx2) with AVX-VNNI: dot products of four bytes in 256 bits.
+    AvxVnni,
     /// AVX-512 F, BW, VL, DQ, BF16 and VNNI.
     Avx512,
 }
@@ -21,7 +29,7 @@ impl Isa {
     pub fn detect() -> Self {
         static DETECTED: OnceLock<Isa> = OnceLock::new();
         *DETECTED.get_or_init(|| {
-            let available = Self::all_available();
+            let available = Self::available();
             let best = available[available.len() - 1];
             let Ok(name) = std::env::var("BLIP2_ISA") else { return best };
             match available.iter().find(|isa| isa.name() == name) {
@@ -36,33 +44,65 @@ impl Isa {
 
     /// Every set of this machine, lowest first.
     pub fn all_available() -> Vec<Self> {
-        let mut available = vec![Self::Scalar];
-        #[cfg(target_arch = "x86_64")]
-        {
-            let avx2 = is_x86_feature_detected!("avx2")
-                && is_x86_feature_detected!("fma")
-                && is_x86_feature_detected!("f16c");
-            if avx2 {
-                available.push(Self::Avx2);
+        Self::available().to_vec()
+    }
+
+    fn available() -> &'static [Self] {
+        static AVAILABLE: OnceLock<Vec<Isa>> = OnceLock::new();
+        AVAILABLE.get_or_init(|| {
+            let mut available = vec![Self::Scalar];
+            #[cfg(target_arch = "aarch64")]
+            {
+                use std::arch::is_aarch64_feature_detected;
+                available.push(Self::Neon);
+                let dot = is_aarch64_feature_detected!("dotprod");
+                if dot {
+                    available.push(Self::NeonDot);
+                }
+                if dot && is_aarch64_feature_detected!("i8mm") {
+                    available.push(Self::NeonI8mm);
+                }
             }
-            let avx512 = is_x86_feature_detected!("avx512f")
-                && is_x86_feature_detected!("avx512bw")
-                && is_x86_feature_detected!("avx512vl")
-                && is_x86_feature_detected!("avx512dq")
-                && is_x86_feature_detected!("avx512bf16")
-                && is_x86_feature_detected!("avx512vnni");
-            if avx2 && avx512 {
-                available.push(Self::Avx512);
+            #[cfg(target_arch = "x86_64")]
+            {
+                let avx2 = is_x86_feature_detected!("avx2")
+                    && is_x86_feature_detected!("fma")
+                    && is_x86_feature_detected!("f16c");
+                if avx2 {
+                    available.push(Self::Avx2);
+                }
+                if avx2 && is_x86_feature_detected!("avxvnni") {
+                    available.push(Self::AvxVnni);
+                }
+                let avx512 = is_x86_feature_detected!("avx512f")
+                    && is_x86_feature_detected!("avx512bw")
+                    && is_x86_feature_detected!("avx512vl")
+                    && is_x86_feature_detected!("avx512dq")
+                    && is_x86_feature_detected!("avx512bf16")
+                    && is_x86_feature_detected!("avx512vnni");
+                if avx2 && avx512 {
+                    available.push(Self::Avx512);
+                }
             }
-        }
-        available
+            available
+        })
+    }
+
+    /// Whether this machine has it, whatever `BLIP2_ISA` says. Kernels ask before they use its instructions, so that they
+    /// are sound for any value.
+    pub(crate) fn is_available(self) -> bool {
+        Self::available().contains(&self)
     }
 
     /// Its name, as `BLIP2_ISA` takes it.
     pub fn name(self) -> &'static str {
         match self {
             Self::Scalar => "scalar",
+            Self::Neon => "neon",
+            Self::NeonDot => "neon-dotprod",
+            Self::NeonI8mm => "neon-i8mm",
             Self::Avx2 => "avx2",
+            Self::AvxVnni => "avx-vnni",
             Self::Avx512 => "avx512",
         }
     }
@@ -70,7 +110,8 @@ impl Isa {
 
 /// Runs `body`, which must be `#[inline(always)]` code, compiled for `isa`.
 ///
-/// Loops over fixed-size lanes are written once in plain Rust; this lets the compiler use the wide registers.
+/// Loops over fixed-size lanes are written once in plain Rust; this lets the compiler use the wide registers. On AArch64 it
+/// does so everywhere: NEON is what every function is compiled for.
 /// The closure must be `#[inline(always)] || …`: it is called from three places, and a closure that the compiler does not
 /// inline into each is compiled once, for the baseline registers.
 #[inline]
@@ -86,10 +127,10 @@ pub(crate) fn with_isa<R>(isa: Isa, body: impl FnOnce() -> R) -> R {
             body()
         }
         match isa {
-            // SAFETY: `Isa` values other than `Scalar` come from `all_available`, which checked these features.
-            Isa::Avx512 if Isa::Avx512 <= Isa::detect_best() => return unsafe { avx512(body) },
+            // SAFETY: these features are there.
+            Isa::Avx512 if isa.is_available() => return unsafe { avx512(body) },
             // SAFETY: as above.
-            Isa::Avx2 if Isa::Avx2 <= Isa::detect_best() => return unsafe { avx2(body) },
+            Isa::Avx2 | Isa::AvxVnni if isa.is_available() => return unsafe { avx2(body) },
             _ => {}
         }
     }
@@ -97,26 +138,21 @@ pub(crate) fn with_isa<R>(isa: Isa, body: impl FnOnce() -> R) -> R {
     body()
 }
 
-impl Isa {
-    /// The best set of the machine whatever `BLIP2_ISA` says; makes `with_isa` sound for any argument.
-    pub(crate) fn detect_best() -> Self {
-        static BEST: OnceLock<Isa> = OnceLock::new();
-        *BEST.get_or_init(|| {
-            let available = Self::all_available();
-            available[available.len() - 1]
-        })
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
 
     #[test]
-    fn scalar_is_always_there_and_the_order_is_upward() {
+    fn scalar_is_always_there_and_the_best_is_the_last() {
         let available = Isa::all_available();
         assert_eq!(available[0], Isa::Scalar);
-        assert!(available.is_sorted());
-        assert!(available.contains(&Isa::detect()));
+        assert!(available.contains(&Isa::detect()) && available.iter().all(|isa| isa.is_available()));
+        if std::env::var_os("BLIP2_ISA").is_none() {
+            assert_eq!(Isa::detect(), available[available.len() - 1]);
+        }
+        #[cfg(target_arch = "aarch64")]
+        assert!(Isa::Neon.is_available() && !Isa::Avx2.is_available());
+        #[cfg(target_arch = "x86_64")]
+        assert!(!Isa::Neon.is_available());
     }
 }

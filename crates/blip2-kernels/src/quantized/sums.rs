@@ -85,13 +85,13 @@ macro_rules! for_n_rows {
 /// `Σ x (q - 128)` over the quads of an [`Int8`](Format::Int8) panel, for each row.
 pub(super) fn integer_sums(isa: Isa, x: Activations<'_>, quads: &[[u8; QUAD]], sums: &mut Tile<i32>) {
     x.check(MAX_ROWS, 4 * quads.len());
-    assert!(isa <= Isa::detect_best());
+    assert!(isa.is_available());
     #[cfg(target_arch = "x86_64")]
     match isa {
         Isa::Avx512 => {
             return for_n_rows!(x.n_rows, avx512_integer_sums(x, quads, sums): 1 2 3 4 5 6 7 8 9 10 11 12);
         }
-        Isa::Avx2 => {
+        Isa::Avx2 | Isa::AvxVnni => {
             for first in (0..x.n_rows).step_by(4) {
                 let n = 4.min(x.n_rows - first);
                 let values = &x.values[first * x.stride..];
@@ -100,7 +100,7 @@ pub(super) fn integer_sums(isa: Isa, x: Activations<'_>, quads: &[[u8; QUAD]], s
             }
             return;
         }
-        Isa::Scalar => {}
+        _ => {}
     }
     for (r, sums) in sums.iter_mut().enumerate().take(x.n_rows) {
         *sums = [0; WIDTH];
@@ -123,13 +123,13 @@ fn add_quad(quad: &[u8; QUAD], x: &[i8; 4], zero_point: i32, sums: &mut [i32; WI
 pub(super) fn block_sums(isa: Isa, format: Format, x: Activations<'_>, panel: &[u8], sums: &mut Tile<f32>) {
     let Some(block_bytes) = format.block_bytes() else { unreachable!("{format:?} has no blocks") };
     x.check(format.rows_a_tile(), x.n_blocks * BLOCK);
-    assert!(isa <= Isa::detect_best() && panel.len() == x.n_blocks * block_bytes);
+    assert!(isa.is_available() && panel.len() == x.n_blocks * block_bytes);
     #[cfg(target_arch = "x86_64")]
     match isa {
         Isa::Avx512 => {
             return for_n_rows!(x.n_rows, avx512_block_sums format, (x, panel, sums): 1 2 3 4 5 6);
         }
-        Isa::Avx2 => {
+        Isa::Avx2 | Isa::AvxVnni => {
             for first in (0..x.n_rows).step_by(3) {
                 let n = 3.min(x.n_rows - first);
                 let scales = first * x.n_blocks;
@@ -146,7 +146,7 @@ pub(super) fn block_sums(isa: Isa, format: Format, x: Activations<'_>, panel: &[
             }
             return;
         }
-        Isa::Scalar => {}
+        _ => {}
     }
     for (r, sums) in sums.iter_mut().enumerate().take(x.n_rows) {
         *sums = [0.0; WIDTH];
