@@ -1,8 +1,16 @@
-//! Results that are written once: no pass zeroes them first.
+//! Results that are written once, so that no pass zeroes them first, and memory that threads keep.
 
+use std::cell::RefCell;
 use std::mem::MaybeUninit;
+use std::thread::LocalKey;
 
 use rayon::prelude::*;
+
+/// Puts memory that a thread keeps for its next task back to where it was taken from. Tests do not keep it: all memory is as
+/// large as its use needs, so that a sanitiser sees where a kernel goes beyond it.
+pub(crate) fn keep<T: Default>(place: &'static LocalKey<RefCell<T>>, memory: T) {
+    place.set(if cfg!(test) { T::default() } else { memory });
+}
 
 /// Memory that is to be written.
 pub(crate) type Unwritten = [MaybeUninit<f32>];

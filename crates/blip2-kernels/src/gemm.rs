@@ -12,6 +12,7 @@ use std::cell::RefCell;
 
 use rayon::prelude::*;
 
+use crate::buffer::keep;
 use crate::isa::Isa;
 pub(crate) use pack::{Panels, pack_panels};
 
@@ -171,7 +172,7 @@ unsafe fn gemm_to(
         // SAFETY: the caller's promise; from the second block on the first has written all of `c`.
         unsafe { multiply(isa, m, a_block, panels, start, c) };
     }
-    PANELS.set(buffer);
+    keep(&PANELS, buffer);
 }
 
 /// `c = a * panels` for one block of `k`, added to what `start` says.
@@ -240,8 +241,8 @@ pub(crate) unsafe fn multiply(
                 }
             }
         }
-        ROWS.set(packed);
-        WIDE.set(wide);
+        keep(&ROWS, packed);
+        keep(&WIDE, wide);
     });
 }
 

@@ -71,7 +71,12 @@ impl Isa {
                 if avx2 {
                     available.push(Self::Avx2);
                 }
-                if avx2 && is_x86_feature_detected!("avxvnni") {
+                let avx_vnni = is_x86_feature_detected!("avxvnni");
+                // Tests run its kernels with the instructions of AVX-512 where those are there: see `quantized::avx_vnni`.
+                #[cfg(test)]
+                let avx_vnni = avx_vnni
+                    || is_x86_feature_detected!("avx512vl") && is_x86_feature_detected!("avx512vnni");
+                if avx2 && avx_vnni {
                     available.push(Self::AvxVnni);
                 }
                 let avx512 = is_x86_feature_detected!("avx512f")

@@ -8,13 +8,21 @@
 //! A row of activations with a NaN or an infinity gives NaN in all of its outputs, and so do the weights of an output
 //! that are not finite (with blocks: where a block of them is not).
 
+#[cfg(target_arch = "x86_64")]
+mod avx2;
+#[cfg(target_arch = "x86_64")]
+mod avx512;
+#[cfg(target_arch = "x86_64")]
+mod avx_vnni;
 mod format;
+mod gguf;
+#[cfg(target_arch = "aarch64")]
+mod neon;
+mod rounding;
 mod rows;
 mod sums;
 #[cfg(test)]
 mod tests;
-#[cfg(target_arch = "x86_64")]
-mod x86;
 
 use rayon::prelude::*;
 
@@ -22,7 +30,7 @@ use crate::activation::activate_few;
 use crate::gemm::{Output, Precision};
 use crate::isa::{Isa, with_isa};
 use crate::linear::{Epilogue, input_gradient};
-pub use format::{BLOCK, Format};
+pub use format::{BLOCK, Format, SUPER_BLOCK};
 use format::{QUAD, WIDTH, f32_at};
 use rows::Rows;
 use sums::{Activations, MAX_ROWS, Tile, block_sums, integer_sums};
@@ -49,7 +57,7 @@ impl QuantizedWeight {
     /// Rounds a matrix given row by row: `row(i, into)` fills row `i` of `in_features` numbers.
     ///
     /// # Panics
-    /// When a size is zero, or the input is larger than the format allows.
+    /// When a size is zero, the input is larger than the format allows, or the format is none of [`Format::ROUNDED`].
     pub fn quantize(
         out_features: usize,
         in_features: usize,
@@ -57,20 +65,20 @@ impl QuantizedWeight {
         row: &(dyn Fn(usize, &mut [f32]) + Sync),
     ) -> Self {
         Self::fill(out_features, in_features, format, |panel, first, n| {
-            format::clear(format, panel);
+            rounding::clear(format, panel);
             let mut values = vec![0.0; in_features];
             for o in 0..n {
                 row(first + o, &mut values);
-                format::write_row(format, panel, o, &values);
+                rounding::write_row(format, panel, o, &values);
             }
         })
     }
 
-    /// Rearranges the blocks of a GGUF tensor (Q8_0, Q4_0 or Q4_1, as the format says): `row(i)` gives those of row `i`.
-    /// The numbers stay what they are.
+    /// Rearranges the blocks of a GGUF tensor (Q8_0, Q4_0, Q4_1, Q4_K, Q5_K or Q6_K, as the format says): `row(i)` gives
+    /// those of row `i`. The numbers stay what they are.
     ///
     /// # Panics
-    /// When a size is zero, `in_features` is not a multiple of 32, the format has no blocks, or a row is of another
+    /// When a size is zero, a row of `in_features` is not whole blocks, the format has no blocks, or a row is of another
     /// length.
     pub fn from_gguf_blocks<'a>(
         out_features: usize,
@@ -80,8 +88,8 @@ impl QuantizedWeight {
     ) -> Self {
         assert!(in_features.is_multiple_of(BLOCK), "a row of whole blocks");
         Self::fill(out_features, in_features, format, |panel, first, n| {
-            format::clear(format, panel);
-            (0..n).for_each(|o| format::write_gguf_row(format, panel, o, row(first + o)));
+            rounding::clear(format, panel);
+            (0..n).for_each(|o| gguf::write_row(format, panel, o, row(first + o)));
         })
     }
 
@@ -105,8 +113,8 @@ impl QuantizedWeight {
     /// A weight whose [`bytes`](Self::bytes) were stored. They are used where they are; any bytes are some weight.
     ///
     /// # Panics
-    /// When a size is zero, the input is larger than the format allows, or the number of bytes is not
-    /// [`Format::n_bytes`].
+    /// When a size is zero, the input is larger than the format allows or no multiple of what it takes, or the number of bytes is
+    /// not [`Format::n_bytes`].
     pub fn from_bytes(
         out_features: usize,
         in_features: usize,
@@ -115,6 +123,10 @@ impl QuantizedWeight {
     ) -> Self {
         assert!(out_features > 0 && in_features > 0, "an empty weight");
         assert!(in_features <= format.max_in_features(), "{format:?} of {in_features} inputs");
+        assert!(
+            in_features.is_multiple_of(format.in_features_multiple()),
+            "{format:?} of {in_features} inputs"
+        );
         let expected = format.n_bytes(out_features, in_features);
         assert_eq!(Some((*bytes).as_ref().len()), expected, "the bytes of a weight");
         Self { bytes, format, out_features, in_features }

@@ -6,6 +6,7 @@ use std::cell::RefCell;
 
 use super::product::{Strided, product};
 use super::{AttentionShape, RelativeBias, Sequence, count, rows};
+use crate::buffer::keep;
 use crate::dropout::Dropout;
 use crate::lanes::{LANES, axpy, dot, exp, max, sum};
 
@@ -63,7 +64,7 @@ impl Scratch {
     }
 
     pub(super) fn give_back(self) {
-        SCRATCH.set(self);
+        keep(&SCRATCH, self);
     }
 }
 

@@ -4,6 +4,7 @@ use std::cell::RefCell;
 
 use rayon::prelude::*;
 
+use crate::buffer::keep;
 use crate::isa::{Isa, with_isa};
 
 /// Below this no scale can be inverted; such activations are zero.
@@ -47,7 +48,7 @@ impl Rows {
         let mut rows = ROWS.take();
         rows.fill(isa, x, n_rows, block, zero_point);
         let result = f(&rows);
-        ROWS.set(rows);
+        keep(&ROWS, rows);
         result
     }
 

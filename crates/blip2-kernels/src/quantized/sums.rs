@@ -3,10 +3,12 @@
 //! Sums of integers are exact, so they are equal on all instruction sets; what follows is computed in one order and with
 //! fused multiply-adds on all of them, so that results are equal too, bit for bit.
 
-use super::format::{BLOCK, Format, QUAD, WIDTH, f16_at};
+use super::format::{Format, Layout, QUAD, WIDTH, with_layout};
+#[cfg(target_arch = "aarch64")]
+use super::neon;
 use super::rows::Rows;
 #[cfg(target_arch = "x86_64")]
-use super::x86;
+use super::{avx_vnni, avx2, avx512};
 use crate::isa::Isa;
 
 /// The most rows of a tile: 12 × 32 sums and what they are made from fill the 32 registers of AVX-512.
@@ -60,24 +62,15 @@ impl Format {
     }
 }
 
-/// Calls a kernel with the number of rows as a constant, and the bits and the offset of a format.
-macro_rules! for_n_rows {
-    ($n_rows:expr, $kernel:ident $arguments:tt: $($n:literal)*) => {
-        match $n_rows {
-            // SAFETY: `check` was called, and the instruction set is available.
-            $($n => unsafe { x86::$kernel::<$n> $arguments },)*
+/// Calls `$body` with the number of rows as the constant `$N`.
+macro_rules! with_count {
+    ($n:expr, [$($count:literal)*], $N:ident => $body:expr) => {
+        match $n {
+            $($count => {
+                const $N: usize = $count;
+                $body
+            })*
             _ => unreachable!("`check` bounds the rows of a tile"),
-        }
-    };
-    ($n_rows:expr, $kernel:ident $format:expr, $arguments:tt: $($n:literal)*) => {
-        match ($format, $n_rows) {
-            // SAFETY: as above.
-            $((Format::Int4, $n) => unsafe { x86::$kernel::<$n, 4, false> $arguments },
-            // SAFETY: as above.
-            (Format::Int4Offset, $n) => unsafe { x86::$kernel::<$n, 4, true> $arguments },
-            // SAFETY: as above.
-            (Format::Int8Blocks, $n) => unsafe { x86::$kernel::<$n, 8, false> $arguments },)*
-            _ => unreachable!("`check` bounds the rows of a tile, and the format has blocks"),
         }
     };
 }
@@ -86,26 +79,65 @@ macro_rules! for_n_rows {
 pub(super) fn integer_sums(isa: Isa, x: Activations<'_>, quads: &[[u8; QUAD]], sums: &mut Tile<i32>) {
     x.check(MAX_ROWS, 4 * quads.len());
     assert!(isa.is_available());
-    #[cfg(target_arch = "x86_64")]
-    match isa {
-        Isa::Avx512 => {
-            return for_n_rows!(x.n_rows, avx512_integer_sums(x, quads, sums): 1 2 3 4 5 6 7 8 9 10 11 12);
-        }
-        Isa::Avx2 | Isa::AvxVnni => {
-            for first in (0..x.n_rows).step_by(4) {
-                let n = 4.min(x.n_rows - first);
-                let values = &x.values[first * x.stride..];
-                let sums = &mut sums[first..first + n];
-                for_n_rows!(n, avx2_integer_sums(values, x.stride, quads, sums): 1 2 3 4);
+    let (n_rows, stride) = (x.n_rows, x.stride);
+    // Calls a kernel for as many rows at a time as its registers hold.
+    #[allow(unused_macros, reason = "not every architecture has one")]
+    macro_rules! rows_at_a_time {
+        ($most:literal, $values:ident, $sums:ident => $body:expr) => {
+            for first in (0..n_rows).step_by($most) {
+                let ($values, n) = (&x.values[first * stride..], $most.min(n_rows - first));
+                let $sums = &mut sums[first..first + n];
+                $body
             }
-            return;
-        }
-        _ => {}
+        };
     }
-    for (r, sums) in sums.iter_mut().enumerate().take(x.n_rows) {
-        *sums = [0; WIDTH];
-        for (quad, x) in quads.iter().zip(x.values[r * x.stride..].as_chunks::<4>().0) {
-            add_quad(quad, x, 128, sums);
+    match isa {
+        #[cfg(target_arch = "x86_64")]
+        Isa::Avx512 => with_count!(n_rows, [1 2 3 4 5 6 7 8 9 10 11 12], R => {
+            // SAFETY: `check` was called, and the instruction set is available.
+            unsafe { avx512::integer_sums::<R>(x, quads, sums) }
+        }),
+        #[cfg(target_arch = "x86_64")]
+        Isa::AvxVnni => {
+            for first in (0..n_rows).step_by(6) {
+                let sums = &mut sums[first..n_rows.min(first + 6)];
+                with_count!(sums.len(), [1 2 3 4 5 6], R => {
+                    // SAFETY: as above.
+                    unsafe { avx_vnni::integer_sums::<R>(x, first, quads, sums) }
+                });
+            }
+        }
+        #[cfg(target_arch = "x86_64")]
+        Isa::Avx2 => rows_at_a_time!(4, values, sums => with_count!(sums.len(), [1 2 3 4], R => {
+            // SAFETY: as above.
+            unsafe { avx2::integer_sums::<R>(values, stride, quads, sums) }
+        })),
+        #[cfg(target_arch = "aarch64")]
+        Isa::NeonI8mm if n_rows > 1 => rows_at_a_time!(6, values, sums => {
+            with_count!(sums.len().div_ceil(2), [1 2 3], P => {
+                // SAFETY: as above; rows are padded to a multiple of eight.
+                unsafe { neon::i8mm::integer_sums::<P>(values, stride, quads, sums) }
+            })
+        }),
+        #[cfg(target_arch = "aarch64")]
+        Isa::NeonDot | Isa::NeonI8mm => rows_at_a_time!(6, values, sums => {
+            with_count!(sums.len(), [1 2 3 4 5 6], R => {
+                // SAFETY: as above.
+                unsafe { neon::dot::integer_sums::<R>(values, stride, quads, sums) }
+            })
+        }),
+        #[cfg(target_arch = "aarch64")]
+        Isa::Neon => rows_at_a_time!(4, values, sums => with_count!(sums.len(), [1 2 3 4], R => {
+            // SAFETY: as above.
+            unsafe { neon::base::integer_sums::<R>(values, stride, quads, sums) }
+        })),
+        _ => {
+            for (r, sums) in sums.iter_mut().enumerate().take(n_rows) {
+                *sums = [0; WIDTH];
+                for (quad, x) in quads.iter().zip(x.values[r * stride..].as_chunks::<4>().0) {
+                    add_quad(quad, x, 128, sums);
+                }
+            }
         }
     }
 }
@@ -121,19 +153,25 @@ fn add_quad(quad: &[u8; QUAD], x: &[i8; 4], zero_point: i32, sums: &mut [i32; WI
 
 /// `Σ scale (Σ x (q - zero point)) + minimum Σ x` over the blocks of a panel, the sum inside a block in integers.
 pub(super) fn block_sums(isa: Isa, format: Format, x: Activations<'_>, panel: &[u8], sums: &mut Tile<f32>) {
-    let Some(block_bytes) = format.block_bytes() else { unreachable!("{format:?} has no blocks") };
-    x.check(format.rows_a_tile(), x.n_blocks * BLOCK);
-    assert!(isa.is_available() && panel.len() == x.n_blocks * block_bytes);
-    #[cfg(target_arch = "x86_64")]
-    match isa {
-        Isa::Avx512 => {
-            return for_n_rows!(x.n_rows, avx512_block_sums format, (x, panel, sums): 1 2 3 4 5 6);
-        }
-        Isa::Avx2 | Isa::AvxVnni => {
-            for first in (0..x.n_rows).step_by(3) {
-                let n = 3.min(x.n_rows - first);
+    with_layout!(format, L => {
+        assert!(panel.len() == x.n_blocks.div_ceil(L::BLOCKS) * L::GROUP && x.n_blocks.is_multiple_of(L::BLOCKS));
+        x.check(format.rows_a_tile(), x.n_blocks * L::INPUTS);
+        sums_of_blocks::<L>(isa, x, panel, sums)
+    }, unreachable!("{format:?} has no blocks"));
+}
+
+/// The sizes were checked.
+fn sums_of_blocks<L: Layout>(isa: Isa, x: Activations<'_>, panel: &[u8], sums: &mut Tile<f32>) {
+    assert!(isa.is_available());
+    let n_rows = x.n_rows;
+    // As in `integer_sums`.
+    #[allow(unused_macros, reason = "not every architecture has one")]
+    macro_rules! rows_at_a_time {
+        ($most:literal, $x:ident, $sums:ident => $body:expr) => {
+            for first in (0..n_rows).step_by($most) {
+                let n = $most.min(n_rows - first);
                 let scales = first * x.n_blocks;
-                let x = Activations {
+                let $x = Activations {
                     n_rows: n,
                     values: &x.values[first * x.stride..],
                     scales: &x.scales[scales..],
@@ -141,41 +179,68 @@ pub(super) fn block_sums(isa: Isa, format: Format, x: Activations<'_>, panel: &[
                     totals: &x.totals[scales..],
                     ..x
                 };
-                let sums = &mut sums[first..first + n];
-                for_n_rows!(n, avx2_block_sums format, (x, panel, sums): 1 2 3);
+                let $sums = &mut sums[first..first + n];
+                $body
             }
-            return;
-        }
-        _ => {}
+        };
     }
-    for (r, sums) in sums.iter_mut().enumerate().take(x.n_rows) {
-        *sums = [0.0; WIDTH];
-        for (b, block) in panel.chunks_exact(block_bytes).enumerate() {
-            let values = &x.values[r * x.stride + b * BLOCK..][..BLOCK];
-            let (scale, total) = (x.scales[r * x.n_blocks + b], x.totals[r * x.n_blocks + b]);
-            let integers = block_integers(format, block, values);
-            for (o, sum) in sums.iter_mut().enumerate() {
-                *sum = (integers[o] as f32).mul_add(f16_at(block, o) * scale, *sum);
-                if format == Format::Int4Offset {
-                    *sum = f16_at(&block[2 * WIDTH..], o).mul_add(total, *sum);
-                }
+    match isa {
+        #[cfg(target_arch = "x86_64")]
+        Isa::Avx512 => with_count!(n_rows, [1 2 3 4 5 6], R => {
+            // SAFETY: the sizes were checked, and the instruction set is available.
+            unsafe { avx512::block_sums::<R, L>(x, panel, sums) }
+        }),
+        #[cfg(target_arch = "x86_64")]
+        Isa::AvxVnni => rows_at_a_time!(3, x, sums => with_count!(x.n_rows, [1 2 3], R => {
+            // SAFETY: as above.
+            unsafe { avx_vnni::block_sums::<R, L>(x, panel, sums) }
+        })),
+        #[cfg(target_arch = "x86_64")]
+        Isa::Avx2 => rows_at_a_time!(3, x, sums => with_count!(x.n_rows, [1 2 3], R => {
+            // SAFETY: as above.
+            unsafe { avx2::block_sums::<R, L>(x, panel, sums) }
+        })),
+        #[cfg(target_arch = "aarch64")]
+        Isa::NeonI8mm if n_rows > 1 => with_count!(n_rows.div_ceil(2), [1 2 3], P => {
+            // SAFETY: as above.
+            unsafe { neon::i8mm::block_sums::<P, L>(x, panel, &mut sums[..n_rows]) }
+        }),
+        #[cfg(target_arch = "aarch64")]
+        Isa::NeonDot | Isa::NeonI8mm => rows_at_a_time!(3, x, sums => with_count!(x.n_rows, [1 2 3], R => {
+            // SAFETY: as above.
+            unsafe { neon::dot::block_sums::<R, L>(x, panel, sums) }
+        })),
+        #[cfg(target_arch = "aarch64")]
+        Isa::Neon => rows_at_a_time!(3, x, sums => with_count!(x.n_rows, [1 2 3], R => {
+            // SAFETY: as above.
+            unsafe { neon::base::block_sums::<R, L>(x, panel, sums) }
+        })),
+        _ => {
+            for (r, sums) in sums.iter_mut().enumerate().take(n_rows) {
+                scalar_block_sums::<L>(x, r, panel, sums);
             }
         }
     }
 }
 
-/// `Σ x (q - zero point)` over a block, for each output.
-fn block_integers(format: Format, block: &[u8], x: &[i8]) -> [i32; WIDTH] {
-    let n_quads = if format == Format::Int8Blocks { 8 } else { 4 };
-    let quads = block[block.len() - n_quads * QUAD..].as_chunks::<QUAD>().0;
-    let (x, zero_point, mut sums) = (x.as_chunks::<4>().0, format.zero_point(), [0; WIDTH]);
-    for (i, quad) in quads.iter().enumerate() {
-        if format == Format::Int8Blocks {
-            add_quad(quad, &x[i], zero_point, &mut sums);
-        } else {
-            add_quad(&quad.map(|byte| byte & 15), &x[i], zero_point, &mut sums);
-            add_quad(&quad.map(|byte| byte >> 4), &x[i + 4], zero_point, &mut sums);
+/// The sums of row `r`.
+fn scalar_block_sums<L: Layout>(x: Activations<'_>, r: usize, panel: &[u8], sums: &mut [f32; WIDTH]) {
+    *sums = [0.0; WIDTH];
+    for b in 0..x.n_blocks {
+        let (head, bodies) = panel[b / L::BLOCKS * L::GROUP..].split_at(L::HEAD);
+        let (i, body) = (b % L::BLOCKS, &bodies[b % L::BLOCKS * L::BODY..][..L::BODY]);
+        let values = &x.values[r * x.stride + b * L::INPUTS..][..L::INPUTS];
+        let (x_scale, total) = (x.scales[r * x.n_blocks + b], x.totals[r * x.n_blocks + b]);
+        let mut integers = [0; WIDTH];
+        for (p, x) in values.as_chunks::<4>().0.iter().enumerate() {
+            let quad = std::array::from_fn(|at| L::value(body, at / 4, 4 * p + at % 4));
+            add_quad(&quad, x, L::ZERO_POINT, &mut integers);
+        }
+        for (o, sum) in sums.iter_mut().enumerate() {
+            *sum = (integers[o] as f32).mul_add(L::scale(head, i, o) * x_scale, *sum);
+            if L::OFFSET {
+                *sum = L::minimum(head, i, o).mul_add(total, *sum);
+            }
         }
     }
-    sums
 }

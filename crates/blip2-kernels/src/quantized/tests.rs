@@ -1,3 +1,4 @@
+use super::format::{Layout, with_layout};
 use super::*;
 use crate::activation::Activation;
 use half::f16;
@@ -12,11 +13,65 @@ fn numbers(n: usize, seed: u32) -> Vec<f32> {
         .collect()
 }
 
+/// A mapped file's bytes: at an odd address, with nothing behind them.
+struct Odd(Vec<u8>);
+
+impl AsRef<[u8]> for Odd {
+    fn as_ref(&self) -> &[u8] {
+        &self.0[1..]
+    }
+}
+
+fn odd(w: &QuantizedWeight) -> QuantizedWeight {
+    let bytes = Box::new(Odd([&[0], w.bytes()].concat()));
+    QuantizedWeight::from_bytes(w.out_features(), w.in_features(), w.format(), bytes)
+}
+
+/// Any weight of a format. `n_in` must be what the format takes.
 fn weight(format: Format, n_out: usize, n_in: usize) -> QuantizedWeight {
+    if !Format::ROUNDED.contains(&format) {
+        let stored = stored_rows(format, n_out, n_in);
+        let row_bytes = stored.len() / n_out;
+        return odd(&QuantizedWeight::from_gguf_blocks(n_out, n_in, format, &|i| {
+            &stored[i * row_bytes..(i + 1) * row_bytes]
+        }));
+    }
     let w = numbers(n_out * n_in, 11);
-    QuantizedWeight::quantize(n_out, n_in, format, &|i, row| {
+    odd(&QuantizedWeight::quantize(n_out, n_in, format, &|i, row| {
         row.copy_from_slice(&w[i * n_in..(i + 1) * n_in]);
-    })
+    }))
+}
+
+/// Inputs and bytes of a block in GGUF, and where in it numbers in half precision are.
+fn stored_block(format: Format) -> (usize, usize, &'static [usize]) {
+    match format {
+        Format::Int8 => panic!("it has no blocks"),
+        Format::Int8Blocks => (32, 34, &[0]),
+        Format::Int4 => (32, 18, &[0]),
+        Format::Int4Offset => (32, 20, &[0, 2]),
+        Format::Q4K => (256, 144, &[0, 2]),
+        Format::Q5K => (256, 176, &[0, 2]),
+        Format::Q6K => (256, 210, &[208]),
+    }
+}
+
+/// Rows of GGUF blocks of random bytes, their numbers in half precision within 0.001 to 0.005 either way.
+fn stored_rows(format: Format, n_out: usize, n_in: usize) -> Vec<u8> {
+    let (inputs, size, halves) = stored_block(format);
+    let mut state = 1u32;
+    let mut random = || {
+        state = state.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);
+        state >> 24
+    };
+    let mut stored: Vec<u8> = (0..n_out * n_in / inputs * size).map(|_| random() as u8).collect();
+    for block in stored.chunks_exact_mut(size) {
+        for &at in halves {
+            let half = f16::from_f32(0.001 + random() as f32 / 255.0 * 0.004);
+            let half = if random() < 128 { half } else { -half };
+            block[at..at + 2].copy_from_slice(&half.to_le_bytes());
+        }
+    }
+    stored
 }
 
 fn bits(y: &[f32]) -> Vec<u32> {
@@ -43,7 +98,19 @@ fn products_equal_the_reference_for_all_tails_and_the_widths_of_the_models() {
     let mut sizes: Vec<(usize, usize, usize)> = (1..=70).map(|n_in| (n_in % 15 + 1, 33, n_in)).collect();
     sizes.extend((1..=70).map(|n_out| (n_out % 13 + 1, n_out, 40)));
     sizes.extend([(3, 88, 257), (13, 384, 576), (2, 31, 2560), (7, 96, 1408), (1, 33, 10_240)]);
+    for width in [88, 257, 384, 576, 768, 1280, 1408, 2560, 6144, 10_240, 50_272] {
+        sizes.extend([(2, 33, width), (2, width, 36)]);
+    }
     for format in Format::ALL {
+        // Formats without blocks in part take the next input that they can.
+        let mut sizes: Vec<_> = sizes
+            .iter()
+            .map(|&(n_rows, n_out, n_in)| {
+                (n_rows, n_out, n_in.next_multiple_of(format.in_features_multiple()))
+            })
+            .collect();
+        sizes.sort();
+        sizes.dedup();
         for &(n_rows, n_out, n_in) in &sizes {
             let (w, bias) = (weight(format, n_out, n_in), numbers(n_out, 3));
             // Unaligned: one element into its memory.
@@ -87,13 +154,10 @@ fn extreme_integers_do_not_saturate() {
         for byte in [0x00, 0x01, 0x7f, 0x80, 0x88, 0xf0, 0xff] {
             let mut bytes = vec![byte; n_bytes];
             let one = f16::ONE.to_le_bytes();
-            match format.block_bytes() {
-                None => bytes[..4 * WIDTH].as_chunks_mut().0.fill(1.0f32.to_le_bytes()),
-                Some(size) => bytes.chunks_exact_mut(size).for_each(|block| {
-                    let head = if format == Format::Int4Offset { 4 * WIDTH } else { 2 * WIDTH };
-                    block[..head].as_chunks_mut().0.fill(one);
-                }),
-            }
+            with_layout!(format, L => for group in bytes.chunks_exact_mut(L::GROUP) {
+                group[..L::BLOCK_SCALES].as_chunks_mut().0.fill(one);
+                group[L::BLOCK_SCALES..L::HEAD].fill(1);
+            }, bytes[..4 * WIDTH].as_chunks_mut().0.fill(1.0f32.to_le_bytes()));
             let w = QuantizedWeight::from_bytes(n_out, n_in, format, Box::new(bytes));
             let mut row = vec![0.0; n_in];
             w.row(5, &mut row);
@@ -103,9 +167,12 @@ fn extreme_integers_do_not_saturate() {
                 for x in [vec![x; n_in], alternating] {
                     // Integers below 2^24: exact in f32 too.
                     let expected: f64 = row.iter().zip(&x).map(|(w, x)| f64::from(w * x.round())).sum();
-                    for isa in Isa::all_available() {
-                        let y = w.forward_with(isa, &x, 1, Epilogue::bias(None));
-                        assert_eq!(f64::from(y[5]), expected, "{format:?} {isa:?} {byte:#x}");
+                    for (isa, n_rows) in Isa::all_available().into_iter().flat_map(|isa| [(isa, 1), (isa, 3)])
+                    {
+                        let y = w.forward_with(isa, &x.repeat(n_rows), n_rows, Epilogue::bias(None));
+                        for y in y.chunks_exact(n_out) {
+                            assert_eq!(f64::from(y[5]), expected, "{format:?} {isa:?} {n_rows} {byte:#x}");
+                        }
                     }
                 }
             }
@@ -115,9 +182,10 @@ fn extreme_integers_do_not_saturate() {
 
 #[test]
 fn a_row_depends_neither_on_other_rows_nor_on_the_number_of_threads() {
-    let (n_out, n_in, n_rows) = (75, 700, 100);
+    let (n_out, n_rows) = (75, 100);
     let bias = numbers(n_out, 3);
     for format in Format::ALL {
+        let n_in = 700usize.next_multiple_of(format.in_features_multiple());
         let w = weight(format, n_out, n_in);
         let mut x = numbers(n_rows * n_in, 7);
         let epilogue = Epilogue { activation: Activation::GeluErf, ..Epilogue::bias(Some(&bias)) };
@@ -177,7 +245,7 @@ fn weights_come_back_within_their_step() {
 
 #[test]
 fn weights_that_are_not_finite_show() {
-    for format in Format::ALL {
+    for format in Format::ROUNDED {
         let w = QuantizedWeight::quantize(3, 64, format, &|i, row| {
             row.fill(0.5);
             row[40] = [0.5, f32::NAN, f32::NEG_INFINITY][i];
@@ -188,50 +256,94 @@ fn weights_that_are_not_finite_show() {
         }
     }
     // Zeros, and weights too small for a scale in half precision, are zero and not NaN.
-    for format in Format::ALL {
+    for format in Format::ROUNDED {
         let w = QuantizedWeight::quantize(2, 64, format, &|i, row| row.fill([0.0, 1e-30][i]));
         let y = w.forward(&[1.0; 64], 1, Epilogue::bias(None));
         assert!(y.iter().all(|y| y.abs() < 1e-6), "{format:?} {y:?}");
     }
 }
 
+/// A scale that is no number makes the output no number, and no other.
 #[test]
-fn gguf_blocks_keep_their_numbers() {
-    let (n_out, n_in) = (35, 96);
-    for (format, size) in [(Format::Int8Blocks, 34), (Format::Int4, 18), (Format::Int4Offset, 20)] {
-        let row_bytes = n_in / 32 * size;
-        let mut state = 1u32;
-        let mut stored: Vec<u8> = (0..n_out * row_bytes)
-            .map(|_| {
-                state = state.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);
-                (state >> 24) as u8
-            })
-            .collect();
-        for block in stored.chunks_exact_mut(size) {
-            block[..2].copy_from_slice(&f16::from_f32(0.125).to_le_bytes());
-            if format == Format::Int4Offset {
-                block[2..4].copy_from_slice(&f16::from_f32(-0.75).to_le_bytes());
+fn stored_scales_that_are_not_finite_show() {
+    let (n_out, n_in) = (35, 512);
+    for format in Format::ALL.into_iter().filter(|&format| format != Format::Int8) {
+        let mut stored = stored_rows(format, n_out, n_in);
+        let row_bytes = stored.len() / n_out;
+        let (_, size, halves) = stored_block(format);
+        for (output, half) in [(3, f16::NAN), (33, f16::INFINITY)] {
+            let at = output * row_bytes + size + halves[halves.len() - 1];
+            stored[at..at + 2].copy_from_slice(&half.to_le_bytes());
+        }
+        let w = QuantizedWeight::from_gguf_blocks(n_out, n_in, format, &|i| {
+            &stored[i * row_bytes..(i + 1) * row_bytes]
+        });
+        for isa in Isa::all_available() {
+            let y = w.forward_with(isa, &numbers(2 * n_in, 1), 2, Epilogue::bias(None));
+            for (i, y) in y.iter().enumerate() {
+                assert_eq!(!y.is_finite(), [3, 33].contains(&(i % n_out)), "{format:?} {isa:?} {i}: {y}");
             }
         }
+    }
+}
+
+/// Blocks as ggml defines them, dequantised value by value.
+#[test]
+fn gguf_blocks_keep_their_numbers() {
+    let (n_out, n_in) = (35, 512);
+    for format in Format::ALL.into_iter().filter(|&format| format != Format::Int8) {
+        let (inputs, size, _) = stored_block(format);
+        let stored = stored_rows(format, n_out, n_in);
+        let row_bytes = stored.len() / n_out;
         let w = QuantizedWeight::from_gguf_blocks(n_out, n_in, format, &|i| {
             &stored[i * row_bytes..(i + 1) * row_bytes]
         });
         let mut row = vec![0.0; n_in];
         for (o, stored) in stored.chunks_exact(row_bytes).enumerate() {
             w.row(o, &mut row);
-            for (block, row) in stored.chunks_exact(size).zip(row.chunks_exact(32)) {
+            for (block, row) in stored.chunks_exact(size).zip(row.chunks_exact(inputs)) {
                 for (i, &w) in row.iter().enumerate() {
-                    let expected = match format {
-                        Format::Int8Blocks => 0.125 * f32::from(block[2 + i] as i8),
-                        _ => {
-                            let byte = block[size - 16 + i % 16];
-                            let q = f32::from(if i < 16 { byte & 15 } else { byte >> 4 });
-                            if format == Format::Int4 { 0.125 * (q - 8.0) } else { 0.125 * q - 0.75 }
-                        }
-                    };
-                    assert_eq!(w, expected, "{format:?} ({o}, {i})");
+                    assert_eq!(w, stored_value(format, block, i), "{format:?} ({o}, {i})");
                 }
             }
+        }
+    }
+}
+
+/// Value `i` of a GGUF block.
+fn stored_value(format: Format, block: &[u8], i: usize) -> f32 {
+    let half = |at: usize| f16::from_le_bytes([block[at], block[at + 1]]).to_f32();
+    // Of 256 values: run `i / 32`, of which two share the bytes of nibbles, low ones first.
+    let (run, j) = (i / 32, i % 32);
+    match format {
+        Format::Int8 => panic!("it has no blocks"),
+        Format::Int8Blocks => half(0) * f32::from(block[2 + i] as i8),
+        Format::Int4 | Format::Int4Offset => {
+            let byte = block[block.len() - 16 + i % 16];
+            let q = f32::from(if i < 16 { byte & 15 } else { byte >> 4 });
+            if format == Format::Int4 { half(0) * (q - 8.0) } else { half(0) * q + half(2) }
+        }
+        Format::Q4K | Format::Q5K => {
+            let s = &block[4..16];
+            let (scale, minimum) = match run {
+                0..4 => (s[run] % 64, s[run + 4] % 64),
+                _ => (s[run + 4] % 16 + s[run - 4] / 64 * 16, s[run + 4] / 16 + s[run] / 64 * 16),
+            };
+            let byte = block[block.len() - 128 + run / 2 * 32 + j];
+            let mut q = if run % 2 == 0 { byte % 16 } else { byte / 16 };
+            if format == Format::Q5K && block[16 + j] & (1 << run) != 0 {
+                q += 16;
+            }
+            half(0) * f32::from(scale) * f32::from(q) - half(2) * f32::from(minimum)
+        }
+        Format::Q6K => {
+            // Of 128 values: the low nibbles of 64 bytes, then the high ones; two bits each of 32 bytes, from the lowest.
+            let (half_of, run) = (run / 4, run % 4);
+            let low = block[half_of * 64 + run % 2 * 32 + j];
+            let low = if run < 2 { low % 16 } else { low / 16 };
+            let high = block[128 + half_of * 32 + j] / [1, 4, 16, 64][run] % 4;
+            let scale = block[192 + i / 16] as i8;
+            half(208) * f32::from(scale) * (f32::from(low + 16 * high) - 32.0)
         }
     }
 }
@@ -239,16 +351,9 @@ fn gguf_blocks_keep_their_numbers() {
 #[test]
 fn stored_bytes_are_the_same_weight() {
     for format in Format::ALL {
-        let (w, x) = (weight(format, 40, 100), numbers(2 * 100, 7));
-        // At an odd address, as a mapped file may be.
-        struct Odd(Vec<u8>);
-        impl AsRef<[u8]> for Odd {
-            fn as_ref(&self) -> &[u8] {
-                &self.0[1..]
-            }
-        }
-        let stored = Odd([&[0], w.bytes()].concat());
-        let again = QuantizedWeight::from_bytes(40, 100, format, Box::new(stored));
+        let n_in = 100usize.next_multiple_of(format.in_features_multiple());
+        let (w, x) = (weight(format, 40, n_in), numbers(2 * n_in, 7));
+        let again = odd(&odd(&w));
         for isa in Isa::all_available() {
             let epilogue = Epilogue::bias(None);
             assert_eq!(again.forward_with(isa, &x, 2, epilogue), w.forward_with(isa, &x, 2, epilogue));
@@ -264,9 +369,10 @@ fn bytes_that_are_too_few_are_refused() {
 
 #[test]
 fn the_input_gradient_is_the_product_with_the_weight() {
-    let (n_out, n_in, n_rows) = (1100, 37, 3);
+    let (n_out, n_rows) = (1100, 3);
     let d_y = numbers(n_rows * n_out, 9);
     for format in Format::ALL {
+        let n_in = 37usize.next_multiple_of(format.in_features_multiple());
         let w = weight(format, n_out, n_in);
         let mut d_x = vec![0.0; n_rows * n_in];
         w.input_gradient(&d_y, n_rows, Precision::F32, &mut d_x);

@@ -1,0 +1,130 @@
+//! Rounding weights to few bits.
+
+use half::f16;
+
+use super::format::{BLOCK, Format, Int4, Int4Offset, Int8Blocks, Layout, QUAD, SCALES, WIDTH};
+
+/// A panel of zeros is not all bytes zero: integers are stored unsigned.
+pub(super) fn clear(format: Format, panel: &mut [u8]) {
+    panel.fill(0);
+    let (zero, head, group) = match format {
+        Format::Int8 => (128, 4 * WIDTH, panel.len()),
+        Format::Int8Blocks => (128, Int8Blocks::HEAD, Int8Blocks::GROUP),
+        Format::Int4 => (0x88, Int4::HEAD, Int4::GROUP),
+        // The smallest value is zero, or the scale of the super-block is.
+        Format::Int4Offset | Format::Q4K | Format::Q5K | Format::Q6K => return,
+    };
+    panel.chunks_exact_mut(group).for_each(|group| group[head..].fill(zero));
+}
+
+/// Rounds a row of weights into output `o` of a cleared panel.
+///
+/// # Panics
+/// When the format is none of [`Format::ROUNDED`].
+pub(super) fn write_row(format: Format, panel: &mut [u8], o: usize, row: &[f32]) {
+    match format {
+        Format::Int8 => write_whole(panel, o, row),
+        Format::Int8Blocks => write_blocks::<Int8Blocks>(format, panel, o, row),
+        Format::Int4 => write_blocks::<Int4>(format, panel, o, row),
+        Format::Int4Offset => write_blocks::<Int4Offset>(format, panel, o, row),
+        Format::Q4K | Format::Q5K | Format::Q6K => panic!("{format:?} is made from stored blocks only"),
+    }
+}
+
+/// A row with one scale.
+fn write_whole(panel: &mut [u8], o: usize, row: &[f32]) {
+    let (scales, quads) = panel.split_at_mut(4 * WIDTH);
+    let largest = largest(row);
+    let scale = if largest.is_finite() { largest / 127.0 } else { f32::NAN };
+    scales[4 * o..4 * o + 4].copy_from_slice(&scale.to_le_bytes());
+    let inverse = inverse(scale);
+    for (values, quad) in row.chunks(4).zip(quads.chunks_exact_mut(QUAD)) {
+        for (value, q) in values.iter().zip(&mut quad[4 * o..]) {
+            *q = (round(value * inverse).clamp(-127, 127) + 128) as u8;
+        }
+    }
+}
+
+fn write_blocks<L: Layout>(format: Format, panel: &mut [u8], o: usize, row: &[f32]) {
+    for (values, block) in row.chunks(BLOCK).zip(panel.chunks_exact_mut(L::GROUP)) {
+        let mut padded = [0.0; BLOCK];
+        padded[..values.len()].copy_from_slice(values);
+        let rounded = round_block(format, &padded, values.len());
+        block[2 * o..2 * o + 2].copy_from_slice(&rounded.scale.to_le_bytes());
+        if L::OFFSET {
+            block[SCALES + 2 * o..][..2].copy_from_slice(&rounded.minimum.to_le_bytes());
+        }
+        L::write_values(&mut block[L::HEAD..], o, &rounded.values);
+    }
+}
+
+/// 32 weights of one output.
+struct Block {
+    scale: f16,
+    minimum: f16,
+    values: [u8; BLOCK],
+}
+
+/// Rounds 32 weights, of which the first `len` are there and the rest are zero.
+fn round_block(format: Format, x: &[f32; BLOCK], len: usize) -> Block {
+    let largest = largest(x);
+    let zero_point = format.zero_point();
+    if !largest.is_finite() {
+        return Block { scale: f16::NAN, minimum: f16::ZERO, values: [zero_point as u8; BLOCK] };
+    }
+    let (scale, minimum) = match format {
+        Format::Int4 => (f16::from_f32(best_scale(x)), f16::ZERO),
+        Format::Int4Offset => {
+            let x = &x[..len];
+            let (min, max) = x.iter().fold((f32::MAX, f32::MIN), |(min, max), &x| (min.min(x), max.max(x)));
+            (f16::from_f32((max - min) / 15.0), f16::from_f32(min))
+        }
+        _ => (f16::from_f32(largest / 127.0), f16::ZERO),
+    };
+    let inverse = inverse(scale.to_f32());
+    let (first, last) = if format == Format::Int8Blocks { (1, 255) } else { (0, 15) };
+    let values = x.map(|x| {
+        (round((x - minimum.to_f32()) * inverse).saturating_add(zero_point)).clamp(first, last) as u8
+    });
+    Block { scale, minimum, values }
+}
+
+/// The scale of -8 to 7 with the smallest squared error of a few: the weight that is largest either way keeps its place at an
+/// end of the range or a little beyond, and the scale then is the least-squares one for the rounded values.
+fn best_scale(x: &[f32; BLOCK]) -> f32 {
+    let extreme = x.iter().fold(0.0f32, |extreme, &x| if x.abs() > extreme.abs() { x } else { extreme });
+    if extreme == 0.0 {
+        return 0.0;
+    }
+    let (mut best, mut most) = (extreme / -8.0, f32::NEG_INFINITY);
+    for end in [-8.5, -8.0, -7.5, -7.0, 6.5, 7.0, 7.5, 8.0] {
+        let scale = extreme / end;
+        let inverse = inverse(scale);
+        let (mut x_q, mut q_q) = (0.0, 0.0);
+        for &x in x {
+            let q = round(x * inverse).clamp(-8, 7) as f32;
+            (x_q, q_q) = (x_q + x * q, q_q + q * q);
+        }
+        // The error is Σx² - (Σxq)² / Σq² with the scale Σxq / Σq².
+        let explained = x_q * x_q / q_q;
+        if explained > most {
+            (best, most) = (x_q / q_q, explained);
+        }
+    }
+    best
+}
+
+/// The largest magnitude; not finite where an element is not.
+fn largest(x: &[f32]) -> f32 {
+    f32::from_bits(x.iter().fold(0, |largest, x| largest.max(x.abs().to_bits())))
+}
+
+/// What to multiply by instead of dividing by `scale`; everything is zero where the scale is.
+fn inverse(scale: f32) -> f32 {
+    let inverse = 1.0 / scale;
+    if inverse.is_finite() { inverse } else { 0.0 }
+}
+
+fn round(x: f32) -> i32 {
+    x.round_ties_even() as i32
+}
