@@ -66,7 +66,15 @@ fn measure(n_rows: usize, n_out: usize, n_in: usize, n_runs: usize) {
         ("Bf16".into(), Box::new(|| pack(PlainFormat::Bf16))),
     ];
     for format in Format::ALL {
-        makers.push((format!("{format:?}"), Box::new(move || quantize(format))));
+        if Format::ROUNDED.contains(&format) {
+            makers.push((format!("{format:?}"), Box::new(move || quantize(format))));
+        } else if n_in.is_multiple_of(format.in_features_multiple()) {
+            // Any bytes are some weight, and these are one of small numbers.
+            let n_bytes = format.n_bytes(n_out, n_in).expect("a weight that fits into memory");
+            let bytes = move || Box::new(vec![0x15u8; n_bytes]);
+            let make = move || Weight::Quantized(QuantizedWeight::from_bytes(n_out, n_in, format, bytes()));
+            makers.push((format!("{format:?}"), Box::new(make)));
+        }
     }
     let weights: Vec<(String, Vec<Weight>)> = makers
         .iter()

@@ -37,7 +37,14 @@ const TANH_SCALE: f32 = 0.797_884_6;
 fn value(x: f32, activation: Activation) -> f32 {
     match activation {
         Activation::Identity => x,
-        Activation::Relu => x.max(0.0),
+        // Not `max`, which would make a zero of what is not a number.
+        Activation::Relu => {
+            if x < 0.0 {
+                0.0
+            } else {
+                x
+            }
+        }
         Activation::Relu6 => x.clamp(0.0, 6.0),
         Activation::GeluErf => 0.5 * x * (1.0 + erf(x * std::f32::consts::FRAC_1_SQRT_2)),
         // 1 + tanh(u) = 2 sigmoid(2 u)
@@ -203,6 +210,7 @@ pub fn gated_backward(
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::testing::{TAILS, WIDTHS, assert_near, numbers};
 
     const ALL: [Activation; 7] = [
         Activation::Identity,
@@ -229,6 +237,97 @@ mod tests {
                 (out[0] - at_negative).abs() < 2e-6 && (out[1] - at_positive).abs() < 2e-6,
                 "{activation:?} {out:?}"
             );
+        }
+    }
+
+    /// In double precision; the error function by its series, or by its continued fraction where that is faster.
+    fn reference(x: f64, activation: Activation) -> f64 {
+        let erf = |x: f64| {
+            if x.abs() > 3.0 {
+                let fraction = (1..60).rev().fold(0.0, |below, k| f64::from(k) / 2.0 / (x.abs() + below));
+                let tail = (-x * x).exp() / (x.abs() + fraction) / std::f64::consts::PI.sqrt();
+                return (1.0 - tail).copysign(x);
+            }
+            let (mut term, mut sum) = (x, x);
+            for n in 1..100 {
+                term *= -x * x / f64::from(n);
+                sum += term / f64::from(2 * n + 1);
+            }
+            sum * std::f64::consts::FRAC_2_SQRT_PI
+        };
+        let sigmoid = |x: f64| 1.0 / (1.0 + (-x).exp());
+        match activation {
+            Activation::Identity => x,
+            Activation::Relu => {
+                if x < 0.0 {
+                    0.0
+                } else {
+                    x
+                }
+            }
+            Activation::Relu6 => x.clamp(0.0, 6.0),
+            Activation::GeluErf => 0.5 * x * (1.0 + erf(x * std::f64::consts::FRAC_1_SQRT_2)),
+            Activation::GeluTanh => {
+                0.5 * x * (1.0 + ((2.0 / std::f64::consts::PI).sqrt() * (x + 0.044_715 * x.powi(3))).tanh())
+            }
+            Activation::QuickGelu => x * sigmoid(1.702 * x),
+            Activation::Silu => x * sigmoid(x),
+        }
+    }
+
+    #[test]
+    fn values_equal_the_reference_for_every_tail_and_width() {
+        for n in TAILS.chain(WIDTHS) {
+            let x = numbers(n, 1).times(9.0);
+            for activation in ALL {
+                let expected: Vec<f64> = x.iter().map(|&x| reference(f64::from(x), activation)).collect();
+                assert_near(&activate(&x, activation), &expected, 2e-6, (activation, n));
+                let up = numbers(n, 2);
+                let expected: Vec<f64> = expected.iter().zip(&*up).map(|(a, u)| a * f64::from(*u)).collect();
+                assert_near(&gated(&x, &up, activation), &expected, 2e-6, (activation, n));
+                let d_out = numbers(n, 3);
+                let d_x = activate_backward(&x, activation, &d_out);
+                let (d_gate, d_up) = gated_backward(&x, &up, activation, &d_out);
+                for i in 0..n {
+                    assert!((d_gate[i] - d_x[i] * up[i]).abs() < 1e-5, "{activation:?} {n} {i}");
+                    let a = reference(f64::from(x[i]), activation);
+                    assert!(
+                        (f64::from(d_up[i]) - a * f64::from(d_out[i])).abs() < 2e-5,
+                        "{activation:?} {n} {i}"
+                    );
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn not_a_number_stays_and_infinity_has_its_limit() {
+        for at in [0, 16, 36] {
+            for activation in ALL {
+                let clean = activate(&numbers(37, 1), activation);
+                for special in [f32::NAN, f32::INFINITY, f32::NEG_INFINITY] {
+                    let out = activate(&numbers(37, 1).with(at, special), activation);
+                    for (i, (out, clean)) in out.iter().zip(&clean).enumerate() {
+                        if i != at {
+                            assert_eq!(out, clean, "{activation:?} {special} {i}");
+                        }
+                    }
+                    let limit = match (activation, special) {
+                        (_, x) if x.is_nan() => f32::NAN,
+                        (Activation::Identity, x) => x,
+                        (Activation::Relu6, f32::INFINITY) => 6.0,
+                        (_, f32::INFINITY) => f32::INFINITY,
+                        (Activation::Relu | Activation::Relu6, _) => 0.0,
+                        // An infinity times zero, as in PyTorch.
+                        _ => f32::NAN,
+                    };
+                    let found = out[at];
+                    assert!(
+                        found == limit || found.is_nan() && limit.is_nan(),
+                        "{activation:?}({special}): {found}, not {limit}"
+                    );
+                }
+            }
         }
     }
 

@@ -55,6 +55,32 @@ pub fn adamw_step(param: &mut [f32], grad: &[f32], grad_scale: f32, m: &mut [f32
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::testing::{TAILS, WIDTHS, numbers};
+
+    #[test]
+    fn every_element_is_updated_by_itself() {
+        let h = AdamW { lr: 1e-2, beta1: 0.9, beta2: 0.98, eps: 1e-8, weight_decay: 0.05, step: 3 };
+        let step = |param: &[f32], grad: &[f32]| {
+            let (mut param, mut m, mut v) = (param.to_vec(), vec![0.1; grad.len()], vec![0.2; grad.len()]);
+            adamw_step(&mut param, grad, 0.5, &mut m, &mut v, h);
+            [param, m, v]
+        };
+        for n in TAILS.chain(WIDTHS) {
+            let (param, grad) = (numbers(n, 1), numbers(n, 2));
+            let all = step(&param, &grad);
+            // Each alone, which is what the definition is checked with.
+            for i in (0..n).step_by(n / 70 + 1).chain([n - 1]) {
+                let alone = step(&param[i..=i], &grad[i..=i]);
+                for (all, alone) in all.iter().zip(&alone) {
+                    assert!((all[i] - alone[0]).abs() <= 1e-6 * alone[0].abs(), "{n} {i}");
+                }
+            }
+            let spoilt = step(&param, &numbers(n, 2).with(n / 2, f32::NAN));
+            for (all, spoilt) in all.iter().zip(&spoilt) {
+                assert!((0..n).all(|i| if i == n / 2 { spoilt[i].is_nan() } else { spoilt[i] == all[i] }));
+            }
+        }
+    }
 
     #[test]
     fn ten_steps_equal_the_definition_in_double_precision() {

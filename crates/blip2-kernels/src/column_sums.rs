@@ -39,6 +39,23 @@ pub fn add_column_sums(x: &[f32], sums: &mut [f32]) {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::testing::{TAILS, WIDTHS, assert_near, numbers};
+
+    #[test]
+    fn sums_equal_the_reference_for_every_tail_and_width() {
+        for width in TAILS.chain(WIDTHS) {
+            let x = numbers(3 * width, 1);
+            let mut sums = numbers(width, 2).to_vec();
+            let expected: Vec<f64> = (0..width)
+                .map(|j| f64::from(sums[j]) + (0..3).map(|i| f64::from(x[i * width + j])).sum::<f64>())
+                .collect();
+            add_column_sums(&x, &mut sums);
+            assert_near(&sums, &expected, 1e-6, width);
+            let mut spoilt = vec![0.0; width];
+            add_column_sums(&numbers(3 * width, 1).with(width, f32::INFINITY), &mut spoilt);
+            assert!((0..width).all(|j| spoilt[j].is_finite() == (j != 0)), "{width}");
+        }
+    }
 
     #[test]
     fn every_row_is_added_once() {

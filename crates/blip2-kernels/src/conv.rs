@@ -132,6 +132,33 @@ pub fn im2col(x: &[f32], dims: ConvDims, out: &mut [f32]) {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::testing::{TAILS, assert_near, numbers};
+
+    #[test]
+    fn every_number_of_channels_is_convolved() {
+        for c in TAILS.chain([96, 240, 672, 1152]) {
+            let dims = ConvDims::same(1, 3, 2, c, 3, 1);
+            let x = numbers(6 * c, 1).with(c - 1, f32::NAN);
+            let (weight, bias) = (numbers(9 * c, 2), numbers(c, 3));
+            let mut out = vec![0.0; 6 * c];
+            depthwise_conv2d(&x, dims, &weight, &bias, Activation::Identity, &mut out);
+            let expected: Vec<f64> = (0..6 * c)
+                .map(|at| {
+                    let (y, column, ch) = (at / (2 * c), at / c % 2, at % c);
+                    let cells = (0..9).filter_map(|cell| {
+                        let (row, column) =
+                            ((y + cell / 3).checked_sub(1)?, (column + cell % 3).checked_sub(1)?);
+                        let inside = row < 3 && column < 2;
+                        inside.then(|| {
+                            f64::from(x[(row * 2 + column) * c + ch]) * f64::from(weight[cell * c + ch])
+                        })
+                    });
+                    f64::from(bias[ch]) + cells.sum::<f64>()
+                })
+                .collect();
+            assert_near(&out, &expected, 1e-5, c);
+        }
+    }
 
     #[test]
     fn depthwise_equals_the_definition_for_every_stride_and_padding() {

@@ -68,11 +68,53 @@ pub fn cross_entropy_backward(
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::testing::{TAILS, WIDTHS, assert_near, numbers};
 
     fn reference(row: &[f64], target: usize, smoothing: f64) -> f64 {
         let log_sum = row.iter().map(|x| x.exp()).sum::<f64>().ln();
         let mean = row.iter().map(|x| log_sum - x).sum::<f64>() / row.len() as f64;
         (1.0 - smoothing) * (log_sum - row[target]) + smoothing * mean
+    }
+
+    #[test]
+    fn losses_equal_the_definition_for_every_tail_and_vocabulary() {
+        for n_classes in TAILS.chain(WIDTHS).chain([30_522, 32_128]) {
+            let logits = numbers(2 * n_classes, 1).times(20.0);
+            let targets = [n_classes as u32 - 1, 0];
+            for smoothing in [0.0f32, 0.1] {
+                let (mut losses, mut d_logits) = (vec![0.0; 2], vec![0.0; 2 * n_classes]);
+                cross_entropy(&logits, n_classes, &targets, smoothing, &mut losses);
+                cross_entropy_backward(&logits, n_classes, &targets, smoothing, &[1.0, 2.0], &mut d_logits);
+                for (r, row) in logits.chunks_exact(n_classes).enumerate() {
+                    let row: Vec<f64> = row.iter().map(|&x| f64::from(x)).collect();
+                    let expected = reference(&row, targets[r] as usize, f64::from(smoothing));
+                    let s = f64::from(smoothing);
+                    assert_near(&losses[r..=r], &[expected], 1e-5, (n_classes, smoothing));
+                    let total: f64 = row.iter().map(|x| x.exp()).sum();
+                    let gradient: Vec<f64> = (0..n_classes)
+                        .map(|j| {
+                            let target = if j == targets[r] as usize { 1.0 - s } else { 0.0 };
+                            [1.0, 2.0][r] * (row[j].exp() / total - target - s / n_classes as f64)
+                        })
+                        .collect();
+                    let found = &d_logits[r * n_classes..(r + 1) * n_classes];
+                    assert_near(found, &gradient, 1e-5, (n_classes, smoothing));
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn a_class_may_be_impossible_but_not_undefined() {
+        for (special, is_finite) in [(f32::NEG_INFINITY, true), (f32::INFINITY, false), (f32::NAN, false)] {
+            let logits = numbers(2 * 37, 1).with(36, special);
+            let (mut losses, mut d_logits) = ([0.0; 2], [0.0; 74]);
+            cross_entropy(&logits, 37, &[3, 36], 0.0, &mut losses);
+            cross_entropy_backward(&logits, 37, &[3, 36], 0.0, &[1.0; 2], &mut d_logits);
+            assert_eq!(losses[0].is_finite(), is_finite, "{special}: {losses:?}");
+            assert_eq!(d_logits[..37].iter().all(|d| d.is_finite()), is_finite, "{special}");
+            assert!(losses[1].is_finite() && d_logits[37..].iter().all(|d| d.is_finite()));
+        }
     }
 
     #[test]

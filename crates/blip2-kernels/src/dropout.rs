@@ -51,6 +51,7 @@ pub fn dropout(x: &[f32], d: Dropout) -> Vec<f32> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::testing::{TAILS, WIDTHS, numbers};
 
     #[test]
     fn drops_the_asked_share_and_keeps_the_mean() {
@@ -60,6 +61,18 @@ mod tests {
             let dropped = out.iter().filter(|&&x| x == 0.0).count() as f32 / n as f32;
             assert!((dropped - p).abs() < 0.005, "{dropped}");
             assert!((out.iter().sum::<f32>() / n as f32 - 1.0).abs() < 0.01);
+        }
+    }
+
+    #[test]
+    fn every_element_is_dropped_or_scaled() {
+        let d = Dropout { p: 0.4, seed: 9 };
+        for n in TAILS.chain(WIDTHS) {
+            let x = numbers(n, 1).with(n - 1, f32::NAN);
+            for (i, (out, x)) in dropout(&x, d).iter().zip(&*x).enumerate() {
+                let expected = x * d.factor(i as u32);
+                assert!(*out == expected || out.is_nan() && expected.is_nan(), "{n} {i}");
+            }
         }
     }
 

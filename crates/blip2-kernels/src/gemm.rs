@@ -287,12 +287,14 @@ mod tests {
     }
 
     fn check(m: usize, n: usize, k: usize, transposed: (bool, bool), precision: Precision, isa: Isa) {
-        let (a, b) = (numbers(m * k, 1), numbers(k * n, 2));
+        // Unaligned: one element into their memory, which ends with them.
+        let (a, b) = (numbers(m * k + 1, 1), numbers(k * n + 1, 2));
+        let (a, b) = (&a[1..], &b[1..]);
         let view = |data, cols: usize, rows: usize, transposed| {
             let (row_stride, col_stride) = if transposed { (1, rows) } else { (cols, 1) };
             MatrixRef { data, row_stride, col_stride }
         };
-        let (a, b) = (view(&a[..], k, m, transposed.0), view(&b[..], n, k, transposed.1));
+        let (a, b) = (view(a, k, m, transposed.0), view(b, n, k, transposed.1));
         let mut c = numbers(m * n, 3);
         let before = c.clone();
         gemm_with(isa, m, n, k, a, b, Start::Result, &mut c, precision);
@@ -334,6 +336,21 @@ mod tests {
                     for transposed in [(false, false), (true, false), (false, true), (true, true)] {
                         check(m, n, k, transposed, precision, isa);
                     }
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn products_equal_the_reference_for_the_widths_of_the_models() {
+        for isa in Isa::all_available() {
+            for precision in [Precision::F32, Precision::Bf16] {
+                for width in crate::testing::WIDTHS {
+                    check(2, width, 9, (false, true), precision, isa);
+                    check(3, 9, width, (false, true), precision, isa);
+                }
+                for n in crate::testing::TAILS {
+                    check(n % 13 + 1, n, n / 2 + 1, (false, false), precision, isa);
                 }
             }
         }

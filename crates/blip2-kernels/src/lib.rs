@@ -4,9 +4,8 @@
 //! tests. Results do not depend on the number of threads, and the result for a row does not depend on the rows
 //! beside it, bit for bit.
 //!
-//! Which instructions are used is decided at run time ([`isa::Isa::detect`]); `BLIP2_ISA=scalar|avx2|avx-vnni|avx512`, or
-//! `scalar|neon|neon-dotprod|neon-i8mm` on AArch64, forces a
-//! lower set.
+//! Which instructions are used is decided at run time ([`isa::Isa::detect`]); `BLIP2_ISA=scalar|avx2|avx-vnni|avx512`, on
+//! AArch64 `BLIP2_ISA=scalar|neon|neon-dotprod|neon-i8mm`, forces a lower set.
 #![allow(unsafe_code)]
 
 pub mod activation;
@@ -24,3 +23,5 @@ pub mod linear;
 pub mod norm;
 pub mod quantized;
 pub mod rope;
+#[cfg(test)]
+mod testing;

@@ -224,6 +224,7 @@ pub(crate) fn input_gradient(
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::testing::{TAILS, WIDTHS, assert_near, numbers};
 
     fn number(i: usize) -> f32 {
         ((i as f32 * 0.618_034).fract() - 0.5) * 2.0
@@ -265,6 +266,57 @@ mod tests {
             for n_rows in [1, 2, 5, 13, 97] {
                 let some = packed.forward(&x[..n_rows * inn], n_rows, epilogue);
                 assert_eq!(some, all[..n_rows * out], "{format:?} {n_rows}");
+            }
+        }
+    }
+
+    #[test]
+    fn forward_equals_the_reference_for_every_tail_and_width() {
+        let sizes = WIDTHS.iter().flat_map(|&width| [(2, 33, width), (1, width, 24)]);
+        let tails = TAILS.flat_map(|n| [(n % 14 + 1, n, 20), (1, 20, n)]);
+        for (n, out, inn) in sizes.chain(tails) {
+            let (x, bias, residual) = (numbers(n * inn, 1), numbers(out, 2), numbers(n * out, 3));
+            for format in FORMATS {
+                let packed = weight(out, inn, format);
+                let epilogue =
+                    Epilogue { bias: Some(&bias), activation: Activation::Relu, residual: Some(&residual) };
+                let round = |x: f32| match format.precision() {
+                    Precision::F32 => f64::from(x),
+                    Precision::Bf16 => half::bf16::from_f32(x).to_f64(),
+                };
+                let mut row = vec![0.0; inn];
+                let mut expected = vec![0.0; n * out];
+                for o in 0..out {
+                    packed.row(o, &mut row);
+                    for (i, x) in x.chunks_exact(inn).enumerate() {
+                        let product: f64 = x.iter().zip(&row).map(|(x, w)| round(*x) * f64::from(*w)).sum();
+                        let sum = product + f64::from(bias[o]);
+                        expected[i * out + o] = sum.max(0.0) + f64::from(residual[i * out + o]);
+                    }
+                }
+                // Sums of `inn` products of numbers below one.
+                let tolerance = f64::from(f32::EPSILON) * (inn as f64).max(8.0);
+                assert_near(&packed.forward(&x, n, epilogue), &expected, tolerance, (format, n, out, inn));
+            }
+        }
+    }
+
+    #[test]
+    fn what_is_not_finite_stays_in_its_row() {
+        let (n, out, inn) = (14, 35, 70);
+        for format in FORMATS {
+            let packed = weight(out, inn, format);
+            let clean = packed.forward(&numbers(n * inn, 1), n, Epilogue::bias(None));
+            for special in [f32::NAN, f32::INFINITY, f32::NEG_INFINITY] {
+                let x = numbers(n * inn, 1).with(5 * inn + 69, special);
+                let y = packed.forward(&x, n, Epilogue::bias(None));
+                for (i, (y, clean)) in y.chunks_exact(out).zip(clean.chunks_exact(out)).enumerate() {
+                    if i == 5 {
+                        assert!(y.iter().all(|y| !y.is_finite()), "{format:?} {special}: {y:?}");
+                    } else {
+                        assert_eq!(y, clean, "{format:?} {special} {i}");
+                    }
+                }
             }
         }
     }

@@ -190,6 +190,7 @@ fn statistics(x: &[f32], eps: f32) -> (f32, f32) {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::testing::{TAILS, WIDTHS, assert_near, numbers as random};
 
     fn numbers(n: usize, seed: f32) -> Vec<f32> {
         (0..n).map(|i| ((i as f32 + seed) * 0.737).sin() * 1.5).collect()
@@ -287,6 +288,75 @@ mod tests {
                 assert!((f64::from(d_x[j]) - expected).abs() < 1e-3 * (1.0 + expected.abs()));
                 let expected = numeric(&w, j, true);
                 assert!((f64::from(d_w[j]) - expected).abs() < 1e-3 * (1.0 + expected.abs()));
+            }
+        }
+    }
+
+    #[test]
+    fn norms_equal_the_definition_for_every_tail_and_width() {
+        for width in TAILS.chain(WIDTHS) {
+            let rows = if width > 3000 { 2 } else { 3 };
+            let (x, residual) = (random(rows * width, 1), random(rows * width, 2));
+            let (weight, bias, d_out) = (random(width, 3), random(width, 4), random(rows * width, 5));
+            let (mut layer, mut rms) = (Vec::new(), Vec::new());
+            for (x, residual) in x.chunks_exact(width).zip(residual.chunks_exact(width)) {
+                let y: Vec<f64> = wide(x).iter().zip(wide(residual)).map(|(x, r)| x + r).collect();
+                let mean = y.iter().sum::<f64>() / width as f64;
+                let variance = y.iter().map(|y| (y - mean).powi(2)).sum::<f64>() / width as f64;
+                let square = wide(x).iter().map(|x| x * x).sum::<f64>() / width as f64;
+                for j in 0..width {
+                    let (w, b) = (f64::from(weight[j]), f64::from(bias[j]));
+                    layer.push((y[j] - mean) / (variance + 1e-3).sqrt() * w + b);
+                    rms.push(f64::from(x[j]) / (square + 1e-3).sqrt() * w);
+                }
+            }
+            assert_near(&layer_norm(&x, Some(&residual), &weight, &bias, 1e-3), &layer, 2e-5, width);
+            assert_near(&rms_norm(&x, &weight, 1e-3), &rms, 1e-5, width);
+            // A gradient is a slope: along the gradient's own direction the sum of squares.
+            let (d_x, d_w, d_b) = layer_norm_backward(&x, Some(&residual), &weight, 1e-3, &d_out);
+            let (d_rms, d_w_rms) = rms_norm_backward(&x, &weight, 1e-3, &d_out, true);
+            let d_w_rms = d_w_rms.expect("it was asked for");
+            let (y, w, b, d) = (
+                wide(&x).iter().zip(wide(&residual)).map(|(x, r)| x + r).collect::<Vec<_>>(),
+                wide(&weight),
+                wide(&bias),
+                wide(&d_out),
+            );
+            let along = |x: &[f64], direction: &[f32], h: f64| -> Vec<f64> {
+                x.iter().zip(direction).map(|(x, d)| x + h * f64::from(*d)).collect()
+            };
+            for (name, gradient, slope) in [
+                ("x", &d_x, slope(|h| objective(&along(&y, &d_x, h), &w, Some(&b), &d, 1e-3))),
+                ("weight", &d_w, slope(|h| objective(&y, &along(&w, &d_w, h), Some(&b), &d, 1e-3))),
+                ("bias", &d_b, slope(|h| objective(&y, &w, Some(&along(&b, &d_b, h)), &d, 1e-3))),
+                ("x of RMS", &d_rms, slope(|h| objective(&along(&wide(&x), &d_rms, h), &w, None, &d, 1e-3))),
+                (
+                    "weight of RMS",
+                    &d_w_rms,
+                    slope(|h| objective(&wide(&x), &along(&w, &d_w_rms, h), None, &d, 1e-3)),
+                ),
+            ] {
+                let squares: f64 = wide(gradient).iter().map(|g| g * g).sum();
+                assert!(
+                    (squares - slope).abs() < 1e-4 * (1.0 + slope.abs()),
+                    "{name} {width}: {squares} {slope}"
+                );
+            }
+        }
+    }
+
+    #[test]
+    fn a_row_that_is_not_finite_spoils_no_other() {
+        let (width, weight) = (37, random(37, 3));
+        let clean = random(3 * width, 1);
+        let expected = (layer_norm(&clean, None, &weight, &weight, 1e-5), rms_norm(&clean, &weight, 1e-5));
+        for special in [f32::NAN, f32::INFINITY, f32::NEG_INFINITY] {
+            let x = random(3 * width, 1).with(width + 36, special);
+            let found = (layer_norm(&x, None, &weight, &weight, 1e-5), rms_norm(&x, &weight, 1e-5));
+            for (found, expected) in [(found.0, &expected.0), (found.1, &expected.1)] {
+                assert!(found[width + 36].is_nan(), "{special}");
+                assert_eq!(found[..width], expected[..width]);
+                assert_eq!(found[2 * width..], expected[2 * width..]);
             }
         }
     }

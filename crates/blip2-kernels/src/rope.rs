@@ -52,6 +52,29 @@ pub fn rope(
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::testing::{assert_near, numbers};
+
+    #[test]
+    fn every_width_of_a_head_is_rotated_in_pairs() {
+        for head_dim in (2..=70).step_by(2).chain([80, 88, 128]) {
+            let (n_heads, positions) = (3, [0, 7, 4000]);
+            let x = numbers(3 * n_heads * head_dim, 1).with(n_heads * head_dim + 1, f32::NAN);
+            let mut out = vec![0.0; x.len()];
+            rope(&x, &positions, n_heads, head_dim, 1e4, false, &mut out);
+            let expected: Vec<f64> = (0..x.len())
+                .map(|at| {
+                    let (row, i) = (at / (n_heads * head_dim), at % head_dim);
+                    let half = head_dim / 2;
+                    let angle =
+                        f64::from(positions[row]) * 1e4f64.powf(-2.0 * (i % half) as f64 / head_dim as f64);
+                    let (a, other) = (f64::from(x[at]), if i < half { at + half } else { at - half });
+                    let b = f64::from(x[other]) * if i < half { -1.0 } else { 1.0 };
+                    a * angle.cos() + b * angle.sin()
+                })
+                .collect();
+            assert_near(&out, &expected, 1e-6, head_dim);
+        }
+    }
 
     #[test]
     fn rotates_by_the_position_and_back() {

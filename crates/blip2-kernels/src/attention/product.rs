@@ -17,7 +17,7 @@ pub(super) struct Strided<'a> {
 /// a multiple of `LANES`.
 ///
 /// Each element is summed in the order of `k`, by itself: it does not depend on the other rows. Rows that are computed
-/// together go to the largest of their `inner`, so `a` must be zero beyond.
+/// together go to the largest of their `inner`, so `a` must be zero beyond; where `b` is no number there, they become none.
 #[inline(always)]
 pub(super) fn product(
     n_rows: usize,

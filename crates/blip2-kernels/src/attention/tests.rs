@@ -1,4 +1,5 @@
 use super::*;
+use crate::testing::{assert_near, numbers as random};
 
 fn numbers(n: usize, seed: f32) -> Vec<f32> {
     (0..n).map(|i| ((i as f32 + seed) * 1.37).sin()).collect()
@@ -222,4 +223,82 @@ fn a_bias_that_is_too_short_is_refused() {
         None,
         &mut [0.0; 5 * 24],
     );
+}
+
+/// Attention of every query over the keys that it sees, in double precision.
+fn reference(
+    q: &[f32],
+    k: &[f32],
+    v: &[f32],
+    n: usize,
+    m: usize,
+    causal: bool,
+    shape: AttentionShape,
+) -> Vec<f64> {
+    let AttentionShape { n_heads, n_kv_heads, head_dim: d, scale } = shape;
+    let mut out = vec![0.0; q.len()];
+    for (i, h) in (0..n).flat_map(|i| (0..n_heads).map(move |h| (i, h))) {
+        let (seen, g) = (if causal { m + i + 1 - n } else { m }, h * n_kv_heads / n_heads);
+        let query = &q[(i * n_heads + h) * d..][..d];
+        let of_key = |x: &'_ [f32], j: usize, c: usize| f64::from(x[(j * n_kv_heads + g) * d + c]);
+        let scores: Vec<f64> = (0..seen)
+            .map(|j| (0..d).map(|c| f64::from(query[c]) * of_key(k, j, c)).sum::<f64>() * f64::from(scale))
+            .collect();
+        let max = scores.iter().copied().fold(f64::NEG_INFINITY, f64::max);
+        let weights: Vec<f64> = scores.iter().map(|score| (score - max).exp()).collect();
+        let total: f64 = weights.iter().sum();
+        for c in 0..d {
+            out[(i * n_heads + h) * d + c] = (0..seen).map(|j| weights[j] / total * of_key(v, j, c)).sum();
+        }
+    }
+    out
+}
+
+#[test]
+fn every_tail_of_keys_and_heads_equals_the_definition() {
+    let mut sizes: Vec<(usize, usize, usize)> = (1..=70).map(|m| (3.min(m), m, 6)).collect();
+    sizes.extend((1..=70).map(|d| (2, 9, d)));
+    // ViT-g and ViT-L, the Q-Former's queries over them, OPT and T5.
+    sizes.extend([(17, 257, 88), (33, 257, 64), (32, 257, 64), (40, 72, 80), (5, 130, 64)]);
+    for (n, m, head_dim) in sizes {
+        for causal in [false, true] {
+            let shape =
+                AttentionShape { n_heads: 4, n_kv_heads: 2, head_dim, scale: 3.0 / (head_dim as f32).sqrt() };
+            let (q, k, v) =
+                (random(n * 4 * head_dim, 1), random(m * 2 * head_dim, 2), random(m * 2 * head_dim, 3));
+            let plan = [sequence(&[span(0, n)], &[span(0, m)], causal)];
+            let mut out = vec![0.0; q.len()];
+            attention(&q, &k, &v, &plan, shape, None, None, &mut out);
+            assert_near(&out, &reference(&q, &k, &v, n, m, causal, shape), 1e-5, (n, m, head_dim, causal));
+        }
+    }
+}
+
+#[test]
+fn what_is_not_finite_reaches_those_who_see_it() {
+    let shape = AttentionShape { head_dim: 20, ..SHAPE };
+    let plan = [sequence(&[span(0, 37)], &[span(0, 37)], true)];
+    let (q, clean_k, v) = (random(37 * 80, 1), random(37 * 40, 2), random(37 * 40, 3));
+    let run = |k: &[f32], v: &[f32]| {
+        let mut out = vec![0.0; q.len()];
+        attention(&q, k, v, &plan, shape, None, None, &mut out);
+        out
+    };
+    let clean = run(&clean_k, &v);
+    for special in [f32::NAN, f32::INFINITY] {
+        // The first key head of key 30: queries from 30 on, heads 0 and 1. A value reaches the queries that are mixed together
+        // with one that sees it: see `product`.
+        let (bad_k, bad_v) =
+            (random(37 * 40, 2).with(30 * 40, special), random(37 * 40, 3).with(30 * 40, special));
+        for (out, first) in [(run(&bad_k, &v), 30), (run(&clean_k, &bad_v), 28)] {
+            for (at, (out, clean)) in out.iter().zip(&clean).enumerate() {
+                let (query, head) = (at / 80, at / 20 % 4);
+                if query < first || head > 1 {
+                    assert_eq!(out, clean, "{special} {query} {head}");
+                }
+            }
+            let seen = out[30 * 80..].chunks(80).any(|row| row[..40].iter().any(|x| !x.is_finite()));
+            assert!(seen, "{special}");
+        }
+    }
 }

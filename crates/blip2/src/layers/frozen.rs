@@ -119,7 +119,8 @@ impl FrozenWeight {
     }
 
     /// Rounds a stored matrix as [`pack`](Self::pack) packs it. Blocks that are in few bits already are taken as they are,
-    /// where that is not more bits than `format` has: rounding again would lose more.
+    /// where that is not more bits than `format` has: rounding again would lose more. The k-quants are always taken so: a
+    /// file has more bits for some matrices than for others since these need them.
     ///
     /// # Errors
     /// [`Error::NotFinite`].
@@ -133,6 +134,9 @@ impl FrozenWeight {
         let stored = match (rows.encoding(), format) {
             (Encoding::Q4_0, _) => Some(Format::Int4),
             (Encoding::Q4_1, _) => Some(Format::Int4Offset),
+            (Encoding::Q4K, _) => Some(Format::Q4K),
+            (Encoding::Q5K, _) => Some(Format::Q5K),
+            (Encoding::Q6K, _) => Some(Format::Q6K),
             (Encoding::Q8_0, Format::Int8 | Format::Int8Blocks) => Some(Format::Int8Blocks),
             _ => None,
         };
@@ -207,6 +211,44 @@ impl FrozenWeight {
             Self::Packed(w) => w.input_gradient(d_y, n_rows, d_x),
             // The weights were rounded more than bf16 rounds.
             Self::Quantized(w) => w.input_gradient(d_y, n_rows, Precision::Bf16, d_x),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::weights::gguf::Gguf;
+
+    /// The golden file's tensors are random blocks, whose numbers the `gguf` package told.
+    #[test]
+    fn blocks_of_a_gguf_file_stay_what_they_are() {
+        let path = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/golden/gguf_types.gguf");
+        let file = Gguf::open(path).expect("a file");
+        for (name, wanted, kept) in [
+            ("Q8_0", Format::Int8Blocks, Format::Int8Blocks),
+            ("Q8_0", Format::Int4, Format::Int4),
+            ("Q4_0", Format::Int8, Format::Int4),
+            ("Q4_1", Format::Int4, Format::Int4Offset),
+            ("Q4_K", Format::Int4, Format::Q4K),
+            ("Q5_K", Format::Int8Blocks, Format::Q5K),
+            ("Q6_K", Format::Int4, Format::Q6K),
+            ("Q3_K", Format::Int8Blocks, Format::Int8Blocks),
+        ] {
+            let rows = file.tensor(name).expect("a tensor");
+            let weight = FrozenWeight::quantize(name, &rows, wanted, &|row| 2 - row).expect("a weight");
+            let FrozenWeight::Quantized(quantized) = &weight else { panic!("it is quantised") };
+            assert_eq!(quantized.format(), kept, "{name}");
+            let (mut found, mut stored) = (vec![0.0; rows.row_len()], vec![0.0; rows.row_len()]);
+            for row in 0..3 {
+                weight.row(row, &mut found);
+                rows.read_row(2 - row, &mut stored);
+                if kept == wanted && name != "Q8_0" || (name, kept) == ("Q8_0", Format::Int4) {
+                    assert!(found != stored, "{name} is rounded");
+                } else {
+                    assert_eq!(found, stored, "{name}");
+                }
+            }
         }
     }
 }

@@ -52,6 +52,9 @@ enum StoredFormat {
     Int8Blocks,
     Int4,
     Int4Offset,
+    Q4K,
+    Q5K,
+    Q6K,
 }
 
 impl From<StoredFormat> for Format {
@@ -61,6 +64,9 @@ impl From<StoredFormat> for Format {
             StoredFormat::Int8Blocks => Self::Int8Blocks,
             StoredFormat::Int4 => Self::Int4,
             StoredFormat::Int4Offset => Self::Int4Offset,
+            StoredFormat::Q4K => Self::Q4K,
+            StoredFormat::Q5K => Self::Q5K,
+            StoredFormat::Q6K => Self::Q6K,
         }
     }
 }
@@ -72,6 +78,9 @@ impl From<Format> for StoredFormat {
             Format::Int8Blocks => Self::Int8Blocks,
             Format::Int4 => Self::Int4,
             Format::Int4Offset => Self::Int4Offset,
+            Format::Q4K => Self::Q4K,
+            Format::Q5K => Self::Q5K,
+            Format::Q6K => Self::Q6K,
         }
     }
 }
@@ -97,7 +106,8 @@ impl Matrix {
     pub(super) fn check(self, n_bytes: usize) -> std::result::Result<(), String> {
         let ([n_out, n_in], format) = (self.shape, Format::from(self.format));
         let expected = format.n_bytes(n_out, n_in);
-        if n_out == 0 || n_in == 0 || n_in > format.max_in_features() || expected != Some(n_bytes) {
+        let fits = n_in <= format.max_in_features() && n_in.is_multiple_of(format.in_features_multiple());
+        if n_out == 0 || n_in == 0 || !fits || expected != Some(n_bytes) {
             return Err(format!("holds {n_bytes} bytes, which are no {n_out} x {n_in} matrix in {format:?}"));
         }
         Ok(())
@@ -203,5 +213,9 @@ mod tests {
             let error = file(&metadata, n_bytes).unwrap_err().to_string();
             assert!(error.contains(expected), "{metadata}: {error}");
         }
+        // Bytes enough for a block, of which there are only parts.
+        let part = index(r#"{"a":{"format":"q6_k","shape":[1,8]}}"#);
+        let error = file(&part, Format::Q6K.n_bytes(1, 8).unwrap()).unwrap_err().to_string();
+        assert!(error.contains("no 1 x 8 matrix"), "{error}");
     }
 }
