@@ -3,7 +3,7 @@
 # In these tests slices end where their memory ends, and threads keep none that is larger.
 set -euo pipefail
 cd "$(dirname "$0")/.."
-# The sanitiser is not for stable compilers; this lets one take it, for this build alone.
+# The sanitiser is not for stable compilers; this lets one take it, for a build in a folder of its own.
 export RUSTC_BOOTSTRAP=1 RUSTFLAGS="-Zsanitizer=address"
 target=$(rustc --print host-tuple)
 
@@ -19,5 +19,6 @@ aarch64-*) sets+=(neon) ;;
 esac
 for isa in "${sets[@]}"; do
     echo "BLIP2_ISA=$isa"
-    BLIP2_ISA=$isa cargo test -p blip2-kernels --lib --locked --target "$target" "$@"
+    BLIP2_ISA=$isa cargo test -p blip2-kernels --lib --locked --target "$target" \
+        --target-dir "${CARGO_TARGET_DIR:-target}/sanitized" "$@"
 done
