@@ -213,9 +213,10 @@ macro_rules! kernels {
                                 }
                             }
                             for k in 0..4 {
+                                let scale =
+                                    of_block::<L>(Place { group, block: i, output: 16 * half + 4 * k });
                                 for r in 0..R {
-                                    let at = Place { group, block: i, output: 16 * half + 4 * k };
-                                    acc[r][k] = scaled::<L>(acc[r][k], integers[r][k], &x, r, b, at);
+                                    acc[r][k] = scaled::<L>(acc[r][k], integers[r][k], scale, &x, r, b);
                                 }
                             }
                         }
@@ -242,31 +243,45 @@ struct Place {
     output: usize,
 }
 
-/// `acc` plus the sums of block `b` and row `r` times their scale, and the smallest value times the sum of activations.
+/// The scales of four outputs, and their smallest values where the format has them.
 ///
 /// # Safety
-/// The block must be there in `at` and in row `r`.
+/// The block must be there.
+#[inline(always)]
+unsafe fn of_block<L: Layout>(at: Place) -> [float32x4_t; 2] {
+    let Place { group, block, output } = at;
+    // SAFETY: the caller's promise.
+    unsafe {
+        let scale = scales::<L>(group, L::BLOCK_SCALES + block * WIDTH, output);
+        if !L::OFFSET {
+            return [scale, vdupq_n_f32(0.0)];
+        }
+        [scale, scales::<L>(group.add(SCALES), L::BLOCK_MINIMA - SCALES + block * WIDTH, output)]
+    }
+}
+
+/// `acc` plus the sums of block `b` and row `r` times their scale, and the smallest values times the sum of activations.
+///
+/// # Safety
+/// Row `r` must have block `b`.
 #[inline(always)]
 unsafe fn scaled<L: Layout>(
     mut acc: float32x4_t,
     mut integers: int32x4_t,
+    [scale, minimum]: [float32x4_t; 2],
     x: &Activations<'_>,
     r: usize,
     b: usize,
-    at: Place,
 ) -> float32x4_t {
-    let Place { group, block, output } = at;
     let of_row = r * x.n_blocks + b;
     // SAFETY: the caller's promise.
     unsafe {
         if L::BITS < 8 && !L::OFFSET {
             integers = vaddq_s32(integers, vdupq_n_s32(*x.starts.as_ptr().add(of_row)));
         }
-        let scale = scales::<L>(group, L::BLOCK_SCALES + block * WIDTH, output);
         let scale = vmulq_n_f32(scale, *x.scales.as_ptr().add(of_row));
         acc = vfmaq_f32(acc, vcvtq_f32_s32(integers), scale);
         if L::OFFSET {
-            let minimum = scales::<L>(group.add(SCALES), L::BLOCK_MINIMA - SCALES + block * WIDTH, output);
             acc = vfmaq_n_f32(acc, minimum, *x.totals.as_ptr().add(of_row));
         }
     }
@@ -391,13 +406,13 @@ pub(super) mod i8mm {
                             }
                         }
                     }
-                    for pair in 0..P {
-                        for k in 0..2 {
-                            let at = Place { group, block: i, output: 8 * part + 4 * k };
+                    for k in 0..2 {
+                        let scale = of_block::<L>(Place { group, block: i, output: 8 * part + 4 * k });
+                        for pair in 0..P {
                             let [one, other] = of_rows(integers[pair][k]);
                             let acc = &mut acc[pair];
-                            acc[0][k] = scaled::<L>(acc[0][k], one, &x, 2 * pair, b, at);
-                            acc[1][k] = scaled::<L>(acc[1][k], other, &x, second(pair, n_rows), b, at);
+                            acc[0][k] = scaled::<L>(acc[0][k], one, scale, &x, 2 * pair, b);
+                            acc[1][k] = scaled::<L>(acc[1][k], other, scale, &x, second(pair, n_rows), b);
                         }
                     }
                 }
