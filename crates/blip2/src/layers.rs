@@ -29,7 +29,7 @@ pub use blip2_kernels::gemm::Precision;
 pub use dropout::DropoutRng;
 pub use embedding::Embedding;
 pub use frozen::{FrozenFormat, FrozenWeight, Quantization};
-pub use linear::{Linear, Weight};
+pub use linear::{Linear, MatrixSize, Weight};
 pub use loss::{cross_entropy, linear_cross_entropy};
 pub use norm::{LayerNorm, RmsNorm};
 pub use parameters::{Loader, TensorSource, Trainable};

@@ -12,6 +12,7 @@ pub mod layout;
 mod memory;
 mod preset;
 mod quantize;
+mod random;
 mod stage1;
 mod stage2;
 mod stages;
@@ -27,6 +28,7 @@ pub use explain::{HeatMap, Word};
 pub use memory::memory_needed;
 pub use preset::Preset;
 pub use quantize::{quantize, stored_quantization};
+pub use random::{RandomModel, SHAPES};
 pub use stage1::{LabelScore, MatchScore};
 pub use stage2::{Answer, Choice};
 

@@ -10,7 +10,9 @@ use super::causal::{Causal, check_rows};
 use super::loading::{File, Loader, Table};
 use crate::Result;
 use crate::cache::KvCache;
-use crate::layers::{Activation, AttentionShape, FrozenFormat, Linear, RmsNorm, Weight, gated, rope};
+use crate::layers::{
+    Activation, AttentionShape, FrozenFormat, Linear, MatrixSize, RmsNorm, Weight, gated, rope,
+};
 use crate::weights::gguf::Gguf;
 use crate::weights::safetensors::Safetensors;
 
@@ -75,7 +77,7 @@ impl Llama {
         Ok(model)
     }
 
-    fn load(config: LlamaConfig, file: &File<'_>, format: FrozenFormat) -> Result<Self> {
+    pub(super) fn load(config: LlamaConfig, file: &File<'_>, format: FrozenFormat) -> Result<Self> {
         let mut loader = Loader::new(file, format);
         let (d, ffn) = (config.hidden_size, config.intermediate_size);
         let (n_heads, n_kv_heads) = (config.num_attention_heads, config.num_key_value_heads);
@@ -138,6 +140,15 @@ impl Llama {
     /// The output head, `hidden_size` to `vocab_size`.
     pub fn head(&self) -> &Linear {
         &self.lm_head
+    }
+
+    /// The matrices that a row passes, without the head.
+    pub(super) fn matrices(&self) -> MatrixSize {
+        let layers = self.layers.iter().flat_map(|layer| {
+            let attention = [&layer.q_proj, &layer.k_proj, &layer.v_proj, &layer.o_proj];
+            attention.into_iter().chain([&layer.gate_proj, &layer.up_proj, &layer.down_proj])
+        });
+        layers.map(Linear::matrix).sum()
     }
 
     /// An empty cache for this model.

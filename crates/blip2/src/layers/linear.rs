@@ -26,6 +26,24 @@ impl std::fmt::Debug for Weight {
     }
 }
 
+/// How large matrices are: what a row is multiplied with, two operations a weight, and what is read of memory for it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct MatrixSize {
+    /// Numbers, however they are stored.
+    pub n_weights: usize,
+    /// Bytes, scales included.
+    pub n_bytes: usize,
+}
+
+impl std::iter::Sum for MatrixSize {
+    fn sum<I: Iterator<Item = Self>>(sizes: I) -> Self {
+        sizes.fold(Self::default(), |a, b| Self {
+            n_weights: a.n_weights + b.n_weights,
+            n_bytes: a.n_bytes + b.n_bytes,
+        })
+    }
+}
+
 /// `x Wᵀ + b`. The weight's format is a property of the value, so one model definition serves training and
 /// every inference precision.
 #[derive(Debug, Clone)]
@@ -92,6 +110,20 @@ impl Linear {
     fn frozen(&self, weight: &FrozenWeight, activation: Activation) -> Result<FrozenLinear> {
         let bias = self.bias.as_ref().map(Tensor::to_vec1).transpose()?;
         Ok(FrozenLinear { weight: weight.clone(), bias, activation })
+    }
+
+    /// The numbers of its matrix.
+    pub fn matrix(&self) -> MatrixSize {
+        match &self.weight {
+            Weight::Dense(weight, _) => {
+                let n_weights = weight.elem_count();
+                MatrixSize { n_weights, n_bytes: n_weights * weight.dtype().size_in_bytes() }
+            }
+            Weight::Frozen(weight) => MatrixSize {
+                n_weights: weight.out_features() * weight.in_features(),
+                n_bytes: weight.n_bytes(),
+            },
+        }
     }
 
     pub(super) fn weight(&self) -> &Weight {

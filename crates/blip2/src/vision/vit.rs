@@ -9,7 +9,9 @@
 use candle_core::{Device, Tensor};
 use serde::{Deserialize, Serialize};
 
-use crate::layers::{Activation, AttentionShape, LayerNorm, Linear, Loader, Plan, Sequence, Span, attention};
+use crate::layers::{
+    Activation, AttentionShape, LayerNorm, Linear, Loader, MatrixSize, Plan, Sequence, Span, attention,
+};
 use crate::{Error, Result};
 
 /// A vision transformer's sizes (`Blip2VisionConfig`).
@@ -229,6 +231,13 @@ impl Vit {
     /// The configuration it was loaded with.
     pub fn config(&self) -> &VitConfig {
         &self.config
+    }
+
+    /// The matrices that a patch passes.
+    pub(super) fn matrices(&self) -> MatrixSize {
+        let blocks =
+            self.layers.iter().flat_map(|block| [&block.qkv, &block.projection, &block.fc1, &block.fc2]);
+        blocks.chain([&self.patch_embedding]).map(Linear::matrix).sum()
     }
 
     /// Encodes pictures.
