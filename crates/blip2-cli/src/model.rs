@@ -158,8 +158,12 @@ fn default_model() -> anyhow::Result<PathBuf> {
 /// # Errors
 /// Says in one line what is wrong with the file.
 pub(crate) fn open_picture(path: &Path, preset: Option<PresetArg>) -> anyhow::Result<RgbImage> {
-    let pixels = if preset.is_some() { Pixels::Pillow } else { Pixels::AsSeen };
-    Ok(blip2::image::open(path, &Limits::default(), pixels)?)
+    Ok(blip2::image::open(path, &Limits::default(), pixels(preset))?)
+}
+
+/// How pictures are read.
+pub(crate) fn pixels(preset: Option<PresetArg>) -> Pixels {
+    if preset.is_some() { Pixels::Pillow } else { Pixels::AsSeen }
 }
 
 /// Reads a picture and encodes it.

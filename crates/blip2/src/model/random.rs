@@ -249,7 +249,8 @@ fn n_language_parameters(config: &Json) -> u64 {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::image::RgbImage;
+    use crate::image::{Limits, Pixels, RgbImage};
+    use crate::model::ImageFeatures;
 
     fn picture() -> RgbImage {
         RgbImage::from_fn(40, 30, |x, y| ::image::Rgb([x as u8 * 6, y as u8 * 8, 99]))
@@ -278,6 +279,35 @@ mod tests {
             let features = model.encode(&[picture()]).unwrap();
             let scores = model.match_texts(&features[0], &["10 11", "12"]).unwrap();
             assert!(scores[0].itm_probability != scores[1].itm_probability);
+        }
+    }
+
+    /// A batch of files equals its pictures one by one, with few bits too, and one that cannot be read costs only itself.
+    #[test]
+    fn files_are_encoded_together_as_they_are_alone() {
+        let dir = tempfile::tempdir().unwrap();
+        let paths: Vec<_> = (0..3).map(|i| dir.path().join(format!("{i}.png"))).collect();
+        let pictures: Vec<_> = (0..3)
+            .map(|i| RgbImage::from_fn(30 + i, 20, |x, y| ::image::Rgb([x as u8, y as u8, 50 * i as u8])))
+            .collect();
+        for i in [0, 2] {
+            std::fs::write(&paths[i], crate::image::png(&pictures[i])).unwrap();
+        }
+        std::fs::write(&paths[1], "no picture").unwrap();
+        for quantization in [None, Some(Quantization::Int8)] {
+            let options = OpenOptions { stage2: false, quantization, ..OpenOptions::default() };
+            let model = RandomModel::named("tiny").unwrap().draw(1, &options).unwrap();
+            let found = model.encode_files(&paths, &Limits::default(), Pixels::AsSeen).unwrap();
+            for i in [0, 2] {
+                let alone = model.encode(&[pictures[i].clone()]).unwrap().remove(0);
+                let values = |features: &ImageFeatures| features.tokens().to_vec2::<f32>().unwrap();
+                assert_eq!(values(found[i].as_ref().unwrap()), values(&alone));
+            }
+            let problem = found[1].as_ref().unwrap_err().to_string();
+            assert!(problem.contains("1.png") && problem.contains("not a picture"), "{problem}");
+            assert!(
+                model.encode_files(&[] as &[&str], &Limits::default(), Pixels::AsSeen).unwrap().is_empty()
+            );
         }
     }
 
