@@ -3,6 +3,7 @@
 //! Scores are never held for more than one sequence and head. The gradient computes the probabilities again. The work
 //! for a query row runs over its own keys in order, so it does not depend on what else is in the batch.
 
+mod columns;
 mod head;
 mod product;
 
@@ -109,7 +110,7 @@ pub fn attention(
             #[inline(always)]
             || {
                 let sequence = &sequences[number];
-                Head::new(sequence, shape, head, bias, offsets[number], dropout).forward(
+                Head::new(isa, sequence, shape, head, bias, offsets[number], dropout).forward(
                     q,
                     k,
                     v,
@@ -171,7 +172,7 @@ pub fn attention_backward(
                 for &number in members {
                     let sequence = &sequences[number];
                     for head in kv_head * group..(kv_head + 1) * group {
-                        let work = Head::new(sequence, shape, head, bias, offsets[number], dropout);
+                        let work = Head::new(isa, sequence, shape, head, bias, offsets[number], dropout);
                         work.backward(q, k, v, d_out, &mut scratch);
                         let gradients = scratch.d_q.chunks_exact(padded(d));
                         for (row, query) in gradients.zip(rows(&sequence.queries)) {

@@ -4,13 +4,16 @@
 
 use std::cell::RefCell;
 
+use super::columns::columns;
 use super::product::{Strided, product};
 use super::{AttentionShape, RelativeBias, Sequence, count, rows};
 use crate::dropout::Dropout;
+use crate::isa::Isa;
 use crate::lanes::{LANES, axpy, dot, exp, max, sum};
 
 /// One sequence and head.
 pub(super) struct Head<'a> {
+    isa: Isa,
     sequence: &'a Sequence,
     shape: AttentionShape,
     head: usize,
@@ -82,6 +85,7 @@ fn resize(buffer: &mut Vec<f32>, len: usize) {
 
 impl<'a> Head<'a> {
     pub(super) fn new(
+        isa: Isa,
         sequence: &'a Sequence,
         shape: AttentionShape,
         head: usize,
@@ -90,7 +94,7 @@ impl<'a> Head<'a> {
         dropout: Option<Dropout>,
     ) -> Self {
         let (n_queries, n_keys) = (count(&sequence.queries), count(&sequence.keys));
-        Self { sequence, shape, head, bias, offset, dropout, n_queries, n_keys }
+        Self { isa, sequence, shape, head, bias, offset, dropout, n_queries, n_keys }
     }
 
     /// How many keys query `i` sees.
@@ -144,13 +148,10 @@ impl<'a> Head<'a> {
     fn gather_columns(&self, values: &[f32], to: &mut Vec<f32>) {
         let (d, m) = (self.shape.head_dim, padded(self.n_keys));
         resize(to, d * m);
-        for (j, row) in rows(&self.sequence.keys).enumerate() {
-            for (c, x) in self.of_key(values, row).iter().enumerate() {
-                to[c * m + j] = *x;
-            }
-        }
-        for row in to.chunks_exact_mut(m).take(d) {
-            row[self.n_keys..].fill(0.0);
+        let mut rows = rows(&self.sequence.keys).map(|row| self.of_key(values, row));
+        for first in (0..m).step_by(LANES) {
+            let some: [&[f32]; LANES] = std::array::from_fn(|_| rows.next().unwrap_or_default());
+            columns(self.isa, &some, d, &mut to[first..], m);
         }
     }
 
