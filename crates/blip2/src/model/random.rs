@@ -183,6 +183,7 @@ fn stage2_config() -> Stage2Config {
         chat_prompt: None,
         instruction: "10 11 12 13 14 15 16 17".into(),
         generation: GenerationConfig { num_beams: 5, max_new_tokens: 30, ..GenerationConfig::default() },
+        answering: None,
     }
 }
 
