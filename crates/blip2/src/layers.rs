@@ -23,7 +23,7 @@ mod view;
 
 pub use activation::{activate, gated};
 pub use attention::{AttentionShape, Plan, RelativeBias, Sequence, Span, attention, attention_biased};
-pub(crate) use attention::{attention_cached, attention_to};
+pub(crate) use attention::{attention_cached, attention_joint, attention_to};
 pub use blip2_kernels::activation::Activation;
 pub use blip2_kernels::gemm::Precision;
 pub use dropout::DropoutRng;

@@ -10,7 +10,7 @@ use candle_core::{Device, Tensor};
 use serde::{Deserialize, Serialize};
 
 use crate::layers::{
-    Activation, AttentionShape, LayerNorm, Linear, Loader, MatrixSize, Plan, Sequence, Span, attention,
+    Activation, AttentionShape, LayerNorm, Linear, Loader, MatrixSize, Plan, Sequence, Span, attention_joint,
 };
 use crate::{Error, Result};
 
@@ -287,8 +287,7 @@ impl Vit {
         };
         for block in self.layers.iter() {
             let qkv = block.qkv.forward(&block.layer_norm1.forward(&x)?)?;
-            let part = |i: usize| qkv.narrow(1, i * d, d)?.contiguous();
-            let attended = attention(&part(0)?, &part(1)?, &part(2)?, &plan, shape, None)?;
+            let attended = attention_joint(&qkv, &plan, shape)?;
             x = block.projection.forward_then(&attended, Activation::Identity, Some(&x))?;
             let inner = block.fc1.forward_then(&block.layer_norm2.forward(&x)?, activation, None)?;
             x = block.fc2.forward_then(&inner, Activation::Identity, Some(&x))?;
