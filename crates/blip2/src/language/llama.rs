@@ -189,14 +189,14 @@ impl Causal for Llama {
         let mut x = embeds.clone(); // [N, D]
         for (layer_idx, layer) in self.layers.iter().enumerate() {
             let normed = layer.input_layernorm.forward(&x)?;
-            let q = rotate(&layer.q_proj.forward(&normed)?, config.num_attention_heads)?;
-            let k = rotate(&layer.k_proj.forward(&normed)?, config.num_key_value_heads)?;
-            let v = layer.v_proj.forward(&normed)?;
+            let [q, k, v] = Linear::forward_all([&layer.q_proj, &layer.k_proj, &layer.v_proj], &normed)?;
+            let q = rotate(&q, config.num_attention_heads)?;
+            let k = rotate(&k, config.num_key_value_heads)?;
             let attended = attend(layer_idx, &q, &k, &v)?;
             x = layer.o_proj.forward_then(&attended, Activation::Identity, Some(&x))?;
 
             let normed = layer.post_attention_layernorm.forward(&x)?;
-            let (gate, up) = (layer.gate_proj.forward(&normed)?, layer.up_proj.forward(&normed)?);
+            let [gate, up] = Linear::forward_all([&layer.gate_proj, &layer.up_proj], &normed)?;
             let inner = gated(&gate, &up, Activation::Silu)?;
             x = layer.down_proj.forward_then(&inner, Activation::Identity, Some(&x))?;
         }

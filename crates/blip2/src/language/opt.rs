@@ -278,8 +278,8 @@ impl Causal for Opt {
         let before = config.do_layer_norm_before;
         for (layer_idx, layer) in self.layers.iter().enumerate() {
             let input = if before { layer.self_attn_layer_norm.forward(&x)? } else { x.clone() };
-            let (q, k) = (layer.q_proj.forward(&input)?, layer.k_proj.forward(&input)?);
-            let attended = attend(layer_idx, &q, &k, &layer.v_proj.forward(&input)?)?;
+            let [q, k, v] = Linear::forward_all([&layer.q_proj, &layer.k_proj, &layer.v_proj], &input)?;
+            let attended = attend(layer_idx, &q, &k, &v)?;
             // The norm stands before the sublayer, or after the residual.
             let residual = before.then_some(&x);
             let y = layer.out_proj.forward_then(&attended, Activation::Identity, residual)?;

@@ -492,7 +492,7 @@ impl Attention {
         attend: impl FnOnce(&Tensor, &Tensor, &Tensor) -> candle_core::Result<Tensor>,
     ) -> Result<Tensor> {
         let normed = self.layer_norm.forward(x)?;
-        let (q, k, v) = (self.q.forward(&normed)?, self.k.forward(&normed)?, self.v.forward(&normed)?);
+        let [q, k, v] = Linear::forward_all([&self.q, &self.k, &self.v], &normed)?;
         Ok(self.o.forward_then(&attend(&q, &k, &v)?, Activation::Identity, Some(x))?)
     }
 }
@@ -501,7 +501,10 @@ impl Layer {
     fn feed_forward(&self, x: &Tensor, config: &T5Config) -> Result<Tensor> {
         let normed = self.feed_forward_norm.forward(x)?;
         let inner = match &self.wi[..] {
-            [gate, up] => gated(&gate.forward(&normed)?, &up.forward(&normed)?, config.activation)?,
+            [gate, up] => {
+                let [gate, up] = Linear::forward_all([gate, up], &normed)?;
+                gated(&gate, &up, config.activation)?
+            }
             [wi, ..] => wi.forward_then(&normed, config.activation, None)?,
             [] => normed,
         };
