@@ -30,6 +30,8 @@ pub(crate) enum Command {
     Explain(ExplainArgs),
     /// Measure a model on a manifest.
     Eval(EvalArgs),
+    /// How fast a model is here, stage by stage, and how near that is to what the machine can do.
+    Bench(crate::bench::BenchArgs),
     /// What a model is made of.
     Info(ModelArgs),
     /// Serve the model over HTTP, in the interfaces of OpenAI and Ollama.

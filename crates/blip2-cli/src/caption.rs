@@ -7,12 +7,13 @@ use std::path::{Path, PathBuf};
 
 use anyhow::{Context, bail};
 use blip2::generate::GenerationConfig;
-use blip2::model::{Answer, Blip2};
+use blip2::image::Limits;
+use blip2::model::{Answer, Blip2, ImageFeatures};
 use indicatif::{ProgressBar, ProgressStyle};
 
 use crate::Done;
 use crate::args::CaptionArgs;
-use crate::model::{Part, encode_picture, generation, open};
+use crate::model::{Part, generation, open, pixels};
 use destination::Destination;
 
 /// Pictures that are described at once: the language model reads its weights once for all of them.
@@ -82,13 +83,15 @@ fn describe(
 /// The captions of some pictures, or why one cannot be read.
 fn caption_pictures(
     model: &Blip2,
-    paths: &[impl AsRef<Path>],
+    paths: &[impl AsRef<Path> + Sync],
     args: &CaptionArgs,
     config: &GenerationConfig,
 ) -> anyhow::Result<Vec<anyhow::Result<Vec<Answer>>>> {
-    // One picture at a time: a photo in memory is a thousand times its features.
-    let features: Vec<_> =
-        paths.iter().map(|path| encode_picture(model, path.as_ref(), args.preset)).collect();
+    let features: Vec<anyhow::Result<ImageFeatures>> = model
+        .encode_files(paths, &Limits::default(), pixels(args.preset))?
+        .into_iter()
+        .map(|features| Ok(features?))
+        .collect();
     let readable: Vec<_> = features.iter().flatten().collect();
     let captions = match &args.prompt {
         Some(prompt) => {

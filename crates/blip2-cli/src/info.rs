@@ -6,6 +6,7 @@ use serde_json::json;
 
 use crate::Done;
 use crate::args::ModelArgs;
+use crate::memory;
 use crate::model::{Part, open};
 
 pub(crate) fn run(args: &ModelArgs) -> anyhow::Result<Done> {
@@ -28,7 +29,7 @@ pub(crate) fn run(args: &ModelArgs) -> anyhow::Result<Done> {
     if args.json {
         let parts: serde_json::Map<_, _> =
             parts.iter().map(|(name, n)| ((*name).to_owned(), json!(n))).collect();
-        let row = json!({"config": config, "parameters": parts, "resident_bytes": resident_bytes()});
+        let row = json!({"config": config, "parameters": parts, "resident_bytes": memory::resident()});
         writeln!(out, "{}", serde_json::to_string_pretty(&row)?)?;
         return Ok(Done::All);
     }
@@ -37,7 +38,7 @@ pub(crate) fn run(args: &ModelArgs) -> anyhow::Result<Done> {
         writeln!(out, "{:>13}  {name}", thousands(*n))?;
     }
     writeln!(out, "{:>13}  parameters in all", thousands(parts.iter().map(|(_, n)| n).sum()))?;
-    if let Some(bytes) = resident_bytes() {
+    if let Some(bytes) = memory::resident() {
         writeln!(out, "{:>10} MB  memory of this process with all parts loaded", bytes / 1_000_000)?;
     }
     let verbs = [
@@ -59,13 +60,6 @@ fn thousands(n: usize) -> String {
         text.push(digit);
     }
     text
-}
-
-/// Memory that the process holds, where the system tells.
-fn resident_bytes() -> Option<u64> {
-    let status = std::fs::read_to_string("/proc/self/status").ok()?;
-    let kib = status.lines().find_map(|line| line.strip_prefix("VmRSS:"))?;
-    Some(kib.trim().trim_end_matches(" kB").parse::<u64>().ok()? * 1024)
 }
 
 #[cfg(test)]

@@ -4,6 +4,7 @@
 #![allow(clippy::print_stdout, clippy::print_stderr, reason = "the one crate that talks to a terminal")]
 
 mod args;
+mod bench;
 mod caption;
 mod compare;
 mod convert;
@@ -50,6 +51,7 @@ fn main() -> ExitCode {
         Command::Classify(args) => compare::classify(&args),
         Command::Explain(args) => explain::run(&args),
         Command::Eval(args) => eval::run(&args),
+        Command::Bench(args) => bench::run(&args),
         Command::Info(args) => info::run(&args),
         Command::Pack(args) => pack::run(&args),
         Command::Convert(args) => convert::run(&args),

@@ -46,6 +46,16 @@ pub(crate) fn available() -> Option<u64> {
     available_below(Path::new("/"))
 }
 
+/// Memory that this process holds, in bytes, where the system tells.
+pub(crate) fn resident() -> Option<u64> {
+    kibibytes(&fs::read_to_string("/proc/self/status").ok()?, "VmRSS:")
+}
+
+/// The most memory that this process has held, in bytes, where the system tells.
+pub(crate) fn peak() -> Option<u64> {
+    kibibytes(&fs::read_to_string("/proc/self/status").ok()?, "VmHWM:")
+}
+
 fn available_below(root: &Path) -> Option<u64> {
     let in_system = kibibytes(&fs::read_to_string(root.join("proc/meminfo")).ok()?, "MemAvailable:")?;
     Some(container_limits(root).into_iter().fold(in_system, u64::min))

@@ -41,6 +41,18 @@ pub(crate) fn open(args: &ModelArgs, part: Part) -> anyhow::Result<Blip2> {
 /// # Errors
 /// As [`open`].
 pub(crate) fn open_source(args: &SourceArgs, part: Part, say: impl Fn(&str)) -> anyhow::Result<Blip2> {
+    Ok(open_in_formats(args, part, say)?.0)
+}
+
+/// [`open_source`], with the precision of products and in how few bits large matrices are held.
+///
+/// # Errors
+/// As [`open`].
+pub(crate) fn open_in_formats(
+    args: &SourceArgs,
+    part: Part,
+    say: impl Fn(&str),
+) -> anyhow::Result<(Blip2, Precision, Option<Quantization>)> {
     let folder = match &args.model {
         Some(model) => find(model, args.ignore_memory)?,
         None => {
@@ -55,10 +67,7 @@ pub(crate) fn open_source(args: &SourceArgs, part: Part, say: impl Fn(&str)) -> 
         Some(ComputeArg::F32 | ComputeArg::Bf16) if stored.is_some() => {
             bail!("{} is stored in few bits: leave --dtype out, or give the original model", folder.display())
         }
-        Some(ComputeArg::F32) => (Precision::F32, None),
-        Some(ComputeArg::Bf16) => (Precision::Bf16, None),
-        Some(ComputeArg::Int8) => (Precision::F32, Some(Quantization::Int8)),
-        Some(ComputeArg::Int4) => (Precision::F32, Some(Quantization::Int4)),
+        Some(dtype) => dtype.formats(),
         None if is_hugging_face => (Precision::F32, None),
         // Rounding the trained weights and the four-bit language model once more costs nothing measurable.
         None => (Precision::Bf16, None),
@@ -77,7 +86,19 @@ pub(crate) fn open_source(args: &SourceArgs, part: Part, say: impl Fn(&str)) -> 
         let needed = memory_needed(&folder, precision, quantization)?;
         say(&memory::check(needed, memory::available(), args.ignore_memory)?);
     }
-    Ok(Blip2::open(folder, &options)?)
+    Ok((Blip2::open(folder, &options)?, precision, quantization.or(stored)))
+}
+
+impl ComputeArg {
+    /// The precision of products, and in how few bits large matrices are held.
+    pub(crate) fn formats(self) -> (Precision, Option<Quantization>) {
+        match self {
+            Self::F32 => (Precision::F32, None),
+            Self::Bf16 => (Precision::Bf16, None),
+            Self::Int8 => (Precision::F32, Some(Quantization::Int8)),
+            Self::Int4 => (Precision::F32, Some(Quantization::Int4)),
+        }
+    }
 }
 
 /// The folder of a model: the one that is named, if it exists, or that of the model of this name on the hub.
@@ -137,8 +158,12 @@ fn default_model() -> anyhow::Result<PathBuf> {
 /// # Errors
 /// Says in one line what is wrong with the file.
 pub(crate) fn open_picture(path: &Path, preset: Option<PresetArg>) -> anyhow::Result<RgbImage> {
-    let pixels = if preset.is_some() { Pixels::Pillow } else { Pixels::AsSeen };
-    Ok(blip2::image::open(path, &Limits::default(), pixels)?)
+    Ok(blip2::image::open(path, &Limits::default(), pixels(preset))?)
+}
+
+/// How pictures are read.
+pub(crate) fn pixels(preset: Option<PresetArg>) -> Pixels {
+    if preset.is_some() { Pixels::Pillow } else { Pixels::AsSeen }
 }
 
 /// Reads a picture and encodes it.

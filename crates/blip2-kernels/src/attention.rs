@@ -3,6 +3,7 @@
 //! Scores are never held for more than one sequence and head. The gradient computes the probabilities again. The work
 //! for a query row runs over its own keys in order, so it does not depend on what else is in the batch.
 
+mod columns;
 mod head;
 mod product;
 
@@ -73,6 +74,13 @@ impl RelativeBias<'_> {
     }
 }
 
+/// Rows of queries, keys or values, `stride` numbers from one to the next.
+#[derive(Debug, Clone, Copy)]
+struct Rows<'a> {
+    values: &'a [f32],
+    stride: usize,
+}
+
 /// `softmax(q kᵀ * scale + bias) v` for each sequence and head; rows of `out` that no sequence names are left alone.
 ///
 /// `q` and `out` are `[Nq, n_heads * head_dim]`, `k` and `v` `[Nk, n_kv_heads * head_dim]`. Dropout acts on the
@@ -93,10 +101,42 @@ pub fn attention(
     out: &mut [f32],
 ) {
     let offsets = check(q.len(), k.len(), v.len(), sequences, shape);
+    assert_eq!(out.len(), q.len(), "out must have the shape of q");
+    let (width, kv_width) = (shape.n_heads * shape.head_dim, shape.n_kv_heads * shape.head_dim);
+    let [k, v] = [k, v].map(|values| Rows { values, stride: kv_width });
+    mix([Rows { values: q, stride: width }, k, v], sequences, &offsets, shape, bias, dropout, out);
+}
+
+/// [`attention`] of queries, keys and values that stand side by side in each row, as one product gives them:
+/// `qkv` is `[N, 3 * n_heads * head_dim]`, `out` `[N, n_heads * head_dim]`. Without bias and dropout.
+///
+/// # Panics
+/// As [`attention`], and when queries and keys have not the same heads.
+pub fn attention_joint(qkv: &[f32], sequences: &[Sequence], shape: AttentionShape, out: &mut [f32]) {
+    let width = shape.n_heads * shape.head_dim;
+    assert!(
+        shape.n_kv_heads == shape.n_heads,
+        "queries and keys that stand side by side have the same heads"
+    );
+    let offsets = check(out.len(), out.len(), out.len(), sequences, shape);
+    assert_eq!(qkv.len(), 3 * out.len(), "qkv must be [N, 3 * width]");
+    let part = |i: usize| Rows { values: &qkv[(i * width).min(qkv.len())..], stride: 3 * width };
+    mix([part(0), part(1), part(2)], sequences, &offsets, shape, None, None, out);
+}
+
+/// The result of sequences that were checked against the rows.
+fn mix(
+    [q, k, v]: [Rows<'_>; 3],
+    sequences: &[Sequence],
+    offsets: &[u64],
+    shape: AttentionShape,
+    bias: Option<RelativeBias<'_>>,
+    dropout: Option<Dropout>,
+    out: &mut [f32],
+) {
     if let Some(bias) = bias {
         bias.check(sequences, shape.n_heads);
     }
-    assert_eq!(out.len(), q.len(), "out must have the shape of q");
     let isa = Isa::detect();
     let d = shape.head_dim;
     let width = shape.n_heads * d;
@@ -109,7 +149,7 @@ pub fn attention(
             #[inline(always)]
             || {
                 let sequence = &sequences[number];
-                Head::new(sequence, shape, head, bias, offsets[number], dropout).forward(
+                Head::new(isa, sequence, shape, head, bias, offsets[number], dropout).forward(
                     q,
                     k,
                     v,
@@ -161,6 +201,8 @@ pub fn attention_backward(
     let (d_q, d_k, d_v) = (Output(d_q.as_mut_ptr()), Output(d_k.as_mut_ptr()), Output(d_v.as_mut_ptr()));
     // A task owns a key head's columns of the keys that its sequences share, and adds to them in a fixed order.
     let groups = sharing(sequences, k.len() / k_width);
+    let [q, d_out] = [q, d_out].map(|values| Rows { values, stride: q_width });
+    let [k, v] = [k, v].map(|values| Rows { values, stride: k_width });
     (0..groups.len() * shape.n_kv_heads).into_par_iter().for_each(|unit| {
         let (members, kv_head) = (&groups[unit / shape.n_kv_heads], unit % shape.n_kv_heads);
         let mut scratch = Scratch::take();
@@ -171,8 +213,8 @@ pub fn attention_backward(
                 for &number in members {
                     let sequence = &sequences[number];
                     for head in kv_head * group..(kv_head + 1) * group {
-                        let work = Head::new(sequence, shape, head, bias, offsets[number], dropout);
-                        work.backward(q, k, v, d_out, &mut scratch);
+                        let work = Head::new(isa, sequence, shape, head, bias, offsets[number], dropout);
+                        work.backward([q, k, v, d_out], &mut scratch);
                         let gradients = scratch.d_q.chunks_exact(padded(d));
                         for (row, query) in gradients.zip(rows(&sequence.queries)) {
                             // SAFETY: `query` is a row of q, of this sequence alone; these columns are this head's.

@@ -170,6 +170,44 @@ impl QuantizedWeight {
         unsafe { self.forward_to(Isa::detect(), x, n_rows, epilogue, Output(y.as_mut_ptr())) };
     }
 
+    /// [`Self::forward`] of several weights to the same `x`, which is rounded once where they have one format, in one
+    /// parallel pass.
+    ///
+    /// # Panics
+    /// As [`Self::forward`].
+    pub fn forward_all(products: &[(&Self, Epilogue<'_>)], x: &[f32], n_rows: usize) -> Vec<Vec<f32>> {
+        let isa = Isa::detect();
+        let Some((first, _)) = products.first() else { return Vec::new() };
+        let alike = |w: &Self| w.format == first.format && w.in_features == first.in_features;
+        if n_rows == 0 || !products.iter().all(|(weight, _)| alike(weight)) {
+            return products.iter().map(|(weight, epilogue)| weight.forward(x, n_rows, *epilogue)).collect();
+        }
+        products.iter().for_each(|(weight, epilogue)| weight.check(x, n_rows, *epilogue));
+        let mut results: Vec<Vec<f32>> =
+            products.iter().map(|(weight, _)| Vec::with_capacity(n_rows * weight.out_features)).collect();
+        let outputs: Vec<_> = results.iter_mut().map(|result| Output(result.as_mut_ptr())).collect();
+        let block = first.format.scaled_together(first.in_features);
+        Rows::with(isa, x, n_rows, block, first.format.zero_point(), |rows| {
+            let tasks: Vec<_> =
+                products.iter().map(|(weight, _)| weight.tasks(n_rows, products.len())).collect();
+            let which: Vec<_> = tasks
+                .iter()
+                .enumerate()
+                .flat_map(|(i, tasks)| (0..tasks.n()).map(move |task| (i, task)))
+                .collect();
+            which.into_par_iter().for_each(|(i, task)| {
+                let (weight, epilogue) = products[i];
+                // SAFETY: result `i` has capacity for n_rows * out elements.
+                unsafe { weight.task(isa, rows, n_rows, epilogue, outputs[i], &tasks[i], task) };
+            });
+        });
+        for (result, (weight, _)) in results.iter_mut().zip(products) {
+            // SAFETY: the tasks of weight `i` have written all of result `i`.
+            unsafe { result.set_len(n_rows * weight.out_features) };
+        }
+        results
+    }
+
     fn forward_with(&self, isa: Isa, x: &[f32], n_rows: usize, epilogue: Epilogue<'_>) -> Vec<f32> {
         let n = n_rows * self.out_features;
         let mut y = Vec::with_capacity(n);
@@ -184,6 +222,21 @@ impl QuantizedWeight {
     /// # Safety
     /// `y` must point to `n_rows * out_features` elements, which are all written.
     unsafe fn forward_to(&self, isa: Isa, x: &[f32], n_rows: usize, epilogue: Epilogue<'_>, y: Output) {
+        self.check(x, n_rows, epilogue);
+        if n_rows == 0 {
+            return;
+        }
+        let block = self.format.scaled_together(self.in_features);
+        Rows::with(isa, x, n_rows, block, self.format.zero_point(), |rows| {
+            let tasks = self.tasks(n_rows, 1);
+            (0..tasks.n()).into_par_iter().for_each(|task| {
+                // SAFETY: the caller's promise.
+                unsafe { self.task(isa, rows, n_rows, epilogue, y, &tasks, task) };
+            });
+        });
+    }
+
+    fn check(&self, x: &[f32], n_rows: usize, epilogue: Epilogue<'_>) {
         let (n_out, n_in) = (self.out_features, self.in_features);
         assert_eq!(x.len(), n_rows * n_in, "x must be [n_rows, in]");
         assert!(epilogue.bias.is_none_or(|bias| bias.len() == n_out), "the bias must be [out]");
@@ -191,51 +244,60 @@ impl QuantizedWeight {
             epilogue.residual.is_none_or(|residual| residual.len() == n_rows * n_out),
             "the residual must be [n_rows, out]"
         );
-        if n_rows == 0 {
-            return;
-        }
-        let block = self.format.scaled_together(n_in);
-        Rows::with(isa, x, n_rows, block, self.format.zero_point(), |rows| {
-            // SAFETY: the caller's promise.
-            unsafe { self.multiply(isa, rows, n_rows, epilogue, y) };
-        });
     }
 
-    /// # Safety
-    /// `y` must point to `n_rows * out_features` elements, which are all written.
-    unsafe fn multiply(&self, isa: Isa, rows: &Rows, n_rows: usize, epilogue: Epilogue<'_>, y: Output) {
-        let (n_out, bytes) = (self.out_features, self.bytes());
-        let n_panels = n_out.div_ceil(WIDTH);
-        let panel_bytes = bytes.len() / n_panels;
+    /// How the work is divided, where `n_weights` are multiplied in one pass.
+    fn tasks(&self, n_rows: usize, n_weights: usize) -> Tasks {
+        let n_panels = self.out_features.div_ceil(WIDTH);
         // A panel is read from memory once by a task, which keeps it in its cache for all of its rows. Rows are divided only
         // where there are not panels enough for the threads.
         let rows_a_tile = self.format.rows_a_tile();
-        let wanted = TASKS_A_THREAD * rayon::current_num_threads();
+        let wanted = (TASKS_A_THREAD * rayon::current_num_threads()).div_ceil(n_weights);
         let panels_a_task = n_panels.div_ceil(wanted);
         let n_groups = n_panels.div_ceil(panels_a_task);
         let n_tiles = n_rows.div_ceil(rows_a_tile);
         let tiles_a_task = n_tiles.div_ceil((wanted / n_groups).max(1));
         let rows_a_task = tiles_a_task * rows_a_tile;
-        let n_row_groups = n_rows.div_ceil(rows_a_task);
-        (0..n_groups * n_row_groups).into_par_iter().for_each(|task| {
-            let (group, row_group) = (task / n_row_groups, task % n_row_groups);
-            let last_row = n_rows.min((row_group + 1) * rows_a_task);
-            for p in group * panels_a_task..n_panels.min((group + 1) * panels_a_task) {
-                let panel = &bytes[p * panel_bytes..(p + 1) * panel_bytes];
-                for first in (row_group * rows_a_task..last_row).step_by(rows_a_tile) {
-                    let x = Activations::of(rows, first, rows_a_tile.min(last_row - first));
-                    let tile = self.tile(isa, x, panel, epilogue, first, p * WIDTH);
-                    let width = WIDTH.min(n_out - p * WIDTH);
-                    for (r, row) in tile.iter().enumerate().take(x.n_rows) {
-                        // SAFETY: row `first + r` and columns `p * WIDTH ..+ width` lie in `y`; no other task has them.
-                        unsafe {
-                            let y = y.at((first + r) * n_out + p * WIDTH);
-                            std::ptr::copy_nonoverlapping(row.as_ptr(), y, width);
-                        }
+        Tasks { panels_a_task, n_groups, rows_a_task, n_row_groups: n_rows.div_ceil(rows_a_task) }
+    }
+
+    /// One of the [`tasks`](Self::tasks).
+    ///
+    /// # Safety
+    /// `y` must point to `n_rows * out_features` elements, and no task may run twice at once.
+    #[allow(clippy::too_many_arguments, reason = "a part of a product")]
+    unsafe fn task(
+        &self,
+        isa: Isa,
+        rows: &Rows,
+        n_rows: usize,
+        epilogue: Epilogue<'_>,
+        y: Output,
+        tasks: &Tasks,
+        task: usize,
+    ) {
+        let (n_out, bytes) = (self.out_features, self.bytes());
+        let n_panels = n_out.div_ceil(WIDTH);
+        let panel_bytes = bytes.len() / n_panels;
+        let rows_a_tile = self.format.rows_a_tile();
+        let Tasks { panels_a_task, rows_a_task, n_row_groups, .. } = *tasks;
+        let (group, row_group) = (task / n_row_groups, task % n_row_groups);
+        let last_row = n_rows.min((row_group + 1) * rows_a_task);
+        for p in group * panels_a_task..n_panels.min((group + 1) * panels_a_task) {
+            let panel = &bytes[p * panel_bytes..(p + 1) * panel_bytes];
+            for first in (row_group * rows_a_task..last_row).step_by(rows_a_tile) {
+                let x = Activations::of(rows, first, rows_a_tile.min(last_row - first));
+                let tile = self.tile(isa, x, panel, epilogue, first, p * WIDTH);
+                let width = WIDTH.min(n_out - p * WIDTH);
+                for (r, row) in tile.iter().enumerate().take(x.n_rows) {
+                    // SAFETY: row `first + r` and columns `p * WIDTH ..+ width` lie in `y`; no other task has them.
+                    unsafe {
+                        let y = y.at((first + r) * n_out + p * WIDTH);
+                        std::ptr::copy_nonoverlapping(row.as_ptr(), y, width);
                     }
                 }
             }
-        });
+        }
     }
 
     /// The results of the rows `x`, which begin at row `first_row`, for the panel of the outputs from `first_out`.
@@ -307,6 +369,21 @@ impl QuantizedWeight {
         let panel_bytes = self.bytes().len() / self.out_features.div_ceil(WIDTH);
         let panel = &self.bytes()[output / WIDTH * panel_bytes..][..panel_bytes];
         format::read_row(self.format, panel, output % WIDTH, into);
+    }
+}
+
+/// How a product is divided: groups of panels times groups of rows.
+#[derive(Debug, Clone, Copy)]
+struct Tasks {
+    panels_a_task: usize,
+    n_groups: usize,
+    rows_a_task: usize,
+    n_row_groups: usize,
+}
+
+impl Tasks {
+    fn n(&self) -> usize {
+        self.n_groups * self.n_row_groups
     }
 }
 

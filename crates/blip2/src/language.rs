@@ -19,12 +19,14 @@ use candle_core::Tensor;
 use causal::Causal;
 pub use config::LlamaConfig;
 pub use llama::Llama;
+use loading::File;
 pub use opt::{Opt, OptConfig};
 pub use t5::{T5, T5Config};
 
 use crate::cache::{CachedSequence, KvCache};
-use crate::layers::{FrozenFormat, Linear, Plan, Sequence, Span};
+use crate::layers::{FrozenFormat, Linear, MatrixSize, Plan, Sequence, Span};
 use crate::text::LanguageTokenizer;
+use crate::weights::RandomWeights;
 use crate::weights::gguf::Gguf;
 use crate::weights::safetensors::Safetensors;
 use crate::{Error, Result};
@@ -74,6 +76,23 @@ impl LanguageModel {
                 Llama::from_safetensors(config, file, prefix, format).map(Self::Llama)
             }
             Some(other) => Err(config::unsupported("model_type", &other, "llama, opt or t5")),
+        }
+    }
+
+    /// A model of these sizes (a Hugging Face `config.json`) whose weights are drawn.
+    ///
+    /// # Errors
+    /// When the model type is not known or a size is wrong.
+    pub fn random(
+        config: &serde_json::Value,
+        weights: RandomWeights,
+        format: impl Into<FrozenFormat>,
+    ) -> Result<Self> {
+        let (file, format) = (File::Random(weights), format.into());
+        match config["model_type"].as_str() {
+            Some("opt") => Opt::load(OptConfig::from_hugging_face(config)?, &file, format).map(Self::Opt),
+            Some("t5") => T5::load(T5Config::from_hugging_face(config)?, &file, format).map(Self::T5),
+            _ => Llama::load(LlamaConfig::from_hugging_face(config)?, &file, format).map(Self::Llama),
         }
     }
 
@@ -274,6 +293,24 @@ impl LanguageModel {
             Self::Llama(model) => model.head(),
             Self::Opt(model) => model.head(),
             Self::T5(model) => model.head(),
+        }
+    }
+
+    /// The matrices that a row of a prompt passes, without the head.
+    pub fn prompt_matrices(&self) -> MatrixSize {
+        match self {
+            Self::Llama(model) => model.matrices(),
+            Self::Opt(model) => model.matrices(),
+            Self::T5(model) => model.prompt_matrices(),
+        }
+    }
+
+    /// The matrices that a generated token passes, without the head.
+    pub fn answer_matrices(&self) -> MatrixSize {
+        match self {
+            Self::Llama(model) => model.matrices(),
+            Self::Opt(model) => model.matrices(),
+            Self::T5(model) => model.answer_matrices(),
         }
     }
 

@@ -23,13 +23,13 @@ mod view;
 
 pub use activation::{activate, gated};
 pub use attention::{AttentionShape, Plan, RelativeBias, Sequence, Span, attention, attention_biased};
-pub(crate) use attention::{attention_cached, attention_to};
+pub(crate) use attention::{attention_cached, attention_joint, attention_to};
 pub use blip2_kernels::activation::Activation;
 pub use blip2_kernels::gemm::Precision;
 pub use dropout::DropoutRng;
 pub use embedding::Embedding;
 pub use frozen::{FrozenFormat, FrozenWeight, Quantization};
-pub use linear::{Linear, Weight};
+pub use linear::{Linear, MatrixSize, Weight};
 pub use loss::{cross_entropy, linear_cross_entropy};
 pub use norm::{LayerNorm, RmsNorm};
 pub use parameters::{Loader, TensorSource, Trainable};

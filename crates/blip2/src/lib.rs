@@ -37,6 +37,7 @@
 //! # }
 //! ```
 
+pub mod benchmark;
 pub mod cache;
 pub mod config;
 pub mod error;

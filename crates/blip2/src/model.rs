@@ -12,6 +12,7 @@ pub mod layout;
 mod memory;
 mod preset;
 mod quantize;
+mod random;
 mod stage1;
 mod stage2;
 mod stages;
@@ -19,6 +20,7 @@ mod stages;
 use std::path::{Path, PathBuf};
 
 use candle_core::{Device, Tensor};
+use rayon::prelude::*;
 
 pub use answers::{AnswerBatch, Answered, Ask, Piece};
 pub use chat::Chat;
@@ -27,10 +29,11 @@ pub use explain::{HeatMap, Word};
 pub use memory::memory_needed;
 pub use preset::Preset;
 pub use quantize::{quantize, stored_quantization};
+pub use random::{RandomModel, SHAPES};
 pub use stage1::{LabelScore, MatchScore};
 pub use stage2::{Answer, Choice};
 
-use crate::image::RgbImage;
+use crate::image::{ImageError, Limits, Pixels, RgbImage};
 use crate::layers::{FrozenFormat, Precision, Quantization};
 use crate::qformer::ImageKeys;
 use crate::vision::VisionEncoder;
@@ -204,16 +207,37 @@ impl Blip2 {
     /// # Errors
     /// When the model was opened without its encoder; those of the tensor engine.
     pub fn encode(&self, pictures: &[RgbImage]) -> Result<Vec<ImageFeatures>> {
-        let Some(vision) = &self.vision else {
-            return Err(Error::Request("the model was opened without its image encoder".into()));
-        };
+        let vision = self.encoder()?;
         let processor = vision.processor();
-        let pixels: Vec<f32> = pictures.iter().flat_map(|picture| processor.pixels(picture)).collect();
-        let width = vision.width();
-        let rows = vision.encode(&pixels)?;
-        rows.chunks_exact(vision.n_tokens() * width)
-            .map(|rows| ImageFeatures::from_rows(rows.to_vec(), width))
-            .collect()
+        let pixels: Vec<_> = pictures.par_iter().map(|picture| processor.pixels(picture)).collect();
+        encode_pixels(vision, &pixels)
+    }
+
+    /// Reads picture files, some at once, and runs the frozen encoder over all that can be read in one pass: for each file its
+    /// features, or what is wrong with it. They are those that each picture has alone.
+    ///
+    /// # Errors
+    /// As [`encode`](Self::encode).
+    pub fn encode_files(
+        &self,
+        paths: &[impl AsRef<Path> + Sync],
+        limits: &Limits,
+        pixels: Pixels,
+    ) -> Result<Vec<std::result::Result<ImageFeatures, ImageError>>> {
+        let vision = self.encoder()?;
+        let open = |path: &_| crate::image::open(path, limits, pixels);
+        let mut read = Vec::with_capacity(paths.len());
+        let of_files = vision.processor().pixels_of_all(paths, open).into_iter();
+        let problems: Vec<_> = of_files.map(|pixels| pixels.map(|pixels| read.push(pixels)).err()).collect();
+        let mut features = encode_pixels(vision, &read)?.into_iter();
+        let result = |problem: Option<_>| problem.map(Err).or_else(|| features.next().map(Ok));
+        Ok(problems.into_iter().filter_map(result).collect())
+    }
+
+    fn encoder(&self) -> Result<&VisionEncoder> {
+        self.vision
+            .as_ref()
+            .ok_or_else(|| Error::Request("the model was opened without its image encoder".into()))
     }
 
     fn stage1(&self) -> Result<&stage1::Stage1> {
@@ -241,6 +265,18 @@ impl Blip2 {
 /// When its configuration is missing, is not JSON, or is that of another kind of model.
 pub fn is_hugging_face(folder: impl AsRef<Path>) -> Result<bool> {
     Ok(hugging_face::read_config(folder.as_ref())?.is_some())
+}
+
+/// The features of pictures that are prepared, `[S, S, 3]` values each.
+fn encode_pixels(vision: &VisionEncoder, pixels: &[Vec<f32>]) -> Result<Vec<ImageFeatures>> {
+    if pixels.is_empty() {
+        return Ok(Vec::new());
+    }
+    let width = vision.width();
+    let rows = vision.encode(&pixels.concat())?;
+    rows.chunks_exact(vision.n_tokens() * width)
+        .map(|rows| ImageFeatures::from_rows(rows.to_vec(), width))
+        .collect()
 }
 
 /// The keys and values of some pictures in a Q-Former.

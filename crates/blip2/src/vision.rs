@@ -13,6 +13,8 @@ use candle_core::{Device, Tensor};
 use self::efficientnet::{EfficientNet, EfficientNetConfig};
 use self::vit::Vit;
 use crate::image::ImageProcessor;
+use crate::layers::MatrixSize;
+use crate::weights::RandomWeights;
 use crate::weights::sha256;
 use crate::weights::torch_pickle::TorchCheckpoint;
 use crate::{Error, Result};
@@ -41,6 +43,15 @@ impl VisionEncoder {
         let fingerprint = sha256(checkpoint.bytes());
         let network = EfficientNet::load(EfficientNetConfig::lite0(), &checkpoint)?;
         Ok(Self { tower: Tower::EfficientNet(network), fingerprint })
+    }
+
+    /// EfficientNet-Lite0 with weights that are drawn.
+    ///
+    /// # Errors
+    /// Those of the weights.
+    pub(crate) fn random_efficientnet_lite0(weights: RandomWeights) -> Result<Self> {
+        let network = EfficientNet::load(EfficientNetConfig::lite0(), &weights)?;
+        Ok(Self { tower: Tower::EfficientNet(network), fingerprint: "random weights".into() })
     }
 
     /// A vision transformer, with what its pictures are prepared by. `fingerprint` says which weights these are.
@@ -91,6 +102,14 @@ impl VisionEncoder {
         match &self.tower {
             Tower::EfficientNet(network) => network.n_parameters(),
             Tower::Vit(vit, _) => vit.config().n_parameters(),
+        }
+    }
+
+    /// The matrices that each image token of a vision transformer passes; nothing for a network of convolutions.
+    pub fn matrices(&self) -> Option<MatrixSize> {
+        match &self.tower {
+            Tower::EfficientNet(_) => None,
+            Tower::Vit(vit, _) => Some(vit.matrices()),
         }
     }
 

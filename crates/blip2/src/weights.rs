@@ -28,11 +28,13 @@ mod checkpoint;
 pub mod gguf;
 pub mod int8;
 pub(crate) mod quantized;
+pub(crate) mod random;
 pub mod safetensors;
 pub mod torch_pickle;
 
 pub use blocks::Encoding;
 pub use checkpoint::Checkpoint;
+pub use random::RandomWeights;
 
 /// A read-only view of a whole file, shared by the readers that hand out parts of it.
 #[derive(Debug, Clone)]

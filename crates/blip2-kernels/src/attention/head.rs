@@ -4,14 +4,17 @@
 
 use std::cell::RefCell;
 
+use super::columns::columns;
 use super::product::{Strided, product};
-use super::{AttentionShape, RelativeBias, Sequence, count, rows};
+use super::{AttentionShape, RelativeBias, Rows, Sequence, count, rows};
 use crate::buffer::keep;
 use crate::dropout::Dropout;
+use crate::isa::Isa;
 use crate::lanes::{LANES, axpy, dot, exp, max, sum};
 
 /// One sequence and head.
 pub(super) struct Head<'a> {
+    isa: Isa,
     sequence: &'a Sequence,
     shape: AttentionShape,
     head: usize,
@@ -83,6 +86,7 @@ fn resize(buffer: &mut Vec<f32>, len: usize) {
 
 impl<'a> Head<'a> {
     pub(super) fn new(
+        isa: Isa,
         sequence: &'a Sequence,
         shape: AttentionShape,
         head: usize,
@@ -91,7 +95,7 @@ impl<'a> Head<'a> {
         dropout: Option<Dropout>,
     ) -> Self {
         let (n_queries, n_keys) = (count(&sequence.queries), count(&sequence.keys));
-        Self { sequence, shape, head, bias, offset, dropout, n_queries, n_keys }
+        Self { isa, sequence, shape, head, bias, offset, dropout, n_queries, n_keys }
     }
 
     /// How many keys query `i` sees.
@@ -102,21 +106,21 @@ impl<'a> Head<'a> {
 
     /// This head's part of a query row.
     #[inline(always)]
-    fn of_query<'r>(&self, values: &'r [f32], row: usize) -> &'r [f32] {
+    fn of_query<'r>(&self, values: Rows<'r>, row: usize) -> &'r [f32] {
         let d = self.shape.head_dim;
-        &values[(row * self.shape.n_heads + self.head) * d..][..d]
+        &values.values[row * values.stride + self.head * d..][..d]
     }
 
     /// This head's part of a row of k or v.
     #[inline(always)]
-    fn of_key<'r>(&self, values: &'r [f32], row: usize) -> &'r [f32] {
+    fn of_key<'r>(&self, values: Rows<'r>, row: usize) -> &'r [f32] {
         let AttentionShape { n_heads, n_kv_heads, head_dim: d, .. } = self.shape;
-        &values[(row * n_kv_heads + self.head * n_kv_heads / n_heads) * d..][..d]
+        &values.values[row * values.stride + self.head * n_kv_heads / n_heads * d..][..d]
     }
 
     /// Rows of queries into `to`, `[n, d']`.
     #[inline(always)]
-    fn gather_queries(&self, values: &[f32], factor: f32, to: &mut Vec<f32>) {
+    fn gather_queries(&self, values: Rows<'_>, factor: f32, to: &mut Vec<f32>) {
         let d = padded(self.shape.head_dim);
         resize(to, self.n_queries * d);
         for (to, row) in to.chunks_exact_mut(d).zip(rows(&self.sequence.queries)) {
@@ -130,7 +134,7 @@ impl<'a> Head<'a> {
 
     /// Rows of keys or values into `to`, `[m, d']`.
     #[inline(always)]
-    fn gather_keys(&self, values: &[f32], to: &mut Vec<f32>) {
+    fn gather_keys(&self, values: Rows<'_>, to: &mut Vec<f32>) {
         let d = padded(self.shape.head_dim);
         resize(to, self.n_keys * d);
         for (to, row) in to.chunks_exact_mut(d).zip(rows(&self.sequence.keys)) {
@@ -142,22 +146,19 @@ impl<'a> Head<'a> {
 
     /// Rows of keys or values as columns into `to`, `[d, m']`.
     #[inline(always)]
-    fn gather_columns(&self, values: &[f32], to: &mut Vec<f32>) {
+    fn gather_columns(&self, values: Rows<'_>, to: &mut Vec<f32>) {
         let (d, m) = (self.shape.head_dim, padded(self.n_keys));
         resize(to, d * m);
-        for (j, row) in rows(&self.sequence.keys).enumerate() {
-            for (c, x) in self.of_key(values, row).iter().enumerate() {
-                to[c * m + j] = *x;
-            }
-        }
-        for row in to.chunks_exact_mut(m).take(d) {
-            row[self.n_keys..].fill(0.0);
+        let mut rows = rows(&self.sequence.keys).map(|row| self.of_key(values, row));
+        for first in (0..m).step_by(LANES) {
+            let some: [&[f32]; LANES] = std::array::from_fn(|_| rows.next().unwrap_or_default());
+            columns(self.isa, &some, d, &mut to[first..], m);
         }
     }
 
     /// The probabilities into `p`, and after dropout into `dropped` where there is dropout.
     #[inline(always)]
-    fn probabilities(&self, q: &[f32], k: &[f32], scratch: &mut Scratch) {
+    fn probabilities(&self, q: Rows<'_>, k: Rows<'_>, scratch: &mut Scratch) {
         let (d, m) = (self.shape.head_dim, padded(self.n_keys));
         self.gather_queries(q, self.shape.scale, &mut scratch.q);
         self.gather_columns(k, &mut scratch.k_t);
@@ -197,7 +198,7 @@ impl<'a> Head<'a> {
 
     /// The result into `scratch.out`.
     #[inline(always)]
-    pub(super) fn forward(&self, q: &[f32], k: &[f32], v: &[f32], scratch: &mut Scratch) {
+    pub(super) fn forward(&self, q: Rows<'_>, k: Rows<'_>, v: Rows<'_>, scratch: &mut Scratch) {
         self.probabilities(q, k, scratch);
         self.gather_keys(v, &mut scratch.v);
         let (d, m) = (padded(self.shape.head_dim), padded(self.n_keys));
@@ -209,7 +210,7 @@ impl<'a> Head<'a> {
 
     /// The gradients into `d_q`, `d_k` and `d_v` of the scratch.
     #[inline(always)]
-    pub(super) fn backward(&self, q: &[f32], k: &[f32], v: &[f32], d_out: &[f32], scratch: &mut Scratch) {
+    pub(super) fn backward(&self, [q, k, v, d_out]: [Rows<'_>; 4], scratch: &mut Scratch) {
         self.probabilities(q, k, scratch);
         self.gather_keys(k, &mut scratch.k);
         self.gather_columns(v, &mut scratch.v_t);

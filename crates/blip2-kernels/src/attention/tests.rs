@@ -302,3 +302,19 @@ fn what_is_not_finite_reaches_those_who_see_it() {
         }
     }
 }
+
+#[test]
+fn what_stands_side_by_side_is_what_stands_apart() {
+    let shape = AttentionShape { n_kv_heads: 4, ..SHAPE };
+    let (width, n) = (24, 7);
+    let qkv = numbers(3 * n * width, 0.3);
+    let part = |i: usize| -> Vec<f32> {
+        qkv.chunks(3 * width).flat_map(|row| &row[i * width..(i + 1) * width]).copied().collect()
+    };
+    for sequences in plans() {
+        let (mut joint, mut apart) = (vec![0.5; n * width], vec![0.5; n * width]);
+        attention_joint(&qkv, &sequences, shape, &mut joint);
+        attention(&part(0), &part(1), &part(2), &sequences, shape, None, None, &mut apart);
+        assert_eq!(joint, apart);
+    }
+}

@@ -389,3 +389,27 @@ fn the_input_gradient_is_the_product_with_the_weight() {
         }
     }
 }
+
+#[test]
+fn weights_that_share_their_input_give_what_each_gives_alone() {
+    let (n_in, bias) = (70, vec![0.5; 75]);
+    let row = |i: usize, row: &mut [f32]| {
+        row.iter_mut().enumerate().for_each(|(j, w)| *w = ((i * n_in + j) as f32 * 0.618).fract() - 0.5);
+    };
+    for format in Format::ALL {
+        let [a, b, c] = [75, 33, 64].map(|n_out| QuantizedWeight::quantize(n_out, n_in, format, &row));
+        let other = QuantizedWeight::quantize(40, n_in, Format::Int4, &row);
+        for n_rows in [0, 1, 5, 13, 40] {
+            let x: Vec<f32> = (0..n_rows * n_in).map(|i| (i as f32 * 0.37).sin()).collect();
+            let none = Epilogue::bias(None);
+            let biased = Epilogue { activation: Activation::Relu, ..Epilogue::bias(Some(&bias)) };
+            for products in
+                [vec![(&a, biased), (&b, none), (&c, none)], vec![(&c, none), (&other, none)], vec![]]
+            {
+                let alone: Vec<_> =
+                    products.iter().map(|(w, epilogue)| w.forward(&x, n_rows, *epilogue)).collect();
+                assert_eq!(QuantizedWeight::forward_all(&products, &x, n_rows), alone, "{format:?} {n_rows}");
+            }
+        }
+    }
+}

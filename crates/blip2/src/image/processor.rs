@@ -6,7 +6,7 @@ use candle_core::{Device, Tensor};
 use rayon::prelude::*;
 use serde::{Deserialize, Serialize};
 
-use super::resize_bicubic;
+use super::{ImageError, resize_bicubic};
 use crate::{Error, Result};
 
 /// How pictures are resized and normalised: `(value · rescale_factor − image_mean) / image_std`.
@@ -100,6 +100,16 @@ impl ImageProcessor {
         let tables = self.tables();
         let values = square.as_raw().iter().zip((0..3).cycle());
         values.map(|(&value, channel)| tables[channel][usize::from(value)]).collect()
+    }
+
+    /// Opens and prepares pictures, some at once: for each `[S, S, 3]` values, or why it cannot be read. A photo in memory is
+    /// hundreds of times its values, so it goes as soon as it is resized.
+    pub fn pixels_of_all<T: Sync>(
+        &self,
+        pictures: &[T],
+        open: impl Fn(&T) -> std::result::Result<RgbImage, ImageError> + Sync,
+    ) -> Vec<std::result::Result<Vec<f32>, ImageError>> {
+        pictures.par_iter().map(|picture| Ok(self.pixels(&open(picture)?))).collect()
     }
 
     /// Resizes and normalises a batch: `[B, S, S, 3]`. A batch equals its pictures one by one.

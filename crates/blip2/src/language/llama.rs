@@ -10,7 +10,9 @@ use super::causal::{Causal, check_rows};
 use super::loading::{File, Loader, Table};
 use crate::Result;
 use crate::cache::KvCache;
-use crate::layers::{Activation, AttentionShape, FrozenFormat, Linear, RmsNorm, Weight, gated, rope};
+use crate::layers::{
+    Activation, AttentionShape, FrozenFormat, Linear, MatrixSize, RmsNorm, Weight, gated, rope,
+};
 use crate::weights::gguf::Gguf;
 use crate::weights::safetensors::Safetensors;
 
@@ -75,7 +77,7 @@ impl Llama {
         Ok(model)
     }
 
-    fn load(config: LlamaConfig, file: &File<'_>, format: FrozenFormat) -> Result<Self> {
+    pub(super) fn load(config: LlamaConfig, file: &File<'_>, format: FrozenFormat) -> Result<Self> {
         let mut loader = Loader::new(file, format);
         let (d, ffn) = (config.hidden_size, config.intermediate_size);
         let (n_heads, n_kv_heads) = (config.num_attention_heads, config.num_key_value_heads);
@@ -140,6 +142,15 @@ impl Llama {
         &self.lm_head
     }
 
+    /// The matrices that a row passes, without the head.
+    pub(super) fn matrices(&self) -> MatrixSize {
+        let layers = self.layers.iter().flat_map(|layer| {
+            let attention = [&layer.q_proj, &layer.k_proj, &layer.v_proj, &layer.o_proj];
+            attention.into_iter().chain([&layer.gate_proj, &layer.up_proj, &layer.down_proj])
+        });
+        layers.map(Linear::matrix).sum()
+    }
+
     /// An empty cache for this model.
     pub fn new_cache(&self) -> KvCache {
         KvCache::new(self.layers.len(), self.config.num_key_value_heads * self.config.head_dim)
@@ -178,14 +189,14 @@ impl Causal for Llama {
         let mut x = embeds.clone(); // [N, D]
         for (layer_idx, layer) in self.layers.iter().enumerate() {
             let normed = layer.input_layernorm.forward(&x)?;
-            let q = rotate(&layer.q_proj.forward(&normed)?, config.num_attention_heads)?;
-            let k = rotate(&layer.k_proj.forward(&normed)?, config.num_key_value_heads)?;
-            let v = layer.v_proj.forward(&normed)?;
+            let [q, k, v] = Linear::forward_all([&layer.q_proj, &layer.k_proj, &layer.v_proj], &normed)?;
+            let q = rotate(&q, config.num_attention_heads)?;
+            let k = rotate(&k, config.num_key_value_heads)?;
             let attended = attend(layer_idx, &q, &k, &v)?;
             x = layer.o_proj.forward_then(&attended, Activation::Identity, Some(&x))?;
 
             let normed = layer.post_attention_layernorm.forward(&x)?;
-            let (gate, up) = (layer.gate_proj.forward(&normed)?, layer.up_proj.forward(&normed)?);
+            let [gate, up] = Linear::forward_all([&layer.gate_proj, &layer.up_proj], &normed)?;
             let inner = gated(&gate, &up, Activation::Silu)?;
             x = layer.down_proj.forward_then(&inner, Activation::Identity, Some(&x))?;
         }

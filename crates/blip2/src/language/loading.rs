@@ -10,7 +10,7 @@ use crate::layers::{
 };
 use crate::weights::gguf::Gguf;
 use crate::weights::safetensors::Safetensors;
-use crate::weights::{TensorRows, is_finite};
+use crate::weights::{RandomWeights, TensorRows, is_finite};
 use crate::{Error, Result};
 
 /// Embeddings in the frozen format of a linear layer, read row by row.
@@ -46,29 +46,38 @@ pub(super) fn on_a_worker<T: Send>(pass: impl FnOnce() -> T + Send) -> T {
 pub(super) enum File<'a> {
     Gguf(&'a Gguf),
     HuggingFace { file: &'a Safetensors, prefix: &'a str },
+    Random(RandomWeights),
 }
 
 impl File<'_> {
-    /// The rows of a tensor, with the name that the file has for it.
-    fn tensor(&self, name: &str) -> Result<(TensorRows<'_>, String)> {
+    /// The rows of a tensor, with the name that the file has for it; nothing where tensors are drawn.
+    fn tensor(&self, name: &str) -> Result<Option<(TensorRows<'_>, String)>> {
         match self {
             Self::Gguf(file) => {
                 let name = gguf_name(name);
-                Ok((file.tensor(&name)?, name))
+                Ok(Some((file.tensor(&name)?, name)))
             }
             Self::HuggingFace { file, prefix } => {
                 let name = format!("{prefix}{name}");
-                Ok((file.tensor(&name)?, name))
+                Ok(Some((file.tensor(&name)?, name)))
             }
+            Self::Random(_) => Ok(None),
         }
     }
-}
 
-impl File<'_> {
+    /// Whether a tensor is there that not every checkpoint has.
+    pub(super) fn has(&self, name: &str) -> bool {
+        match self {
+            Self::Gguf(file) => file.contains(&gguf_name(name)),
+            Self::HuggingFace { file, prefix } => file.contains(&format!("{prefix}{name}")),
+            Self::Random(_) => true,
+        }
+    }
+
     /// A matrix that the file holds in few bits as the kernels read it.
     fn quantized(&self, name: &str) -> Result<Option<QuantizedWeight>> {
         match self {
-            Self::Gguf(_) => Ok(None),
+            Self::Gguf(_) | Self::Random(_) => Ok(None),
             Self::HuggingFace { file, prefix } => file.quantized(&format!("{prefix}{name}")),
         }
     }
@@ -146,8 +155,10 @@ impl<'a> Loader<'a> {
                 return Err(Error::TensorShape { name: name.into(), expected: vec![n_out, n_in], found });
             }
             FrozenWeight::Quantized(Arc::new(stored))
+        } else if let File::Random(weights) = self.file {
+            weights.matrix(name, n_out, n_in, format, self.format.precision)
         } else {
-            let (rows, name) = self.file.tensor(name)?;
+            let (rows, name) = self.tensor(name)?;
             let rows = rows.expect_shape(&name, &[n_out, n_in])?;
             let stored_row = self.stored_row(rotary_head_dim);
             match format {
@@ -214,8 +225,15 @@ impl<'a> Loader<'a> {
         Ok(values)
     }
 
+    fn tensor(&self, name: &str) -> Result<(TensorRows<'a>, String)> {
+        self.file.tensor(name)?.ok_or_else(|| Error::MissingTensor { name: name.into() })
+    }
+
     fn values(&self, name: &str, shape: &[usize]) -> Result<Vec<f32>> {
-        let (rows, name) = self.file.tensor(name)?;
+        if let File::Random(weights) = self.file {
+            return weights.read_shaped(name, shape);
+        }
+        let (rows, name) = self.tensor(name)?;
         let values = rows.expect_shape(&name, shape)?.to_vec();
         if is_finite(&values) { Ok(values) } else { Err(Error::NotFinite { name }) }
     }

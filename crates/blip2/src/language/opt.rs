@@ -11,7 +11,7 @@ use super::config::{boolean_or, check_sizes, number, size, size_or, text, unsupp
 use super::loading::{File, Loader, Table};
 use crate::Result;
 use crate::cache::KvCache;
-use crate::layers::{Activation, AttentionShape, FrozenFormat, LayerNorm, Linear, Weight};
+use crate::layers::{Activation, AttentionShape, FrozenFormat, LayerNorm, Linear, MatrixSize, Weight};
 use crate::weights::safetensors::Safetensors;
 
 /// Rows of the position table before position 0.
@@ -149,8 +149,15 @@ impl Opt {
         format: FrozenFormat,
     ) -> Result<Self> {
         config.validate()?;
-        let source = File::HuggingFace { file, prefix };
-        let mut loader = Loader::new(&source, format);
+        let is_tied = config.tie_word_embeddings;
+        let model = Self::load(config, &File::HuggingFace { file, prefix }, format)?;
+        // A tied head may be stored all the same.
+        file.ignore(|name| is_tied && name.strip_prefix(prefix) == Some("lm_head.weight"));
+        Ok(model)
+    }
+
+    pub(super) fn load(config: OptConfig, file: &File<'_>, format: FrozenFormat) -> Result<Self> {
+        let mut loader = Loader::new(file, format);
         let (d, width, bias) = (config.hidden_size, config.word_embed_proj_dim, config.enable_bias);
         let decoder = |name: &str| format!("model.decoder.{name}");
         let embed_tokens = loader.table(&decoder("embed_tokens.weight"), config.vocab_size, width)?;
@@ -190,8 +197,6 @@ impl Opt {
         } else {
             loader.table("lm_head.weight", config.vocab_size, width)?
         };
-        // A tied head may be stored all the same.
-        file.ignore(|name| config.tie_word_embeddings && name.strip_prefix(prefix) == Some("lm_head.weight"));
         Ok(Self {
             embed_tokens: Table(embed_tokens),
             embed_positions,
@@ -224,6 +229,14 @@ impl Opt {
     /// The output head, `word_embed_proj_dim` to `vocab_size`.
     pub fn head(&self) -> &Linear {
         &self.lm_head
+    }
+
+    /// The matrices that a row passes, without the head.
+    pub(super) fn matrices(&self) -> MatrixSize {
+        let layers = self.layers.iter().flat_map(|layer| {
+            [&layer.q_proj, &layer.k_proj, &layer.v_proj, &layer.out_proj, &layer.fc1, &layer.fc2]
+        });
+        layers.chain(&self.project_in).chain(&self.project_out).map(Linear::matrix).sum()
     }
 
     /// An empty cache for this model.
@@ -265,8 +278,8 @@ impl Causal for Opt {
         let before = config.do_layer_norm_before;
         for (layer_idx, layer) in self.layers.iter().enumerate() {
             let input = if before { layer.self_attn_layer_norm.forward(&x)? } else { x.clone() };
-            let (q, k) = (layer.q_proj.forward(&input)?, layer.k_proj.forward(&input)?);
-            let attended = attend(layer_idx, &q, &k, &layer.v_proj.forward(&input)?)?;
+            let [q, k, v] = Linear::forward_all([&layer.q_proj, &layer.k_proj, &layer.v_proj], &input)?;
+            let attended = attend(layer_idx, &q, &k, &v)?;
             // The norm stands before the sublayer, or after the residual.
             let residual = before.then_some(&x);
             let y = layer.out_proj.forward_then(&attended, Activation::Identity, residual)?;

@@ -11,8 +11,8 @@ use super::config::{boolean, boolean_or, check_sizes, number, size, size_or, tex
 use super::loading::{File, Loader, Table, on_a_worker};
 use crate::cache::{CachedSequence, KvCache, LayerRows};
 use crate::layers::{
-    Activation, AttentionShape, FrozenFormat, Linear, Plan, RelativeBias, RmsNorm, Sequence, Span, Weight,
-    attention_biased, attention_cached, attention_to, gated,
+    Activation, AttentionShape, FrozenFormat, Linear, MatrixSize, Plan, RelativeBias, RmsNorm, Sequence,
+    Span, Weight, attention_biased, attention_cached, attention_to, gated,
 };
 use crate::weights::safetensors::Safetensors;
 use crate::{Error, Result};
@@ -213,17 +213,7 @@ impl T5 {
         format: FrozenFormat,
     ) -> Result<Self> {
         config.validate()?;
-        let source = File::HuggingFace { file, prefix };
-        let mut loader = Loader::new(&source, format);
-        let shared = loader.table("shared.weight", config.vocab_size, config.d_model)?;
-        let encoder = Stack::load(&config, &mut loader, false)?;
-        let decoder = Stack::load(&config, &mut loader, true)?;
-        // The head of its own wins over the table, whatever the configuration says of tying.
-        let lm_head = if file.contains(&format!("{prefix}lm_head.weight")) {
-            loader.table("lm_head.weight", config.vocab_size, config.d_model)?
-        } else {
-            shared.clone()
-        };
+        let model = Self::load(config, &File::HuggingFace { file, prefix }, format)?;
         // Copies of the shared table, and a leftover of the first conversions.
         file.ignore(|name| {
             name.strip_prefix(prefix).is_some_and(|name| {
@@ -235,6 +225,20 @@ impl T5 {
                 )
             })
         });
+        Ok(model)
+    }
+
+    pub(super) fn load(config: T5Config, file: &File<'_>, format: FrozenFormat) -> Result<Self> {
+        let mut loader = Loader::new(file, format);
+        let shared = loader.table("shared.weight", config.vocab_size, config.d_model)?;
+        let encoder = Stack::load(&config, &mut loader, false)?;
+        let decoder = Stack::load(&config, &mut loader, true)?;
+        // The head of its own wins over the table, whatever the configuration says of tying.
+        let lm_head = if file.has("lm_head.weight") {
+            loader.table("lm_head.weight", config.vocab_size, config.d_model)?
+        } else {
+            shared.clone()
+        };
         Ok(Self {
             shared: Table(shared),
             encoder,
@@ -264,6 +268,20 @@ impl T5 {
     /// The output head, `d_model` to `vocab_size`; the hidden states it is given are scaled already.
     pub fn head(&self) -> &Linear {
         &self.lm_head
+    }
+
+    /// The matrices that a row of the prompt passes: the encoder, and what the decoder keeps of its output.
+    pub(super) fn prompt_matrices(&self) -> MatrixSize {
+        let kept =
+            self.decoder.layers.iter().flat_map(|layer| &layer.cross_attention).flat_map(|c| [&c.k, &c.v]);
+        self.encoder.matrices().chain(kept).map(Linear::matrix).sum()
+    }
+
+    /// The matrices that a row of the answer passes, without the head.
+    pub(super) fn answer_matrices(&self) -> MatrixSize {
+        let cross =
+            self.decoder.layers.iter().flat_map(|layer| &layer.cross_attention).flat_map(|c| [&c.q, &c.o]);
+        self.decoder.matrices().chain(cross).map(Linear::matrix).sum()
     }
 
     /// The longest prompt, and the longest answer.
@@ -445,6 +463,14 @@ impl Stack {
         })
     }
 
+    /// Those of self-attention and feed-forward layers.
+    fn matrices(&self) -> impl Iterator<Item = &Linear> {
+        self.layers.iter().flat_map(|layer| {
+            let Attention { q, k, v, o, .. } = &layer.self_attention;
+            [q, k, v, o, &layer.wo].into_iter().chain(&layer.wi)
+        })
+    }
+
     /// The bias of every head for texts of up to `longest` rows.
     fn bias(&self, config: &T5Config, longest: usize, is_decoder: bool) -> RelativeBias {
         let (n_heads, n_before) = (config.num_heads, longest.max(1) - 1);
@@ -466,7 +492,7 @@ impl Attention {
         attend: impl FnOnce(&Tensor, &Tensor, &Tensor) -> candle_core::Result<Tensor>,
     ) -> Result<Tensor> {
         let normed = self.layer_norm.forward(x)?;
-        let (q, k, v) = (self.q.forward(&normed)?, self.k.forward(&normed)?, self.v.forward(&normed)?);
+        let [q, k, v] = Linear::forward_all([&self.q, &self.k, &self.v], &normed)?;
         Ok(self.o.forward_then(&attend(&q, &k, &v)?, Activation::Identity, Some(x))?)
     }
 }
@@ -475,7 +501,10 @@ impl Layer {
     fn feed_forward(&self, x: &Tensor, config: &T5Config) -> Result<Tensor> {
         let normed = self.feed_forward_norm.forward(x)?;
         let inner = match &self.wi[..] {
-            [gate, up] => gated(&gate.forward(&normed)?, &up.forward(&normed)?, config.activation)?,
+            [gate, up] => {
+                let [gate, up] = Linear::forward_all([gate, up], &normed)?;
+                gated(&gate, &up, config.activation)?
+            }
             [wi, ..] => wi.forward_then(&normed, config.activation, None)?,
             [] => normed,
         };

@@ -35,6 +35,21 @@ pub fn attention(
     q.contiguous()?.apply_op3(&k.contiguous()?, &v.contiguous()?, op)
 }
 
+/// [`attention`] of frozen rows in which queries, keys and values stand side by side, `[N, 3 * n_heads * head_dim]`, as one
+/// linear layer gives them: the same without copies. No gradient.
+///
+/// # Errors
+/// Those of the tensor engine.
+pub(crate) fn attention_joint(qkv: &Tensor, plan: &Plan, shape: AttentionShape) -> Result<Tensor> {
+    let (n_rows, width) = (qkv.dim(0)?, shape.n_heads * shape.head_dim);
+    let out = with_slices([&qkv.contiguous()?], |[qkv]| {
+        let mut out = vec![0.0; n_rows * width];
+        kernels::attention_joint(qkv, plan, shape, &mut out);
+        out
+    })?;
+    Tensor::from_vec(out, (n_rows, width), qkv.device())
+}
+
 /// What is added to a score by how far the key stands from the query (T5).
 #[derive(Debug, Clone)]
 pub struct RelativeBias {

@@ -197,6 +197,21 @@ impl FrozenWeight {
         }
     }
 
+    /// [`forward`](Self::forward) of several matrices to the same `x`.
+    pub(super) fn forward_all(products: &[(&Self, Epilogue<'_>)], x: &[f32], n_rows: usize) -> Vec<Vec<f32>> {
+        let quantized: Option<Vec<_>> = products
+            .iter()
+            .map(|(weight, epilogue)| match weight {
+                Self::Quantized(weight) => Some((&**weight, *epilogue)),
+                Self::Packed(_) => None,
+            })
+            .collect();
+        match quantized {
+            Some(products) => QuantizedWeight::forward_all(&products, x, n_rows),
+            None => products.iter().map(|(weight, epilogue)| weight.forward(x, n_rows, *epilogue)).collect(),
+        }
+    }
+
     /// `x Wᵀ + bias` into `y`, `[n_rows, out]`.
     pub(super) fn forward_into(&self, x: &[f32], n_rows: usize, bias: Option<&[f32]>, y: &mut [f32]) {
         match self {

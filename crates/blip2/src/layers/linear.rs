@@ -26,6 +26,24 @@ impl std::fmt::Debug for Weight {
     }
 }
 
+/// How large matrices are: what a row is multiplied with, two operations a weight, and what is read of memory for it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct MatrixSize {
+    /// Numbers, however they are stored.
+    pub n_weights: usize,
+    /// Bytes, scales included.
+    pub n_bytes: usize,
+}
+
+impl std::iter::Sum for MatrixSize {
+    fn sum<I: Iterator<Item = Self>>(sizes: I) -> Self {
+        sizes.fold(Self::default(), |a, b| Self {
+            n_weights: a.n_weights + b.n_weights,
+            n_bytes: a.n_bytes + b.n_bytes,
+        })
+    }
+}
+
 /// `x Wᵀ + b`. The weight's format is a property of the value, so one model definition serves training and
 /// every inference precision.
 #[derive(Debug, Clone)]
@@ -89,9 +107,62 @@ impl Linear {
         }
     }
 
+    /// [`forward`](Self::forward) of several layers to the same `x`; frozen ones are computed together where nothing before has
+    /// a gradient.
+    ///
+    /// # Errors
+    /// As [`forward`](Self::forward).
+    pub fn forward_all<const N: usize>(layers: [&Self; N], x: &Tensor) -> Result<[Tensor; N]> {
+        let x = x.contiguous()?;
+        let frozen: Option<Vec<_>> = layers
+            .iter()
+            .map(|layer| match &layer.weight {
+                Weight::Frozen(weight) if !x.track_op() => Some(layer.frozen(weight, Activation::Identity)),
+                _ => None,
+            })
+            .collect();
+        let results: Vec<Tensor> = match frozen {
+            Some(frozen) => {
+                let frozen = frozen.into_iter().collect::<Result<Vec<_>>>()?;
+                for layer in &frozen {
+                    check_width(x.layout(), layer.weight.in_features())?;
+                }
+                let products: Vec<_> = frozen
+                    .iter()
+                    .map(|layer| (&layer.weight, Epilogue::bias(layer.bias.as_deref())))
+                    .collect();
+                let n_rows = x.elem_count() / products.first().map_or(1, |(weight, _)| weight.in_features());
+                let results = with_slices([&x], |[x]| FrozenWeight::forward_all(&products, x, n_rows))?;
+                let tensor = |(y, layer): (_, &FrozenLinear)| {
+                    Tensor::from_vec(y, output_shape(x.layout(), layer.weight.out_features()), x.device())
+                };
+                results.into_iter().zip(&frozen).map(tensor).collect::<Result<_>>()?
+            }
+            None => layers.iter().map(|layer| layer.forward(&x)).collect::<Result<_>>()?,
+        };
+        match results.try_into() {
+            Ok(results) => Ok(results),
+            Err(results) => candle_core::bail!("{} results of {N} layers", Vec::<Tensor>::len(&results)),
+        }
+    }
+
     fn frozen(&self, weight: &FrozenWeight, activation: Activation) -> Result<FrozenLinear> {
         let bias = self.bias.as_ref().map(Tensor::to_vec1).transpose()?;
         Ok(FrozenLinear { weight: weight.clone(), bias, activation })
+    }
+
+    /// The numbers of its matrix.
+    pub fn matrix(&self) -> MatrixSize {
+        match &self.weight {
+            Weight::Dense(weight, _) => {
+                let n_weights = weight.elem_count();
+                MatrixSize { n_weights, n_bytes: n_weights * weight.dtype().size_in_bytes() }
+            }
+            Weight::Frozen(weight) => MatrixSize {
+                n_weights: weight.out_features() * weight.in_features(),
+                n_bytes: weight.n_bytes(),
+            },
+        }
     }
 
     pub(super) fn weight(&self) -> &Weight {

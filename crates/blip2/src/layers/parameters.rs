@@ -24,6 +24,29 @@ pub trait TensorSource {
     /// When the tensor is missing or its data cannot be read.
     fn read_f32(&self, name: &str) -> Result<Vec<f32>>;
 
+    /// Checks that there is a tensor of this name and shape.
+    ///
+    /// # Errors
+    /// [`Error::MissingTensor`] or [`Error::TensorShape`].
+    fn check(&self, name: &str, shape: &[usize]) -> Result<()> {
+        match self.shape(name) {
+            None => Err(Error::MissingTensor { name: name.to_owned() }),
+            Some(found) if found != shape => {
+                Err(Error::TensorShape { name: name.to_owned(), expected: shape.to_vec(), found })
+            }
+            Some(_) => Ok(()),
+        }
+    }
+
+    /// [`read_f32`](Self::read_f32) of a tensor that must have this shape.
+    ///
+    /// # Errors
+    /// As [`check`](Self::check) and [`read_f32`](Self::read_f32).
+    fn read_shaped(&self, name: &str, shape: &[usize]) -> Result<Vec<f32>> {
+        self.check(name, shape)?;
+        self.read_f32(name)
+    }
+
     /// The rows of a tensor that is stored as plain rows, so that it need not be held in f32 on its way; nothing
     /// where the source can only read it whole.
     ///
@@ -164,7 +187,7 @@ impl<'a> Loader<'a> {
             return Ok(Weight::Dense(self.tensor(name, &[n_out, n_in])?, self.precision));
         }
         let full_name = self.full_name(name);
-        self.check_shape(&full_name, &[n_out, n_in])?;
+        self.source.check(&full_name, &[n_out, n_in])?;
         if let Some(stored) = self.source.quantized(&full_name)? {
             return Ok(Weight::Frozen(FrozenWeight::Quantized(Arc::new(stored))));
         }
@@ -188,7 +211,7 @@ impl<'a> Loader<'a> {
     pub fn frozen_weight(&self, name: &str, shape: &[usize]) -> Result<Weight> {
         let (n_out, n_in) = (shape[0], shape[1..].iter().product());
         let full_name = self.full_name(name);
-        self.check_shape(&full_name, shape)?;
+        self.source.check(&full_name, shape)?;
         let packed = if let Some(rows) = self.source.rows(&full_name)? {
             FrozenWeight::pack(&full_name, &rows.flattened(), self.precision, &|row| row)?
         } else {
@@ -203,20 +226,8 @@ impl<'a> Loader<'a> {
         if self.prefix.is_empty() { name.to_owned() } else { format!("{}.{name}", self.prefix) }
     }
 
-    fn check_shape(&self, full_name: &str, shape: &[usize]) -> Result<()> {
-        let Some(found) = self.source.shape(full_name) else {
-            return Err(Error::MissingTensor { name: full_name.to_owned() });
-        };
-        if found != shape {
-            let (name, expected) = (full_name.to_owned(), shape.to_vec());
-            return Err(Error::TensorShape { name, expected, found });
-        }
-        Ok(())
-    }
-
     fn read(&self, full_name: &str, shape: &[usize]) -> Result<Vec<f32>> {
-        self.check_shape(full_name, shape)?;
-        let values = self.source.read_f32(full_name)?;
+        let values = self.source.read_shaped(full_name, shape)?;
         if is_finite(&values) { Ok(values) } else { Err(Error::NotFinite { name: full_name.to_owned() }) }
     }
 }

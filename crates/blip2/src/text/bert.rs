@@ -93,6 +93,16 @@ impl BertTokenizer {
         Self::from_pieces(text.lines().map(String::from).collect())
     }
 
+    /// For models with random weights: the marks, and words made of their ids.
+    ///
+    /// # Errors
+    /// [`Error::Tokenizer`].
+    pub(crate) fn numbered(n_pieces: usize) -> Result<Self> {
+        let marks = ["[PAD]", "[UNK]", "[CLS]", "[SEP]"].map(String::from);
+        let words = (marks.len()..n_pieces).map(|id| id.to_string());
+        Self::from_pieces(marks.iter().cloned().chain(words).collect())
+    }
+
     /// From the pieces in the order of their ids.
     fn from_pieces(mut pieces: Vec<String>) -> Result<Self> {
         while pieces.last().is_some_and(|piece| ADDED.contains(&piece.as_str())) {

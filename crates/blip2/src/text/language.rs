@@ -8,6 +8,8 @@ use std::collections::HashMap;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 
 use tokenizers::Tokenizer;
+use tokenizers::models::wordlevel::WordLevel;
+use tokenizers::pre_tokenizers::whitespace::WhitespaceSplit;
 
 use super::tokenizer_error;
 use crate::{Error, Result};
@@ -62,6 +64,21 @@ impl LanguageTokenizer {
         // Where two begin at one place, the longer is meant.
         controls.sort_by(|a, b| b.text.len().cmp(&a.text.len()).then(a.id.cmp(&b.id)));
         Self { plain, controls, spelling, ids, n_tokens, chat_template }
+    }
+
+    /// For models with random weights: token `i` is the word `i`, in digits.
+    ///
+    /// # Errors
+    /// [`Error::Tokenizer`].
+    pub(crate) fn numbered(n_tokens: usize) -> Result<Self> {
+        let words: Vec<String> = (0..n_tokens).map(|id| id.to_string()).collect();
+        let ids = words.iter().zip(0..).map(|(word, id)| (word.clone(), id)).collect();
+        let model = WordLevel::builder().vocab(ids).unk_token("0".into()).build().map_err(tokenizer_error)?;
+        let mut plain = Tokenizer::new(model);
+        plain.with_pre_tokenizer(Some(WhitespaceSplit));
+        let texts: Vec<String> = words.iter().map(|word| format!("{word} ")).collect();
+        let spelling = Spelling::bytes(texts.iter().map(|text| (text.as_str(), false)));
+        Ok(Self::new(plain, Vec::new(), spelling, Marks::default(), n_tokens, None))
     }
 
     /// The ids of a text that somebody typed. Nothing in it becomes a control token: `<|im_end|>` gives the ids of its

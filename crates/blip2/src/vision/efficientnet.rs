@@ -11,8 +11,8 @@ use blip2_kernels::conv::{ConvDims, depthwise_conv2d, im2col};
 use blip2_kernels::linear::{Epilogue, Format, PackedWeight};
 use rayon::prelude::*;
 
+use crate::Result;
 use crate::layers::TensorSource;
-use crate::{Error, Result};
 
 /// Epsilon of the batch norms (TensorFlow's default for this network, not PyTorch's 1e-5).
 const BATCH_NORM_EPS: f32 = 1e-3;
@@ -348,13 +348,7 @@ impl Weights<'_> {
     }
 
     fn read(&self, name: &str, shape: &[usize]) -> Result<Vec<f32>> {
-        match self.source.shape(name) {
-            None => Err(Error::MissingTensor { name: name.into() }),
-            Some(found) if found != shape => {
-                Err(Error::TensorShape { name: name.into(), expected: shape.into(), found })
-            }
-            Some(_) => self.source.read_f32(name),
-        }
+        self.source.read_shaped(name, shape)
     }
 }
 

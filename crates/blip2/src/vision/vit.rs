@@ -9,7 +9,9 @@
 use candle_core::{Device, Tensor};
 use serde::{Deserialize, Serialize};
 
-use crate::layers::{Activation, AttentionShape, LayerNorm, Linear, Loader, Plan, Sequence, Span, attention};
+use crate::layers::{
+    Activation, AttentionShape, LayerNorm, Linear, Loader, MatrixSize, Plan, Sequence, Span, attention_joint,
+};
 use crate::{Error, Result};
 
 /// A vision transformer's sizes (`Blip2VisionConfig`).
@@ -231,6 +233,13 @@ impl Vit {
         &self.config
     }
 
+    /// The matrices that a patch passes.
+    pub(super) fn matrices(&self) -> MatrixSize {
+        let blocks =
+            self.layers.iter().flat_map(|block| [&block.qkv, &block.projection, &block.fc1, &block.fc2]);
+        blocks.chain([&self.patch_embedding]).map(Linear::matrix).sum()
+    }
+
     /// Encodes pictures.
     ///
     /// # Shapes
@@ -278,8 +287,7 @@ impl Vit {
         };
         for block in self.layers.iter() {
             let qkv = block.qkv.forward(&block.layer_norm1.forward(&x)?)?;
-            let part = |i: usize| qkv.narrow(1, i * d, d)?.contiguous();
-            let attended = attention(&part(0)?, &part(1)?, &part(2)?, &plan, shape, None)?;
+            let attended = attention_joint(&qkv, &plan, shape)?;
             x = block.projection.forward_then(&attended, Activation::Identity, Some(&x))?;
             let inner = block.fc1.forward_then(&block.layer_norm2.forward(&x)?, activation, None)?;
             x = block.fc2.forward_then(&inner, Activation::Identity, Some(&x))?;
