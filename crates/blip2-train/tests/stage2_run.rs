@@ -127,6 +127,9 @@ impl Setting {
             max_rows: 128,
             instructions: vec!["Describe it.".into(), "What is it?".into()],
             prompt: PromptFormat::ChatMl,
+            caption_prompt: None,
+            tidy_captions: true,
+            split_captions: false,
             dropout: 0.1,
             precision: RunPrecision::F32,
             run: LoopConfig {
