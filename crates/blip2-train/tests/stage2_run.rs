@@ -118,6 +118,8 @@ impl Setting {
             output: path("run"),
             features: path("features"),
             encoder: path("encoder"),
+            image_size: None,
+            encoder_heads: None,
             language_model: path("language"),
             init: vec![path("given by the test")],
             seed: 3,

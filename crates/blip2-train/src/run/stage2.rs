@@ -6,6 +6,7 @@ use std::path::{Path, PathBuf};
 use blip2::config::QFormerConfig;
 use blip2::language::LanguageModel;
 use blip2::layers::{Linear, Loader as Weights, TensorSource, Trainable};
+use blip2::model::EncoderOptions;
 use blip2::qformer::{QFormer, TextSide};
 use blip2::text::prompt::Turn as PromptTurn;
 use blip2::text::{LanguageTokenizer, Prompt, PromptFormat};
@@ -33,11 +34,19 @@ pub struct Stage2Config {
     pub output: PathBuf,
     /// Where the frozen encoder's features are kept.
     pub features: PathBuf,
-    /// The frozen image encoder's file.
+    /// The frozen image encoder: EfficientNet-Lite0's file, a vision transformer's as LAVIS loads it, or the Hugging Face folder
+    /// of a BLIP-2 model, of which the encoder is taken.
     pub encoder: PathBuf,
-    /// The frozen language model: a GGUF file or a Hugging Face folder.
+    /// Side in pixels of the pictures that a vision transformer is to see, instead of the one it was trained with.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub image_size: Option<usize>,
+    /// Attention heads of a LAVIS encoder of no published width, which its file does not say.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub encoder_heads: Option<usize>,
+    /// The frozen language model: a GGUF file, its Hugging Face folder, or that of a BLIP-2 model, of which it is taken.
     pub language_model: PathBuf,
-    /// Trained weights to start from, safetensors files: those of stage 1, or of an earlier stage 2 with its projection.
+    /// Trained weights to start from: the safetensors files of stage 1, or of an earlier stage 2 with its projection, or the
+    /// Hugging Face folder of a BLIP-2 model, to fine-tune its Q-Former and its projection.
     pub init: Vec<PathBuf>,
     /// Seed of everything random.
     pub seed: u64,
@@ -71,7 +80,8 @@ pub struct Stage2Config {
     pub precision: RunPrecision,
     /// The loop's settings.
     pub run: LoopConfig,
-    /// The Q-Former's sizes, those of stage 1.
+    /// The Q-Former's sizes, those of stage 1; a file that does not say them has those of the Hugging Face folder that it starts
+    /// from.
     pub qformer: QFormerConfig,
     /// The training data.
     pub data: Vec<DataConfig>,
@@ -82,6 +92,11 @@ fn yes() -> bool {
 }
 
 impl Stage2Config {
+    /// How the encoder is opened.
+    pub fn encoder_options(&self) -> EncoderOptions {
+        EncoderOptions { image_size: self.image_size, num_attention_heads: self.encoder_heads }
+    }
+
     fn caption_prompt(&self) -> &PromptFormat {
         self.caption_prompt.as_ref().unwrap_or(&self.prompt)
     }
