@@ -52,6 +52,9 @@ pub struct OpenOptions {
     /// Side in pixels of the pictures that a vision transformer is to see, instead of the one it was trained with: its
     /// position embeddings are interpolated (transformers' `interpolate_pos_encoding`).
     pub image_size: Option<usize>,
+    /// Whose norms a checkpoint's are to be, where the implementations differ in their epsilons: LAVIS's norm behind the image
+    /// encoder has 1e-5, that of transformers the encoder's own, 1e-6; nothing for what the folder says.
+    pub preset: Option<Preset>,
     /// Whether to load the image encoder; without it the caller brings [`ImageFeatures`].
     pub vision: bool,
     /// Whether to load the stage-1 part, where there is one.
@@ -73,6 +76,7 @@ impl Default for OpenOptions {
             precision: Precision::F32,
             quantization: None,
             image_size: None,
+            preset: None,
             vision: true,
             stage1: true,
             stage2: true,

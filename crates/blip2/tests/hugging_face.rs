@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 
 use blip2::generate::GenerationConfig;
 use blip2::image::{self, Limits, Pixels};
-use blip2::model::{Blip2, ImageFeatures, OpenOptions};
+use blip2::model::{Blip2, ImageFeatures, OpenOptions, Preset};
 use blip2::text::Turn;
 use blip2::weights::safetensors::{NamedTensor, Safetensors, Values, write_safetensors};
 use serde::Deserialize;
@@ -222,6 +222,28 @@ fn pictures_of_another_size_are_seen_as_by_transformers() {
     assert_close(&tokens.to_vec1::<f32>().expect("numbers"), expected.twice_the_size.iter().flatten());
     let error = open(0).expect_err("refused").to_string();
     assert!(error.contains("image_size"), "{error}");
+}
+
+/// The norm behind the encoder has another epsilon in LAVIS than in transformers, whatever the folder says of it.
+#[test]
+fn presets_compute_with_the_epsilons_of_their_source() {
+    let soft_tokens = |folder: &Path, preset| {
+        let model = Blip2::open(folder, &OpenOptions { preset, ..OpenOptions::default() }).expect("a model");
+        let rows = model.soft_tokens(&[&features(&model)]).expect("rows").remove(0);
+        rows.flatten_all().and_then(|rows| rows.to_vec1::<f32>()).expect("numbers")
+    };
+    let eps = |name: &str, eps: f64| changed("blip2_opt", |json| json["vision_config"][name] = eps.into());
+    let plain = golden("blip2_opt");
+    let lavis = soft_tokens(&plain, Some(Preset::Lavis));
+    assert_eq!(soft_tokens(&plain, None), soft_tokens(&plain, Some(Preset::Hf)));
+    assert_ne!(lavis, soft_tokens(&plain, None));
+    let converted = eps("post_layernorm_eps", 1e-5);
+    assert_eq!(lavis, soft_tokens(converted.path(), None));
+    assert_eq!(soft_tokens(&plain, None), soft_tokens(converted.path(), Some(Preset::Hf)));
+    // An old folder says it of all the encoder's norms.
+    let old = eps("layer_norm_eps", 1e-5);
+    assert_eq!(lavis, soft_tokens(old.path(), Some(Preset::Lavis)));
+    assert_ne!(lavis, soft_tokens(old.path(), None));
 }
 
 /// Grad-CAM over the picture's patches; the golden's first token is the class token.

@@ -15,10 +15,11 @@ use self::config::{processor, size, token, tokens, wrong};
 pub(super) use self::config::{qformer_config, read_json, vit_config};
 use super::config::{ModelConfig, Stage1Config, Stage2Config, VisionConfig};
 use super::parts;
-use super::preset::FolderGeneration;
+use super::preset::{FolderGeneration, Preset};
 use super::stage1::{Stage1, Texts};
 use super::stage2::{Source, Stage2};
 use super::{Blip2, OpenOptions};
+use crate::config::{LN_VISION_EPS, QFormerConfig};
 use crate::generate::GenerationConfig;
 use crate::image::ImageProcessor;
 use crate::language::LanguageModel;
@@ -78,9 +79,7 @@ pub(super) fn load(folder: &Path, json: &Json, file: &Safetensors, options: &Ope
 
 /// Opens a model for matching and features (`Blip2ForImageTextRetrieval`).
 fn open_retrieval(folder: &Path, json: &Json, file: &Safetensors, options: &OpenOptions) -> Result<Blip2> {
-    let vit = vit_config(&json["vision_config"])?;
-    let mut qformer = qformer_config(json)?;
-    qformer.encoder_hidden_size = vit.hidden_size;
+    let (vit, qformer) = sizes(json, options.preset)?;
     let tokenizer = BertTokenizer::from_folder(folder)?;
     if tokenizer.n_tokens() > qformer.vocab_size {
         let reason = format!(
@@ -108,6 +107,25 @@ fn open_retrieval(folder: &Path, json: &Json, file: &Safetensors, options: &Open
     let config =
         ModelConfig { name, vision: VisionConfig::Vit(vit), qformer, stage1: Some(stage1), stage2: None };
     Ok(Blip2 { config, vision, stage1: loaded, stage2: None })
+}
+
+/// The sizes of encoder and Q-Former, with the epsilons of an implementation.
+fn sizes(json: &Json, preset: Option<Preset>) -> Result<(VitConfig, QFormerConfig)> {
+    let mut vit = vit_config(&json["vision_config"])?;
+    let mut qformer = qformer_config(json)?;
+    qformer.encoder_hidden_size = vit.hidden_size;
+    match preset {
+        // One for all norms of the encoder, and it passes over what a converted folder says besides.
+        Some(Preset::Hf) => qformer.vision_layer_norm_eps = vit.layer_norm_eps,
+        Some(Preset::Lavis) => {
+            // EVA's is its own, CLIP's PyTorch's default, as that of `ln_vision`. Old folders say 1e-5 of EVA's, too.
+            let published = if vit.pre_norm { VitConfig::clip_l(224) } else { VitConfig::eva_clip_g(224) };
+            vit.layer_norm_eps = published.layer_norm_eps;
+            qformer.vision_layer_norm_eps = LN_VISION_EPS;
+        }
+        None => {}
+    }
+    Ok((vit, qformer))
 }
 
 /// The encoder, for pictures of the configured size or of the one that the caller wants, and how they are prepared.
@@ -188,9 +206,7 @@ fn vision(
 
 /// Opens a model for captions and answers (`Blip2ForConditionalGeneration`).
 fn open_generation(folder: &Path, json: &Json, file: &Safetensors, options: &OpenOptions) -> Result<Blip2> {
-    let vit = vit_config(&json["vision_config"])?;
-    let mut qformer = qformer_config(json)?;
-    qformer.encoder_hidden_size = vit.hidden_size;
+    let (vit, qformer) = sizes(json, options.preset)?;
     let text = text_config(json);
     let family = Family::of(&text)?;
     let tokenizer = tokenizer(folder, &text, family)?;
