@@ -45,7 +45,10 @@ impl<'a> LavisEncoder<'a> {
     /// # Errors
     /// Those of the file.
     pub(in crate::model) fn tensors(&self) -> impl Iterator<Item = Result<(&str, StoredTensor<'a>)>> {
-        self.outputs.iter().map(|(name, output)| Ok((name.as_str(), output.bytes(&self.state)?)))
+        self.outputs.iter().map(|(name, output)| {
+            let shape = output.about.shape.clone();
+            Ok((name.as_str(), StoredTensor { shape, ..output.bytes(&self.state)? }))
+        })
     }
 }
 

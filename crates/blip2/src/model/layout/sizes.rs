@@ -108,7 +108,8 @@ fn unknown_heads(part: &str, width: usize) -> Error {
     Error::Config {
         field: format!("{part}.num_attention_heads"),
         reason: format!(
-            "is not in the weights, and no published model has the width {width}: give a config.json that says it"
+            "is not in the weights, and no published model has the width {width}: give it, as `encoder_heads` in training, \
+             in a config.json in a conversion"
         ),
     }
 }
