@@ -155,7 +155,8 @@ pub fn train_stage2(
     observer: &mut dyn Observer,
 ) -> Result<Outcome> {
     let checkpoint = open_output(&config.output, resume)?;
-    let frozen_files = [config.encoder.as_path(), config.language_model.as_path()];
+    let mut frozen_files = vec![config.encoder.as_path(), config.language_model.as_path()];
+    frozen_files.dedup(); // a whole model's folder is both
     let before = FrozenProof::take(&frozen_files, language)?;
     let (dataset, features) = open_data(&config.data, &config.features, encoder, observer)?;
     let objective = Stage2::new(config, language, init, &dataset, &features)?;
