@@ -7,7 +7,7 @@ const folder = new URL("../../crates/blip2-server/src/static/", import.meta.url)
 const { csv, jsonLines } = await import(new URL("csv.mjs", folder));
 const { EventReader } = await import(new URL("sse.mjs", folder));
 const { sentencesEnd, words } = await import(new URL("words.mjs", folder));
-const { messages, surplus } = await import(new URL("turns.mjs", folder));
+const { before, messages, surplus } = await import(new URL("turns.mjs", folder));
 const { colours, glow } = await import(new URL("heat.mjs", folder));
 
 test("fields of a CSV are quoted where they need it", () => {
@@ -68,6 +68,8 @@ test("the picture goes with the first question", () => {
     { question: "Stopped?", answer: "" },
   ];
   assert.deepEqual(messages("data:x", turns, null), messages("data:x", [], null), "a description begins anew");
+  const why = { question: "Why?", answer: "Since." };
+  assert.deepEqual(before([...turns, why], why), [{ question: "Who?", answer: "Tom" }]);
   assert.deepEqual(messages("data:x", turns, "Why?"), [
     { role: "user", content: [picture, { type: "text", text: "Who?" }] },
     { role: "assistant", content: "Tom" },

@@ -289,9 +289,13 @@ pub(crate) struct ExplainArgs {
     /// Explain the text as a caption that the language model writes, instead of by the matching head.
     #[arg(long, conflicts_with = "question")]
     pub(crate) caption: bool,
-    /// Explain the text as the answer to this question.
+    /// Explain the text as the answer to this question; of a conversation all questions in order, the last one's answer being
+    /// the text.
     #[arg(long, value_name = "QUESTION")]
-    pub(crate) question: Option<String>,
+    pub(crate) question: Vec<String>,
+    /// What was answered to an earlier question of the conversation, in order.
+    #[arg(long, value_name = "ANSWER", requires = "question")]
+    pub(crate) answer: Vec<String>,
     /// Explain this part of the caption or answer only.
     #[arg(long, value_name = "WORD")]
     pub(crate) word: Option<String>,
@@ -367,9 +371,16 @@ pub(crate) struct PackArgs {
     /// The model's name.
     #[arg(long, default_value = "blip2")]
     pub(crate) name: String,
-    /// How the weights are stored.
-    #[arg(long, value_enum, default_value_t = StorageArg::F16)]
-    pub(crate) dtype: StorageArg,
+    /// How the trained weights are stored; f16 without it, in a Hugging Face folder as they were trained.
+    #[arg(long, value_enum, conflicts_with = "hugging_face")]
+    pub(crate) dtype: Option<StorageArg>,
+    /// Make a Hugging Face folder with the frozen parts in it: of one stage, with a vision transformer and for stage 2 with OPT
+    /// or T5.
+    #[arg(long, conflicts_with = "name")]
+    pub(crate) hugging_face: bool,
+    /// Split the weights of a Hugging Face folder into files of at most this size.
+    #[arg(long, value_name = "BYTES", default_value_t = 5_000_000_000, requires = "hugging_face")]
+    pub(crate) max_shard_bytes: u64,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]

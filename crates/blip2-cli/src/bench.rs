@@ -181,7 +181,7 @@ fn open(args: &BenchArgs, stages: &[Stage]) -> anyhow::Result<(Blip2, Precision,
             (true, false) => Part::Stage1,
             (false, _) => Part::Stage2,
         };
-        return open_in_formats(&args.source, part, |message| eprintln!("{message}"));
+        return open_in_formats(&args.source, part, None, |message| eprintln!("{message}"));
     };
     let model = RandomModel::named(shape)?;
     let (precision, quantization) = match args.source.dtype {

@@ -13,7 +13,7 @@ use indicatif::{ProgressBar, ProgressStyle};
 
 use crate::Done;
 use crate::args::CaptionArgs;
-use crate::model::{Part, generation, open, pixels};
+use crate::model::{Part, generation, open_as, pixels};
 use destination::Destination;
 
 /// Pictures that are described at once: the language model reads its weights once for all of them.
@@ -39,7 +39,7 @@ pub(crate) fn run(args: &CaptionArgs) -> anyhow::Result<Done> {
     let n_had = n_given - pictures.len();
     let mut n_failed = 0;
     if !pictures.is_empty() {
-        let model = open(&args.model, Part::Stage2)?;
+        let model = open_as(&args.model, Part::Stage2, args.preset)?;
         n_failed = describe(&model, &pictures, args, &mut destination)?;
     }
     if destination.is_file() {

@@ -10,7 +10,7 @@ use serde_json::json;
 
 use crate::Done;
 use crate::args::{ClassifyArgs, EmbedArgs, MatchArgs};
-use crate::model::{Part, encode_picture, open, open_picture};
+use crate::model::{Part, encode_picture, open, open_as, open_picture};
 
 pub(crate) fn match_texts(args: &MatchArgs) -> anyhow::Result<Done> {
     let model = open(&args.model, Part::Stage1)?;
@@ -90,7 +90,7 @@ pub(crate) fn embed(args: &EmbedArgs) -> anyhow::Result<Done> {
 
 /// What every stage makes of the pictures, as a safetensors file.
 fn write_stages(args: &EmbedArgs, path: &Path) -> anyhow::Result<()> {
-    let model = open(&args.model, Part::Both)?;
+    let model = open_as(&args.model, Part::Both, args.preset)?;
     let pictures =
         args.image.iter().map(|path| open_picture(path, args.preset)).collect::<anyhow::Result<Vec<_>>>()?;
     let stages = model.stages(&pictures, args.prompt.as_deref())?;

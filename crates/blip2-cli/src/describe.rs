@@ -7,13 +7,13 @@ use serde_json::json;
 
 use crate::Done;
 use crate::args::{AskArgs, ChatArgs};
-use crate::model::{Part, answering, encode_picture, open};
+use crate::model::{Part, answering, encode_picture, open_as};
 
 pub(crate) fn ask(args: &AskArgs) -> anyhow::Result<Done> {
     if args.question.trim().is_empty() {
         anyhow::bail!("the question is empty: ask something about the picture");
     }
-    let model = open(&args.model, Part::Stage2)?;
+    let model = open_as(&args.model, Part::Stage2, args.preset)?;
     let features = encode_picture(&model, &args.picture, args.preset)?;
     let path = args.picture.display().to_string();
     let mut out = std::io::stdout().lock();
@@ -55,7 +55,7 @@ pub(crate) fn ask(args: &AskArgs) -> anyhow::Result<Done> {
 }
 
 pub(crate) fn chat(args: &ChatArgs) -> anyhow::Result<Done> {
-    let model = open(&args.model, Part::Stage2)?;
+    let model = open_as(&args.model, Part::Stage2, args.preset)?;
     let features = encode_picture(&model, &args.picture, args.preset)?;
     let mut config = answering(&model, args.preset, &args.generation);
     if args.generation.num_beams.is_none() && args.preset.is_none() {

@@ -4,6 +4,7 @@ use std::io::Write;
 
 use anyhow::bail;
 use blip2::model::Word;
+use blip2::text::Turn;
 use blip2::weights::write_atomically;
 use serde_json::json;
 
@@ -12,7 +13,7 @@ use crate::args::ExplainArgs;
 use crate::model::{Part, open, open_picture};
 
 pub(crate) fn run(args: &ExplainArgs) -> anyhow::Result<Done> {
-    let is_written = args.caption || args.question.is_some();
+    let is_written = args.caption || !args.question.is_empty();
     if args.word.is_some() && !is_written {
         bail!("--word is a part of a caption or an answer: add --caption or --question");
     }
@@ -21,7 +22,8 @@ pub(crate) fn run(args: &ExplainArgs) -> anyhow::Result<Done> {
     let features = model.encode(std::slice::from_ref(&picture))?.remove(0);
     let map = if is_written {
         let word = args.word.as_deref().map(Word::from);
-        model.explain_answer(&features, args.question.as_deref(), &args.text, word)?
+        let turns = turns(&args.question, &args.answer)?;
+        model.explain_answer(&features, &turns, &args.text, word)?
     } else {
         model.explain_match(&features, &args.text)?
     };
@@ -35,4 +37,17 @@ pub(crate) fn run(args: &ExplainArgs) -> anyhow::Result<Done> {
         writeln!(std::io::stdout().lock(), "{}", serde_json::to_string_pretty(&row)?)?;
     }
     Ok(Done::All)
+}
+
+/// The conversation: all questions but the last are answered.
+fn turns(questions: &[String], answers: &[String]) -> anyhow::Result<Vec<Turn>> {
+    let n_earlier = questions.len().saturating_sub(1);
+    if answers.len() != n_earlier {
+        bail!(
+            "the text answers the last --question, and every earlier one needs its --answer: there are {} and not {n_earlier}",
+            answers.len()
+        );
+    }
+    let earlier = questions.iter().zip(answers).map(|(question, answer)| Turn::answered(question, answer));
+    Ok(earlier.chain(questions.last().map(Turn::open)).collect())
 }

@@ -76,11 +76,13 @@ impl Models {
         let source = |model: &Option<PathBuf>| SourceArgs { model: model.clone(), ..args.source.clone() };
         let say = |message: &str| eprintln!("{message}");
         let judge = args.matcher.as_ref().or(args.source.model.as_ref()).cloned();
-        let matcher = open_source(&source(&judge), Part::Stage1, say).context("the model that judges")?;
+        let matcher =
+            open_source(&source(&judge), Part::Stage1, None, say).context("the model that judges")?;
         let writer = if args.generate == 0 {
             None
         } else {
-            let model = open_source(&args.source, Part::Stage2, say).context("the model that writes")?;
+            let model =
+                open_source(&args.source, Part::Stage2, None, say).context("the model that writes")?;
             let mut config = generation(&model, None, &args.generation);
             if !config.do_sample {
                 // Beams differ in a word; captions that are drawn say different things.

@@ -33,15 +33,28 @@ pub(crate) enum Part {
 /// # Errors
 /// When there is no such model, a part of it cannot be had, or it needs more memory than there is.
 pub(crate) fn open(args: &ModelArgs, part: Part) -> anyhow::Result<Blip2> {
-    open_source(&args.source, part, |message| eprintln!("{message}"))
+    open_as(args, part, None)
+}
+
+/// [`open`], to compute as the implementation of a preset does.
+///
+/// # Errors
+/// As [`open`].
+pub(crate) fn open_as(args: &ModelArgs, part: Part, preset: Option<PresetArg>) -> anyhow::Result<Blip2> {
+    open_source(&args.source, part, preset, |message| eprintln!("{message}"))
 }
 
 /// [`open`], for a command that has its own way of saying things.
 ///
 /// # Errors
 /// As [`open`].
-pub(crate) fn open_source(args: &SourceArgs, part: Part, say: impl Fn(&str)) -> anyhow::Result<Blip2> {
-    Ok(open_in_formats(args, part, say)?.0)
+pub(crate) fn open_source(
+    args: &SourceArgs,
+    part: Part,
+    preset: Option<PresetArg>,
+    say: impl Fn(&str),
+) -> anyhow::Result<Blip2> {
+    Ok(open_in_formats(args, part, preset, say)?.0)
 }
 
 /// [`open_source`], with the precision of products and in how few bits large matrices are held.
@@ -51,6 +64,7 @@ pub(crate) fn open_source(args: &SourceArgs, part: Part, say: impl Fn(&str)) -> 
 pub(crate) fn open_in_formats(
     args: &SourceArgs,
     part: Part,
+    preset: Option<PresetArg>,
     say: impl Fn(&str),
 ) -> anyhow::Result<(Blip2, Precision, Option<Quantization>)> {
     let folder = match &args.model {
@@ -77,6 +91,7 @@ pub(crate) fn open_in_formats(
         precision,
         quantization,
         image_size: args.image_size,
+        preset: preset.map(Preset::from),
         vision: true,
         stage1: part != Part::Stage2,
         stage2: part != Part::Stage1,

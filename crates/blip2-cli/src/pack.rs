@@ -5,7 +5,10 @@ use std::path::{Path, PathBuf};
 
 use anyhow::{Context, bail};
 use blip2::generate::GenerationConfig;
-use blip2::model::{FILE_NAME, ModelConfig, Stage1Config, Stage2Config, VisionConfig};
+use blip2::model::layout::{ConvertOptions, Trained, trained_to_hugging_face};
+use blip2::model::{
+    EncoderOptions, FILE_NAME, ModelConfig, Stage1Config, Stage2Config, VisionConfig, open_encoder,
+};
 use blip2::weights::int8::{Storage, write_trained};
 use blip2::weights::{MappedFile, sha256};
 use blip2_train::checkpoint;
@@ -18,10 +21,13 @@ use crate::args::{PackArgs, StorageArg};
 const MAX_SHARD_BYTES: usize = 45_000_000;
 
 pub(crate) fn run(args: &PackArgs) -> anyhow::Result<Done> {
+    if args.hugging_face {
+        return hugging_face(args);
+    }
     let storage = match args.dtype {
-        StorageArg::F32 => Storage::F32,
-        StorageArg::F16 => Storage::F16,
-        StorageArg::Int8 => Storage::Int8,
+        Some(StorageArg::F32) => Storage::F32,
+        Some(StorageArg::F16) | None => Storage::F16,
+        Some(StorageArg::Int8) => Storage::Int8,
     };
     if args.out.join(FILE_NAME).exists() {
         bail!("{} is a model already: choose another folder", args.out.display());
@@ -36,18 +42,16 @@ pub(crate) fn run(args: &PackArgs) -> anyhow::Result<Done> {
     let mut shared = None;
     if let Some(path) = &args.stage1 {
         let (run, weights) = write("stage1", path)?;
-        let run: Stage1Run =
-            toml::from_str(&run).context("the configuration inside the stage-1 checkpoint")?;
+        let run = stage1_run(&run)?;
         fs::copy(&run.vocabulary, args.out.join("vocab.txt"))
             .with_context(|| format!("cannot copy {}", run.vocabulary.display()))?;
         stage1 = Some(Stage1Config { weights, vocabulary: "vocab.txt".into() });
-        shared = Some((run.encoder, run.qformer));
+        shared = Some((run.encoder_options(), run.encoder, run.qformer));
     }
     if let Some(path) = &args.stage2 {
         let (run, weights) = write("stage2", path)?;
-        let run: Stage2Run =
-            toml::from_str(&run).context("the configuration inside the stage-2 checkpoint")?;
-        if shared.as_ref().is_some_and(|(_, qformer)| *qformer != run.qformer) {
+        let run = stage2_run(&run)?;
+        if shared.as_ref().is_some_and(|(_, _, qformer)| *qformer != run.qformer) {
             bail!("the two checkpoints are of Q-Formers of different sizes");
         }
         stage2 = Some(Stage2Config {
@@ -58,10 +62,10 @@ pub(crate) fn run(args: &PackArgs) -> anyhow::Result<Done> {
                 None
             },
             language_model: name_of(&run.language_model)?,
-            prompt: run.prompt,
-            caption_prompt: None,
+            prompt: run.prompt.clone(),
+            caption_prompt: run.caption_prompt.clone(),
             chat_prompt: None,
-            instruction: run.instructions.into_iter().next().unwrap_or_default(),
+            instruction: run.instructions.first().cloned().unwrap_or_default(),
             generation: GenerationConfig { num_beams: 5, ..GenerationConfig::default() },
             // As LAVIS answers questions: where a word is wanted, a long text is not the better one.
             answering: Some(GenerationConfig {
@@ -70,19 +74,11 @@ pub(crate) fn run(args: &PackArgs) -> anyhow::Result<Done> {
                 ..GenerationConfig::default()
             }),
         });
-        shared = Some((run.encoder, run.qformer));
+        shared = Some((run.encoder_options(), run.encoder, run.qformer));
     }
-    let (encoder, qformer) = shared.context("no checkpoint was given")?;
-    let config = ModelConfig {
-        name: args.name.clone(),
-        vision: VisionConfig::EfficientnetLite0 {
-            file: name_of(&encoder)?,
-            sha256: Some(sha256(MappedFile::open(&encoder)?.bytes())),
-        },
-        qformer,
-        stage1,
-        stage2,
-    };
+    let (options, encoder, qformer) = shared.context("no checkpoint was given")?;
+    let config =
+        ModelConfig { name: args.name.clone(), vision: vision(&encoder, options)?, qformer, stage1, stage2 };
     // Last, so that a folder with a configuration is a whole model.
     let json = serde_json::to_vec_pretty(&config)?;
     blip2::weights::write_atomically(args.out.join(FILE_NAME), |file| {
@@ -91,6 +87,69 @@ pub(crate) fn run(args: &PackArgs) -> anyhow::Result<Done> {
     println!("{}", args.out.display());
     eprintln!("the frozen parts are looked for in this folder, in BLIP2_FROZEN and in the cache");
     Ok(Done::All)
+}
+
+/// The encoder as a model folder names it.
+fn vision(path: &Path, options: EncoderOptions) -> anyhow::Result<VisionConfig> {
+    let encoder = open_encoder(path, options).context("the image encoder")?;
+    let (file, sha256) = (name_of(path)?, Some(encoder.fingerprint().to_owned()));
+    if !encoder.is_vit() {
+        return Ok(VisionConfig::EfficientnetLite0 { file, sha256 });
+    }
+    let EncoderOptions { image_size, num_attention_heads } = options;
+    Ok(VisionConfig::VitFile { file, sha256, image_size, num_attention_heads })
+}
+
+/// Packs one stage with its frozen parts.
+fn hugging_face(args: &PackArgs) -> anyhow::Result<Done> {
+    let (checkpoint, is_stage2) = match (&args.stage1, &args.stage2) {
+        (Some(path), None) => (path, false),
+        (None, Some(path)) => (path, true),
+        _ => bail!(
+            "a Hugging Face folder holds one stage: give --stage1 or --stage2, and pack the other one by itself"
+        ),
+    };
+    let (state, ..) = checkpoint::load(checkpoint)?;
+    let weights = checkpoint.join("model.safetensors");
+    let options = ConvertOptions { max_shard_bytes: args.max_shard_bytes, ..ConvertOptions::default() };
+    let image_size = if is_stage2 {
+        let run = stage2_run(&state.config)?;
+        let trained = Trained {
+            weights: &weights,
+            qformer: &run.qformer,
+            encoder: &run.encoder,
+            encoder_options: run.encoder_options(),
+            language_model: Some(&run.language_model),
+            vocabulary: None,
+        };
+        trained_to_hugging_face(&trained, &args.out, &options)?;
+        run.image_size
+    } else {
+        let run = stage1_run(&state.config)?;
+        let trained = Trained {
+            weights: &weights,
+            qformer: &run.qformer,
+            encoder: &run.encoder,
+            encoder_options: run.encoder_options(),
+            language_model: None,
+            vocabulary: Some(&run.vocabulary),
+        };
+        trained_to_hugging_face(&trained, &args.out, &options)?;
+        run.image_size
+    };
+    println!("{}", args.out.display());
+    if let Some(side) = image_size {
+        eprintln!("it was trained with pictures of {side} pixels: use it with --image-size {side}");
+    }
+    Ok(Done::All)
+}
+
+fn stage1_run(config: &str) -> anyhow::Result<Stage1Run> {
+    toml::from_str(config).context("the configuration inside the stage-1 checkpoint")
+}
+
+fn stage2_run(config: &str) -> anyhow::Result<Stage2Run> {
+    toml::from_str(config).context("the configuration inside the stage-2 checkpoint")
 }
 
 fn name_of(path: &Path) -> anyhow::Result<PathBuf> {

@@ -120,7 +120,7 @@ pub(crate) fn run(args: ServeArgs) -> anyhow::Result<()> {
     let config = config(&args)?;
     // Before the model is loaded: a mistake in the arguments should not take its time.
     config.validate()?;
-    let model = open_source(&args.source, Part::Both, |message| tracing::info!("{message}"))?;
+    let model = open_source(&args.source, Part::Both, None, |message| tracing::info!("{message}"))?;
     Ok(blip2_server::serve(model, config)?)
 }
 

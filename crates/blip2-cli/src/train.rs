@@ -5,11 +5,9 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use anyhow::Context;
-use blip2::language::LanguageModel;
 use blip2::layers::Precision;
+use blip2::model::{open_encoder, open_language_model, open_trained};
 use blip2::text::BertTokenizer;
-use blip2::vision::VisionEncoder;
-use blip2::weights::int8::TrainedWeights;
 use blip2_train::data::Dataset;
 use blip2_train::features::{Computed, Progress};
 use blip2_train::health::Limits;
@@ -78,23 +76,23 @@ pub(crate) fn run(args: &TrainArgs) -> anyhow::Result<()> {
 }
 
 fn run_stage1(config: &Stage1Config, resume: bool, terminal: &mut Terminal) -> anyhow::Result<Outcome> {
-    let encoder = VisionEncoder::efficientnet_lite0(&config.encoder).context("the image encoder")?;
+    let encoder = open_encoder(&config.encoder, config.encoder_options()).context("the image encoder")?;
     let init = match &config.init {
-        Stage1Init::Bert(file) => TrainedWeights::open(&[file]).context("the BERT checkpoint")?,
-        Stage1Init::Weights(files) => TrainedWeights::open(files).context("the weights to start from")?,
+        Stage1Init::Bert(file) => open_trained(&[file]).context("the BERT checkpoint")?,
+        Stage1Init::Weights(files) => open_trained(files).context("the weights to start from")?,
     };
     let tokenizer = BertTokenizer::from_vocab(&config.vocabulary).context("the vocabulary")?;
     let tokenize = |text: &str, limit: usize| Ok(tokenizer.encode(text, limit)?);
-    Ok(train_stage1(config, &encoder, &init, &tokenize, resume, terminal)?)
+    Ok(train_stage1(config, &encoder, &*init, &tokenize, resume, terminal)?)
 }
 
 fn run_stage2(config: &Stage2Config, resume: bool, terminal: &mut Terminal) -> anyhow::Result<Outcome> {
-    let encoder = VisionEncoder::efficientnet_lite0(&config.encoder).context("the image encoder")?;
-    let init = TrainedWeights::open(&config.init).context("the weights to start from")?;
-    let (model, tokenizer) = LanguageModel::open(&config.language_model, Precision::from(config.precision))
+    let encoder = open_encoder(&config.encoder, config.encoder_options()).context("the image encoder")?;
+    let init = open_trained(&config.init).context("the weights to start from")?;
+    let (model, tokenizer) = open_language_model(&config.language_model, Precision::from(config.precision))
         .context("the language model")?;
     let language = Language { model: &model, tokenizer: &tokenizer };
-    let outcome = train_stage2(config, &encoder, language, &init, resume, terminal)?;
+    let outcome = train_stage2(config, &encoder, language, &*init, resume, terminal)?;
     eprintln!(
         "the frozen parts are bit for bit what they were: {}",
         config.output.join(blip2_train::frozen::FILE_NAME).display()

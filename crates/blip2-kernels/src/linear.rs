@@ -1,6 +1,7 @@
 //! A weight matrix packed once for the kernels.
 
 mod format;
+mod words;
 
 use rayon::prelude::*;
 
@@ -9,6 +10,7 @@ use crate::gemm::{KW, MatrixRef, NR, Output, Panels, Precision, Start, gemm, mul
 use crate::isa::Isa;
 
 pub use format::Format;
+use words::Words;
 
 /// Output rows unpacked at a time by the input gradient: a megabyte or so, not the whole matrix.
 const ROWS_A_GRADIENT_BLOCK: usize = 1024;
@@ -39,8 +41,8 @@ impl<'a> Epilogue<'a> {
 /// A frozen weight `[out, in]`, stored in the panels that the matrix product reads.
 #[derive(Debug)]
 pub struct PackedWeight {
-    /// Per block of `k`: the panels of all outputs.
-    blocks: Vec<Vec<u32>>,
+    /// Block of `k` by block the panels of all outputs.
+    words: Words,
     out_features: usize,
     in_features: usize,
     format: Format,
@@ -63,8 +65,8 @@ impl PackedWeight {
         let k_lens: Vec<usize> =
             (0..in_features).step_by(block).map(|k| block.min(in_features - k)).collect();
         let n_panels = out_features.div_ceil(NR);
-        let mut blocks: Vec<Vec<u32>> =
-            k_lens.iter().map(|&k_len| Vec::with_capacity(n_panels * format.panel_words(k_len))).collect();
+        let panel_words: Vec<usize> = k_lens.iter().map(|&k_len| format.panel_words(k_len)).collect();
+        let mut words = Words::zeroed(n_panels * panel_words.iter().sum::<usize>());
         // Each panel is filled from its own 32 rows; some at a time, so that the matrix is not in memory twice.
         for first in (0..n_panels).step_by(PANELS_AT_A_TIME) {
             let panels: Vec<Vec<Vec<u32>>> = (first..n_panels.min(first + PANELS_AT_A_TIME))
@@ -89,11 +91,15 @@ impl PackedWeight {
                         .collect()
                 })
                 .collect();
-            for panel in panels {
-                blocks.iter_mut().zip(panel).for_each(|(block, words)| block.extend(words));
+            for (panel, packed) in (first..).zip(panels) {
+                let mut block = 0;
+                for (n_words, packed) in panel_words.iter().zip(packed) {
+                    words[block + panel * n_words..][..*n_words].copy_from_slice(&packed);
+                    block += n_panels * n_words;
+                }
             }
         }
-        Self { blocks, out_features, in_features, format }
+        Self { words, out_features, in_features, format }
     }
 
     /// `activation(x Wᵀ + bias) + residual`; `x` is `[n_rows, in]`, the result `[n_rows, out]`.
@@ -139,11 +145,11 @@ impl PackedWeight {
             return;
         }
         let mut start = bias.map_or(Start::Zero, Start::Row);
-        for (i, block) in self.blocks.iter().enumerate() {
+        for i in 0..self.n_blocks() {
             let a =
                 MatrixRef { data: &x[i * self.block_len()..], row_stride: self.in_features, col_stride: 1 };
             // SAFETY: the caller's promise; from the second block on the first has written all of `y`.
-            unsafe { multiply(Isa::detect(), n_rows, a, self.panels(i, block), start, y) };
+            unsafe { multiply(Isa::detect(), n_rows, a, self.panels(i), start, y) };
             start = Start::Result;
         }
     }
@@ -164,8 +170,9 @@ impl PackedWeight {
     pub fn row(&self, output: usize, into: &mut [f32]) {
         assert!(output < self.out_features, "row {output} of {}", self.out_features);
         assert_eq!(into.len(), self.in_features, "a row has `in` elements");
-        for (i, (block, into)) in self.blocks.iter().zip(into.chunks_mut(self.block_len())).enumerate() {
-            let words = self.panels(i, block).stored_panel(output / NR);
+        for (i, into) in into.chunks_mut(self.block_len()).enumerate() {
+            let panels = self.panels(i);
+            let words = panels.stored_panel(output / NR);
             self.format.column(words, output % NR, into);
         }
     }
@@ -182,15 +189,24 @@ impl PackedWeight {
 
     /// Memory of the packed weight.
     pub fn n_bytes(&self) -> usize {
-        self.blocks.iter().map(|block| 4 * block.len()).sum()
+        4 * self.words.len()
     }
 
     fn block_len(&self) -> usize {
         KW * self.format.precision().per_word()
     }
 
-    fn panels<'a>(&self, i: usize, words: &'a [u32]) -> Panels<'a> {
+    fn n_blocks(&self) -> usize {
+        self.in_features.div_ceil(self.block_len())
+    }
+
+    /// The panels of block `i` of `k`. All blocks but the last are of one size.
+    fn panels(&self, i: usize) -> Panels<'_> {
+        let n_panels = self.out_features.div_ceil(NR);
+        let n_words = |k_len: usize| n_panels * self.format.panel_words(k_len);
+        let start = i * n_words(self.block_len());
         let k_len = self.block_len().min(self.in_features - i * self.block_len());
+        let words = &self.words[start..start + n_words(k_len)];
         Panels { words, format: self.format, k_len, n: self.out_features }
     }
 }

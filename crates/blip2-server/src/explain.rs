@@ -22,17 +22,26 @@ struct ExplainRequest {
     image: ImageField,
     text: String,
     question: Option<String>,
+    history: Option<Vec<Exchange>>,
     caption: Option<bool>,
     word: Option<String>,
     occurrence: Option<usize>,
 }
 
+/// An earlier question of the conversation, and its answer.
+#[derive(Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct Exchange {
+    question: String,
+    answer: String,
+}
+
 /// What was done with the text.
 enum Told {
     Matched,
-    /// As the answer to a question, or as a caption; of it a word or all.
+    /// As the answer to the last turn, or without turns as a caption; of it a word or all.
     Written {
-        question: Option<String>,
+        turns: Vec<Turn>,
         word: Option<String>,
         occurrence: usize,
     },
@@ -41,8 +50,9 @@ enum Told {
 /// The heat map of a text that was matched with the picture, or written about it.
 pub(crate) async fn explain(State(app): State<Arc<App>>, request: Request) -> Result<Json, ApiError> {
     let body = app.body(request).await?;
-    let ExplainRequest { model, image, text, question, caption, word, occurrence } = body.json()?;
+    let ExplainRequest { model, image, text, question, history, caption, word, occurrence } = body.json()?;
     drop(body);
+    let history = history.unwrap_or_default();
     let told = match (question, caption == Some(true), word) {
         (Some(_), true, _) => {
             let message = "the text is a caption or the answer to a question: leave one of the two out";
@@ -52,11 +62,19 @@ pub(crate) async fn explain(State(app): State<Arc<App>>, request: Request) -> Re
             let message = "a word is part of a caption or an answer: add \"caption\": true or the question";
             return Err(ApiError::invalid("word", message));
         }
+        (None, _, _) if !history.is_empty() => {
+            let message = "the history of a conversation comes before a question: add the question";
+            return Err(ApiError::invalid("history", message));
+        }
         _ if occurrence == Some(0) => {
             return Err(ApiError::invalid("occurrence", "occurrence counts from 1"));
         }
         (None, false, None) => Told::Matched,
-        (question, _, word) => Told::Written { question, word, occurrence: occurrence.unwrap_or(1) },
+        (question, _, word) => {
+            let earlier = history.into_iter().map(|turn| Turn::answered(turn.question, turn.answer));
+            let turns = earlier.chain(question.map(Turn::open)).collect();
+            Told::Written { turns, word, occurrence: occurrence.unwrap_or(1) }
+        }
     };
     match &told {
         Told::Matched => app.check_comparison(model.as_deref())?,
@@ -66,12 +84,15 @@ pub(crate) async fn explain(State(app): State<Arc<App>>, request: Request) -> Re
         }
     }
     let mut texts = vec![text.clone()];
-    if let Told::Written { question, word, .. } = &told {
-        texts.extend(question.iter().chain(word).cloned());
+    if let Told::Written { turns, word, .. } = &told {
+        texts.extend(
+            turns.iter().flat_map(|turn| [Some(&turn.question), turn.answer.as_ref()]).flatten().cloned(),
+        );
+        texts.extend(word.clone());
     }
     app.check_texts(&texts, texts.len(), "text")?;
-    if let Told::Written { question, .. } = &told {
-        app.check_length(question.as_deref(), &text)?;
+    if let Told::Written { turns, .. } = &told {
+        app.check_length(turns, &text)?;
     }
     let picture = app.read_image(image).await?;
     let map = app
@@ -79,9 +100,9 @@ pub(crate) async fn explain(State(app): State<Arc<App>>, request: Request) -> Re
         .compute(vec![picture], move |model, features| {
             match told {
                 Told::Matched => model.explain_match(features[0], &text),
-                Told::Written { question, word, occurrence } => {
+                Told::Written { turns, word, occurrence } => {
                     let word = word.as_deref().map(|text| Word { text, occurrence });
-                    model.explain_answer(features[0], question.as_deref(), &text, word)
+                    model.explain_answer(features[0], &turns, &text, word)
                 }
             }
             .map_err(|error| ApiError::library(&error, "text"))
@@ -92,11 +113,10 @@ pub(crate) async fn explain(State(app): State<Arc<App>>, request: Request) -> Re
 
 impl App {
     /// Whether an answer can be explained: before memory is taken for it.
-    fn check_length(&self, question: Option<&str>, answer: &str) -> Result<(), ApiError> {
-        let turns: Vec<Turn> = question.map(Turn::open).into_iter().collect();
+    fn check_length(&self, turns: &[Turn], answer: &str) -> Result<(), ApiError> {
         let n_prompt = self
             .model
-            .prompt(&turns)
+            .prompt(turns)
             .map_err(|error| ApiError::library(&error, "question"))?
             .n_rows(self.model.config().qformer.num_query_tokens);
         let Some(tokenizer) = self.model.language_tokenizer() else { return Err(ApiError::internal()) };

@@ -3,6 +3,7 @@
 mod support;
 
 use blip2::model::{HeatMap, Word};
+use blip2::text::Turn;
 use serde_json::{Value as Json, json};
 use support::{TestServer, config, data_url, picture};
 
@@ -20,23 +21,34 @@ fn assert_is(response: &Json, expected: &HeatMap) {
 
 #[test]
 fn captions_answers_and_their_words_are_explained() {
-    let server = TestServer::start("blip2_opt", config());
+    for model in ["blip2_opt", "blip2_t5"] {
+        written_texts_are_explained(&TestServer::start(model, config()));
+    }
+}
+
+fn written_texts_are_explained(server: &TestServer) {
     let features = server.model.encode(&[picture(1)]).expect("features").remove(0);
     let text = "a red cat and a red dog";
+    let who = || Turn::open("who?");
     let maps = [
-        (json!({"caption": true}), None, None),
-        (json!({"caption": true, "word": "red"}), None, Some(Word::from("red"))),
-        (json!({"question": "who?"}), Some("who?"), None),
+        (json!({"caption": true}), vec![], None),
+        (json!({"caption": true, "word": "red"}), vec![], Some(Word::from("red"))),
+        (json!({"question": "who?"}), vec![who()], None),
         (
             json!({"question": "who?", "word": "red", "occurrence": 2}),
-            Some("who?"),
+            vec![who()],
             Some(Word { text: "red", occurrence: 2 }),
         ),
+        (
+            json!({"question": "who?", "history": [{"question": "is it?", "answer": "yes"}]}),
+            vec![Turn::answered("is it?", "yes"), who()],
+            None,
+        ),
     ]
-    .map(|(mut request, question, word)| {
+    .map(|(mut request, turns, word)| {
         request["image"] = data_url(1).into();
         request["text"] = text.into();
-        let expected = server.model.explain_answer(&features, question, text, word).expect("a map");
+        let expected = server.model.explain_answer(&features, &turns, text, word).expect("a map");
         assert_is(&server.post("/v1/explain", &request).ok(), &expected);
         expected
     });
@@ -73,6 +85,13 @@ fn what_cannot_be_explained_is_said() {
         (json!({"caption": true, "word": "dog"}), "invalid_value", "text"),
         (json!({"caption": true, "word": "cat", "occurrence": 2}), "invalid_value", "text"),
         (json!({"caption": true, "word": "cat", "occurrence": 0}), "invalid_value", "occurrence"),
+        (json!({"history": [{"question": "a", "answer": "b"}]}), "invalid_value", "history"),
+        (
+            json!({"question": "who?", "history": [{"question": "a", "answer": " "}]}),
+            "invalid_value",
+            "question",
+        ),
+        (json!({"question": "who?", "history": [{"question": "a"}]}), "invalid_body", ""),
         (json!({"caption": true, "text": " "}), "invalid_value", "text"),
         (json!({"question": " "}), "invalid_value", "question"),
         (json!({"question": "who?", "text": "a ".repeat(100)}), "context_length_exceeded", "text"),
@@ -83,8 +102,6 @@ fn what_cannot_be_explained_is_said() {
     ] {
         assert_eq!(refused(&opt, &fields), (code.to_owned(), param.to_owned()), "{fields}");
     }
-    let t5 = TestServer::start("blip2_t5", config());
-    assert_eq!(refused(&t5, &json!({"caption": true})).0, "invalid_value");
     let itm = TestServer::start("blip2_itm", config());
     assert_eq!(refused(&itm, &json!({"caption": true})).0, "model_part_missing");
     assert_eq!(refused(&itm, &json!({"text": " "})).0, "invalid_value");

@@ -4,6 +4,7 @@ use std::fs::File;
 use std::io;
 use std::path::Path;
 
+use blip2::language::Branched;
 use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
 
@@ -50,8 +51,14 @@ impl FrozenProof {
                 hashes.push(hash_file(path)?);
             }
         }
-        let ids = language.tokenizer.encode_text(TEXT)?;
-        let hidden = language.model.forward(&language.model.embed(&ids)?, &[ids.len()])?;
+        let mut ids = language.tokenizer.encode_text(TEXT)?;
+        let mut text = Branched { shared: ids.len(), continuations: Vec::new() };
+        // An encoder reads it, and a decoder writes it.
+        if let Some(start) = language.model.decoder_start() {
+            ids = [&ids[..], &[start], &ids].concat();
+            text.continuations.push(text.shared + 1);
+        }
+        let hidden = language.model.forward_branched(&language.model.embed(&ids)?, &[text])?;
         let logits = language.model.logits(&hidden)?.flatten_all()?.to_vec1::<f32>()?;
         let mut hasher = Sha256::new();
         logits.iter().for_each(|logit| hasher.update(logit.to_bits().to_le_bytes()));

@@ -6,7 +6,10 @@ pub mod stage2;
 use std::ops::ControlFlow;
 use std::path::{Path, PathBuf};
 
+use blip2::config::QFormerConfig;
 use blip2::layers::Precision;
+use blip2::model::qformer_config;
+use serde::de::IgnoredAny;
 use serde::{Deserialize, Serialize};
 
 use crate::data::{DataConfig, Dataset, Loader, LoaderConfig};
@@ -52,15 +55,24 @@ impl RunConfig {
     /// # Errors
     /// [`Error::File`] with the line of an unknown field or a wrong value.
     pub fn read(path: &Path) -> Result<Self> {
-        /// The one field that both stages' files have to agree on.
+        /// What has to be known before the whole is read.
         #[derive(Deserialize)]
         struct Which {
             stage: u32,
+            qformer: Option<IgnoredAny>,
+            init: Option<toml::Value>,
         }
         let wrong = |e: toml::de::Error| Error::file(path, e.to_string());
-        let text = std::fs::read_to_string(path).map_err(Error::io(path))?;
-        let Which { stage } = toml::from_str(&text).map_err(wrong)?;
+        let mut text = std::fs::read_to_string(path).map_err(Error::io(path))?;
+        let Which { stage, qformer, init } = toml::from_str(&text).map_err(wrong)?;
         let base = path.parent().unwrap_or(Path::new(""));
+        if let (None, Some(init)) = (qformer, init)
+            && let Some(sizes) = qformer_of(&init, base)?
+        {
+            // At the end, so that the lines of errors stay those of the file.
+            let sizes = toml::to_string(&sizes).map_err(|e| Error::file(path, e.to_string()))?;
+            text = format!("{text}\n[qformer]\n{sizes}");
+        }
         match stage {
             1 => {
                 let mut config: Stage1Config = toml::from_str(&text).map_err(wrong)?;
@@ -76,6 +88,22 @@ impl RunConfig {
             }
             other => Err(Error::file(path, format!("`stage` must be 1 or 2, not {other}"))),
         }
+    }
+}
+
+/// The Q-Former's sizes in the one folder that a run starts from, if it starts from one: `init = ["folder"]`, or in stage 1
+/// `init = { weights = ["folder"] }`.
+fn qformer_of(init: &toml::Value, base: &Path) -> Result<Option<QFormerConfig>> {
+    let paths = init.get("weights").unwrap_or(init).as_array();
+    match paths.map(Vec::as_slice) {
+        Some([toml::Value::String(path)]) => {
+            let path = base.join(path);
+            if !path.exists() {
+                return Err(Error::config("init", format!("there is no {}", path.display())));
+            }
+            Ok(qformer_config(path)?)
+        }
+        _ => Ok(None),
     }
 }
 
@@ -211,6 +239,21 @@ mod tests {
     fn the_stage_must_be_one_that_exists() {
         assert!(read("stage = 3\n").contains("1 or 2"));
         assert!(read("output = \"x\"\n").contains("stage"));
+    }
+
+    #[test]
+    fn the_example_of_fine_tuning_is_valid_and_its_sizes_are_those_of_its_folder() {
+        let root = Path::new(concat!(env!("CARGO_MANIFEST_DIR"), "/../.."));
+        let text = std::fs::read_to_string(root.join("configs/finetune.toml")).expect("readable");
+        let dir = tempfile::tempdir().expect("a folder");
+        let path = dir.path().join("run.toml");
+        let missing = read(&text);
+        assert!(missing.contains("`init`") && missing.contains("blip2-flan-t5-xl"), "{missing}");
+        let folder = root.join("crates/blip2/tests/golden/blip2_t5").canonicalize().expect("a folder");
+        let text = text.replace("../blip2-flan-t5-xl", folder.to_str().expect("UTF-8"));
+        std::fs::write(&path, text).expect("written");
+        let RunConfig::Stage2(config) = RunConfig::read(&path).expect("valid") else { panic!("stage 2") };
+        assert_eq!((config.qformer.hidden_size, config.qformer.encoder_hidden_size), (32, 24));
     }
 
     #[test]

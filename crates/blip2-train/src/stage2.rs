@@ -5,12 +5,15 @@
 //! gradient passes through the language model and leaves it as it is.
 //!
 //! Several texts about one picture share its vectors, and as much as they have in common after it: these rows are
-//! computed, and read by the language model, once.
+//! computed, and read by the language model, once. Through an encoder-decoder model this is prefix language modelling: the
+//! encoder reads the vectors with what belongs before the answer, the decoder learns to write it.
+
+mod rows;
 
 use std::collections::BTreeMap;
 use std::ops::Range;
 
-use blip2::language::{Branched, LanguageModel};
+use blip2::language::LanguageModel;
 use blip2::layers::{DropoutRng, Linear, linear_cross_entropy};
 use blip2::qformer::QFormer;
 use blip2::text::Prompt;
@@ -20,6 +23,7 @@ use crate::gradients::Gradients;
 use crate::health::query_cosine;
 use crate::random::Random;
 use crate::{Error, Result};
+use rows::Rows;
 
 /// A stage-2 batch of B pictures.
 #[derive(Debug, Clone)]
@@ -74,7 +78,8 @@ pub struct Pass {
     pub queries: Tensor,
     /// What stands for the pictures in the prompts, `[pictures * Q, L]`.
     pub soft_tokens: Tensor,
-    /// The language model's last hidden states, packed picture by picture: beginning, then each continuation.
+    /// The language model's last hidden states, packed text by text: beginning, then each continuation
+    /// ([`LanguageModel::forward_branched`]).
     pub hidden: Tensor,
     /// The weighted sum over the answers' tokens.
     pub loss_sum: Tensor,
@@ -83,7 +88,7 @@ pub struct Pass {
 /// Computes the loss of `batch` and the gradients of `variables`, the bridge's own.
 ///
 /// # Errors
-/// When a picture has no prompt or no weight, its prompts do not begin alike or no token is to be learned, a prompt is longer than
+/// When a picture has no prompt or no weight, its prompts do not begin alike or are not such as the language model reads, no token is to be learned, a prompt is longer than
 /// the language model's context, or the tensor engine fails.
 pub fn gradients(
     bridge: &Bridge<'_>,
@@ -91,13 +96,12 @@ pub fn gradients(
     batch: &Batch,
     options: StepOptions,
 ) -> Result<(Gradients, Values)> {
-    let n_queries = bridge.qformer.config().num_query_tokens;
     if batch.weights.len() != batch.prompts.len() {
         return Err(Error::Training("a batch must have a weight for each of its pictures".into()));
     }
     let (mut n_tokens, mut weight) = (0, 0.0);
     for (prompts, &of_picture) in batch.prompts.iter().zip(&batch.weights) {
-        let n: usize = prompts.iter().map(|prompt| prompt.targets(n_queries).count()).sum();
+        let n: usize = prompts.iter().flat_map(|prompt| &prompt.answers).map(Range::len).sum();
         n_tokens += n;
         weight += n as f64 * f64::from(of_picture);
     }
@@ -130,11 +134,9 @@ impl Bridge<'_> {
         let (queries, _) = self.qformer.encode_queries(&image, dropout)?;
         let soft_tokens = self.language_projection.forward(&queries)?;
 
-        let rows = Rows::of(
-            &batch.prompts[part.clone()],
-            &batch.weights[part],
-            self.qformer.config().num_query_tokens,
-        )?;
+        let n_queries = self.qformer.config().num_query_tokens;
+        let (prompts, weights) = (&batch.prompts[part.clone()], &batch.weights[part]);
+        let rows = Rows::of(prompts, weights, n_queries, self.language_model.decoder_start())?;
         // One table, soft tokens first, and for each place in the texts the row that stands there.
         let table = Tensor::cat(&[&soft_tokens, &self.language_model.embed(&rows.words)?], 0)?;
         let embeds = table.index_select(&index(&rows.table_rows)?, 0)?;
@@ -144,72 +146,6 @@ impl Bridge<'_> {
         let weights = Tensor::from_slice(&rows.weights, losses.shape(), losses.device())?;
         Ok(Pass { queries, soft_tokens, hidden, loss_sum: (losses * weights)?.sum_all()? })
     }
-}
-
-/// The language model's input rows for some pictures, and what is to be learned from which.
-#[derive(Debug, Default)]
-struct Rows {
-    /// All words, in order.
-    words: Vec<u32>,
-    /// For each input row, its row in the table of soft tokens and then words.
-    table_rows: Vec<u32>,
-    texts: Vec<Branched>,
-    /// The rows that predict the targets.
-    predicting: Vec<u32>,
-    targets: Vec<u32>,
-    /// What each target counts.
-    weights: Vec<f32>,
-}
-
-impl Rows {
-    fn of(pictures: &[Vec<Prompt>], weights: &[f32], n_queries: usize) -> Result<Self> {
-        let mut rows = Self::default();
-        let n_soft_tokens = pictures.len() * n_queries;
-        for (picture, prompts) in pictures.iter().enumerate() {
-            let Some(first) = prompts.first() else {
-                return Err(Error::Training("a picture has no text to learn".into()));
-            };
-            let start = rows.table_rows.len();
-            let common = common_length(prompts);
-            rows.push_words(first.before_image(), n_soft_tokens);
-            let soft = picture * n_queries..(picture + 1) * n_queries;
-            rows.table_rows.extend(soft.map(|row| row as u32));
-            rows.push_words(&first.after_image()[..common], n_soft_tokens);
-            let shared = rows.table_rows.len() - start;
-            let mut continuations = Vec::with_capacity(prompts.len());
-            for prompt in prompts {
-                if prompt.image_at.is_none() || prompt.before_image() != first.before_image() {
-                    return Err(Error::Training(
-                        "the texts of a picture do not begin alike up to the picture".into(),
-                    ));
-                }
-                let own_start = rows.table_rows.len();
-                rows.push_words(&prompt.after_image()[common..], n_soft_tokens);
-                continuations.push(rows.table_rows.len() - own_start);
-                for (row, token) in prompt.targets(n_queries) {
-                    let row = if row < shared { start + row } else { own_start + row - shared };
-                    rows.predicting.push(row as u32);
-                    rows.targets.push(token);
-                    rows.weights.push(weights[picture]);
-                }
-            }
-            rows.texts.push(Branched { shared, continuations });
-        }
-        Ok(rows)
-    }
-
-    fn push_words(&mut self, ids: &[u32], n_soft_tokens: usize) {
-        let first = n_soft_tokens + self.words.len();
-        self.table_rows.extend((first..first + ids.len()).map(|row| row as u32));
-        self.words.extend_from_slice(ids);
-    }
-}
-
-/// How many tokens after the picture all `prompts` have in common, leaving each one of its own: the instruction, or more.
-fn common_length(prompts: &[Prompt]) -> usize {
-    let texts = || prompts.iter().map(Prompt::after_image);
-    let most = texts().map(<[u32]>::len).min().unwrap_or(0).saturating_sub(1);
-    (0..most).take_while(|&i| texts().all(|ids| ids[i] == prompts[0].after_image()[i])).count()
 }
 
 fn index(rows: &[u32]) -> candle_core::Result<Tensor> {

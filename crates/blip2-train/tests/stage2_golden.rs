@@ -3,107 +3,26 @@
 
 #[path = "../../blip2/tests/support/golden.rs"]
 mod golden;
+#[path = "support/stage2.rs"]
+mod support;
 
-use std::collections::BTreeMap;
+use std::path::Path;
 
-use blip2::config::QFormerConfig;
-use blip2::language::LanguageModel;
-use blip2::layers::{DropoutRng, Linear, Loader, Precision, Trainable};
-use blip2::qformer::{QFormer, TextSide};
-use blip2::text::Prompt;
-use blip2::weights::safetensors::Safetensors;
-use blip2_train::gradients::Gradients;
+use blip2::layers::DropoutRng;
 use blip2_train::optimizer::{Optimizer, OptimizerConfig};
-use blip2_train::stage2::{Batch, Bridge, StepOptions, Values, gradients};
-use candle_core::{Tensor, Var};
+use blip2_train::stage2::Batch;
+use candle_core::Tensor;
 use golden::{Comparison, Golden};
 use serde::Deserialize;
+use support::{Stage2, difference};
 
 const FILE: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/golden/stage2.safetensors");
 
-struct Stage2 {
-    qformer: QFormer,
-    language_projection: Linear,
-    language_model: LanguageModel,
-    variables: BTreeMap<String, Var>,
-    batch: Batch,
-}
-
 fn open() -> (Golden, Stage2) {
     let golden = Golden::parse("stage2", include_bytes!("golden/stage2.safetensors"));
-    let config: QFormerConfig = golden.metadata("config");
-    let file = Safetensors::open(FILE).expect("a checkpoint");
     let language_config: serde_json::Value = golden.metadata("language_config");
-    let language_model =
-        LanguageModel::from_safetensors(&language_config, &file, "language_model.", Precision::F32)
-            .expect("a language model");
-    let trainable = Trainable::default();
-    let loader = Loader::trainable(&golden, &trainable, Precision::F32);
-    let qformer = QFormer::load(&config, &loader, TextSide::None).expect("a query path");
-    let language_projection = loader
-        .linear("language_projection", config.hidden_size, language_model.hidden_size())
-        .expect("a projection");
-    let is_target: Vec<u8> = golden.integers("in.is_target");
-    let mut is_target = is_target.into_iter();
-    let prompts = golden.lists("in.ids", "in.lengths").into_iter().map(|ids: Vec<i64>| {
-        let is_target: Vec<bool> = is_target.by_ref().take(ids.len()).map(|t| t == 1).collect();
-        vec![prompt(&ids, &is_target)]
-    });
-    let prompts: Vec<_> = prompts.collect();
-    let weights = vec![1.0; prompts.len()];
-    let stage2 = Stage2 {
-        qformer,
-        language_projection,
-        language_model,
-        variables: trainable.into_variables(),
-        batch: Batch { image_embeds: golden.rows("in.image_embeds"), prompts, weights },
-    };
+    let stage2 = Stage2::open(&golden, Path::new(FILE), &language_config, "language_model.");
     (golden, stage2)
-}
-
-/// The golden's text, in which -1 is the place of a projected query.
-fn prompt(ids: &[i64], is_target: &[bool]) -> Prompt {
-    let words = ids.iter().zip(is_target).filter(|(id, _)| **id >= 0);
-    let answers = words.clone().enumerate().filter(|(_, (_, target))| **target);
-    Prompt {
-        image_at: ids.iter().position(|id| *id < 0),
-        answers: answers.map(|(idx, _)| idx..idx + 1).collect(),
-        ids: words.map(|(id, _)| *id as u32).collect(),
-    }
-}
-
-impl Stage2 {
-    fn bridge(&self) -> Bridge<'_> {
-        Bridge {
-            qformer: &self.qformer,
-            language_projection: &self.language_projection,
-            language_model: &self.language_model,
-        }
-    }
-
-    fn gradients_of(&self, batch: &Batch, micro_batch: usize) -> (Gradients, Values) {
-        let options = StepOptions { micro_batch, dropout: 0.0, seed: 0, step: 0 };
-        gradients(&self.bridge(), &self.variables, batch, options).expect("gradients")
-    }
-
-    fn gradients(&self) -> (Gradients, f32) {
-        let (gradients, values) = self.gradients_of(&self.batch, usize::MAX);
-        (gradients, values.loss)
-    }
-}
-
-/// The largest difference of any gradient, relative to the largest gradient: those of the keys' biases are zero but
-/// for rounding.
-fn difference<'a>(a: &Gradients, b: &Gradients, names: impl Iterator<Item = &'a String>) -> f32 {
-    let (mut largest, mut difference) = (0.0f32, 0.0f32);
-    for name in names {
-        for (a, b) in a.get(name).expect("a").iter().zip(b.get(name).expect("b")) {
-            largest = largest.max(a.abs());
-            difference = difference.max((a - b).abs());
-        }
-    }
-    assert!(largest > 0.0);
-    difference / largest
 }
 
 /// Texts that share a picture's rows give the loss and the gradients of the same texts on copies of the picture.

@@ -118,6 +118,8 @@ impl Setting {
             output: path("run"),
             features: path("features"),
             encoder: path("encoder"),
+            image_size: None,
+            encoder_heads: None,
             language_model: path("language"),
             init: vec![path("given by the test")],
             seed: 3,
@@ -127,6 +129,9 @@ impl Setting {
             max_rows: 128,
             instructions: vec!["Describe it.".into(), "What is it?".into()],
             prompt: PromptFormat::ChatMl,
+            caption_prompt: None,
+            tidy_captions: true,
+            split_captions: false,
             dropout: 0.1,
             precision: RunPrecision::F32,
             run: LoopConfig {

@@ -4,6 +4,9 @@ use serde::{Deserialize, Serialize};
 
 use crate::{Error, Result};
 
+/// Epsilon of LAVIS's `ln_vision`, PyTorch's default. Hugging Face's has the encoder's, 1e-6.
+pub(crate) const LN_VISION_EPS: f64 = 1e-5;
+
 /// The Q-Former (`Blip2QFormerConfig`), with what stage 1 adds to it.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]

@@ -195,7 +195,8 @@ impl LanguageModel {
     /// the final hidden states (normed, ready for the head) in the same shape. Differentiable to `embeds`.
     ///
     /// # Errors
-    /// When the lengths do not sum to the rows, or a text is longer than the context; for an encoder-decoder model always.
+    /// When the lengths do not sum to the rows, or a text is longer than the context; of an encoder-decoder model, which reads no
+    /// single texts, always.
     pub fn forward(&self, embeds: &Tensor, lengths: &[usize]) -> Result<Tensor> {
         let (positions, plan) = causal_texts(lengths);
         match self {
@@ -209,14 +210,18 @@ impl LanguageModel {
     /// rows and its `continuations`, one after the other, each of which sees the beginning and itself. Every row equals
     /// that of the same text read alone; the beginning is computed once.
     ///
+    /// An encoder-decoder model reads the beginnings with its encoder and the continuations, which begin with
+    /// [`decoder_start`](Self::decoder_start), with its decoder. Its rows of beginnings are what the encoder gives, which is
+    /// nothing for the head.
+    ///
     /// # Errors
-    /// As [`forward`](Self::forward).
+    /// When the rows are not those of the texts, or a text is longer than the context.
     pub fn forward_branched(&self, embeds: &Tensor, texts: &[Branched]) -> Result<Tensor> {
         let (positions, plan) = branched_texts(texts);
         match self {
             Self::Llama(model) => model.forward(embeds, &positions, &plan),
             Self::Opt(model) => model.forward(embeds, &positions, &plan),
-            Self::T5(_) => Err(no_single_text()),
+            Self::T5(model) => model.forward(embeds, texts),
         }
     }
 
@@ -326,7 +331,7 @@ impl LanguageModel {
 
 fn no_single_text() -> Error {
     Error::Request(
-        "an encoder-decoder model does not read prompt and answer as one text: training through it is not there yet".into(),
+        "an encoder-decoder model does not read prompt and answer as one text: give it the prompt and what its decoder reads".into(),
     )
 }
 

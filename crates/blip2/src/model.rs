@@ -10,6 +10,7 @@ mod explain;
 mod hugging_face;
 pub mod layout;
 mod memory;
+mod parts;
 mod preset;
 mod quantize;
 mod random;
@@ -27,6 +28,7 @@ pub use chat::Chat;
 pub use config::{FILE_NAME, ModelConfig, Stage1Config, Stage2Config, VisionConfig};
 pub use explain::{HeatMap, Word};
 pub use memory::memory_needed;
+pub use parts::{EncoderOptions, open_encoder, open_language_model, open_trained, qformer_config};
 pub use preset::Preset;
 pub use quantize::{quantize, stored_quantization};
 pub use random::{RandomModel, SHAPES};
@@ -53,6 +55,9 @@ pub struct OpenOptions {
     /// Side in pixels of the pictures that a vision transformer is to see, instead of the one it was trained with: its
     /// position embeddings are interpolated (transformers' `interpolate_pos_encoding`).
     pub image_size: Option<usize>,
+    /// Whose norms a checkpoint's are to be, where the implementations differ in their epsilons: LAVIS's norm behind the image
+    /// encoder has 1e-5, that of transformers the encoder's own, 1e-6; nothing for what the folder says.
+    pub preset: Option<Preset>,
     /// Whether to load the image encoder; without it the caller brings [`ImageFeatures`].
     pub vision: bool,
     /// Whether to load the stage-1 part, where there is one.
@@ -74,6 +79,7 @@ impl Default for OpenOptions {
             precision: Precision::F32,
             quantization: None,
             image_size: None,
+            preset: None,
             vision: true,
             stage1: true,
             stage2: true,
@@ -127,7 +133,7 @@ impl Blip2 {
             return hugging_face::open(folder, &json, options);
         }
         let config = ModelConfig::read(folder)?;
-        if options.image_size.is_some() {
+        if options.image_size.is_some() && !matches!(config.vision, VisionConfig::VitFile { .. }) {
             return Err(Error::Request(format!(
                 "the image encoder of {} sees pictures of one size only: leave the size out",
                 config.name
@@ -135,15 +141,23 @@ impl Blip2 {
         }
         let find = |file: &Path| find_frozen(folder, &options.frozen, file);
         let open_vision = || -> Result<VisionEncoder> {
-            let VisionConfig::EfficientnetLite0 { file, sha256: expected } = &config.vision else {
-                return Err(Error::Config {
-                    field: "vision.kind".into(),
-                    reason: "is not known here".into(),
-                });
-            };
-            let path = find(file)?;
-            check_sha256(&path, expected.as_deref())?;
-            VisionEncoder::efficientnet_lite0(path)
+            match &config.vision {
+                VisionConfig::EfficientnetLite0 { file, sha256: expected } => {
+                    let path = find(file)?;
+                    check_sha256(&path, expected.as_deref())?;
+                    VisionEncoder::efficientnet_lite0(path)
+                }
+                VisionConfig::VitFile { file, sha256: expected, image_size, num_attention_heads } => {
+                    let (path, num_attention_heads) = (find(file)?, *num_attention_heads);
+                    let image_size = options.image_size.or(*image_size);
+                    let encoder = open_encoder(&path, EncoderOptions { image_size, num_attention_heads })?;
+                    refuse_other(&path, encoder.fingerprint(), expected.as_deref())?;
+                    Ok(encoder)
+                }
+                VisionConfig::Vit(_) => {
+                    Err(Error::Config { field: "vision.kind".into(), reason: "is not known here".into() })
+                }
+            }
         };
         let vision = options.vision.then(open_vision).transpose()?;
         if let Some(vision) = vision.as_ref().filter(|v| v.width() != config.qformer.encoder_hidden_size) {
@@ -306,11 +320,16 @@ fn find_frozen(folder: &Path, frozen: &[PathBuf], file: &Path) -> Result<PathBuf
 
 /// The frozen parts are what the trained part was trained with, or the model says nonsense.
 fn check_sha256(path: &Path, expected: Option<&str>) -> Result<()> {
-    let Some(expected) = expected else { return Ok(()) };
-    let found = sha256(MappedFile::open(path)?.bytes());
-    if found.eq_ignore_ascii_case(expected) {
+    if expected.is_none() {
         return Ok(());
     }
+    refuse_other(path, &sha256(MappedFile::open(path)?.bytes()), expected)
+}
+
+fn refuse_other(path: &Path, found: &str, expected: Option<&str>) -> Result<()> {
+    let Some(expected) = expected.filter(|expected| !found.eq_ignore_ascii_case(expected)) else {
+        return Ok(());
+    };
     Err(Error::File {
         path: path.into(),
         reason: format!(

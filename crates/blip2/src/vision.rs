@@ -67,10 +67,15 @@ impl VisionEncoder {
         Ok(Self { tower: Tower::Vit(vit, processor), fingerprint })
     }
 
-    /// SHA-256 of the weights' file, in hexadecimal: together with the [`processor`](Self::processor)'s settings it
-    /// says which features this encoder gives.
+    /// SHA-256 of the weights, in hexadecimal (of a vision transformer in a whole model that model's name): together with the
+    /// [`processor`](Self::processor)'s settings it says which features this encoder gives.
     pub fn fingerprint(&self) -> &str {
         &self.fingerprint
+    }
+
+    /// Whether it is a vision transformer.
+    pub fn is_vit(&self) -> bool {
+        matches!(self.tower, Tower::Vit(..))
     }
 
     /// Side of the pictures it was trained on, in pixels (S).

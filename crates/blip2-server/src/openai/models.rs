@@ -22,11 +22,7 @@ fn describe(app: &App) -> Value {
     let (writes, compares) = (app.model.language_model().is_some(), app.model.matcher().is_some());
     let mut does: Vec<&str> = Vec::new();
     if writes {
-        does.extend(["chat", "caption", "vqa"]);
-    }
-    // The slope goes through a decoder that reads the picture itself.
-    if app.model.language_model().is_some_and(|model| !model.reads_prompts_whole()) {
-        does.push("explain_answer");
+        does.extend(["chat", "caption", "vqa", "explain_answer"]);
     }
     if compares {
         does.extend(["match", "explain_match", "classify", "embeddings"]);

@@ -3,6 +3,7 @@
 import { chat, match } from "./api.mjs";
 import { announce, byId, copy, hideError, make } from "./dom.mjs";
 import { closePicture, describePicture, showHeat, showPicture } from "./picture.mjs";
+import { before } from "./turns.mjs";
 import { sentencesEnd, words } from "./words.mjs";
 
 let abilities = new Set();
@@ -149,12 +150,14 @@ function finish(turn, element) {
 
 // Words can be clicked; the button makes them buttons, for keys and fingers.
 function makeExplainable(turn, answer, tools) {
-  const about = turn.question ? { question: turn.question } : { caption: true };
+  const { turns } = conversation;
+  const about = () =>
+    turn.question ? { question: turn.question, history: before(turns, turn) } : { caption: true };
   const show = (tag) => {
     const pieces = words(turn.answer).map((piece) => {
       if (!piece.nth) return piece.text;
       const word = make(tag, { className: "word", textContent: piece.text });
-      word.onclick = () => look({ ...about, text: turn.answer, word: piece.text, occurrence: piece.nth }, word);
+      word.onclick = () => look({ ...about(), text: turn.answer, word: piece.text, occurrence: piece.nth }, word);
       return word;
     });
     answer.replaceChildren(...pieces);
@@ -165,7 +168,7 @@ function makeExplainable(turn, answer, tools) {
     const opens = toggle.ariaExpanded === "false";
     toggle.ariaExpanded = String(opens);
     show(opens ? "button" : "span");
-    if (opens) look({ ...about, text: turn.answer }, answer);
+    if (opens) look({ ...about(), text: turn.answer }, answer);
   };
   show("span");
   tools.append(toggle);

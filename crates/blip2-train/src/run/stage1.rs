@@ -5,6 +5,7 @@ use std::path::{Path, PathBuf};
 
 use blip2::config::QFormerConfig;
 use blip2::layers::{Loader as Weights, TensorSource, Trainable};
+use blip2::model::EncoderOptions;
 use blip2::qformer::{QFormer, TextSide};
 use blip2::text::clean_caption;
 use candle_core::{Device, Tensor, Var};
@@ -29,8 +30,15 @@ pub struct Stage1Config {
     pub output: PathBuf,
     /// Where the frozen encoder's features are kept.
     pub features: PathBuf,
-    /// The frozen image encoder's file.
+    /// The frozen image encoder: EfficientNet-Lite0's file, a vision transformer's as LAVIS loads it, or the Hugging Face folder
+    /// of a BLIP-2 model, of which the encoder is taken.
     pub encoder: PathBuf,
+    /// Side in pixels of the pictures that a vision transformer is to see, instead of the one it was trained with.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub image_size: Option<usize>,
+    /// Attention heads of a LAVIS encoder of no published width, which its file does not say.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub encoder_heads: Option<usize>,
     /// What the Q-Former starts from.
     pub init: Stage1Init,
     /// The BERT vocabulary.
@@ -53,7 +61,7 @@ pub struct Stage1Config {
     pub matching_from_step: u64,
     /// The loop's settings.
     pub run: LoopConfig,
-    /// The Q-Former's sizes.
+    /// The Q-Former's sizes; a file that does not say them has those of the Hugging Face folder that it starts from.
     pub qformer: QFormerConfig,
     /// The training data.
     pub data: Vec<DataConfig>,
@@ -65,11 +73,17 @@ pub struct Stage1Config {
 pub enum Stage1Init {
     /// A BERT checkpoint, `model.safetensors`; what BERT lacks is random.
     Bert(PathBuf),
-    /// A Q-Former with its heads: safetensors files of trained weights, to train further.
+    /// A Q-Former with its heads, to train further: safetensors files of trained weights, or the Hugging Face folder of a BLIP-2
+    /// model for matching that has them all (`blip2 convert` keeps those that the public conversion drops).
     Weights(Vec<PathBuf>),
 }
 
 impl Stage1Config {
+    /// How the encoder is opened.
+    pub fn encoder_options(&self) -> EncoderOptions {
+        EncoderOptions { image_size: self.image_size, num_attention_heads: self.encoder_heads }
+    }
+
     pub(super) fn resolve(&mut self, base: &Path) {
         for file in [&mut self.output, &mut self.features, &mut self.encoder, &mut self.vocabulary] {
             *file = base.join(&file);

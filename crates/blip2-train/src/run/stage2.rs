@@ -6,6 +6,7 @@ use std::path::{Path, PathBuf};
 use blip2::config::QFormerConfig;
 use blip2::language::LanguageModel;
 use blip2::layers::{Linear, Loader as Weights, TensorSource, Trainable};
+use blip2::model::EncoderOptions;
 use blip2::qformer::{QFormer, TextSide};
 use blip2::text::prompt::Turn as PromptTurn;
 use blip2::text::{LanguageTokenizer, Prompt, PromptFormat};
@@ -33,11 +34,19 @@ pub struct Stage2Config {
     pub output: PathBuf,
     /// Where the frozen encoder's features are kept.
     pub features: PathBuf,
-    /// The frozen image encoder's file.
+    /// The frozen image encoder: EfficientNet-Lite0's file, a vision transformer's as LAVIS loads it, or the Hugging Face folder
+    /// of a BLIP-2 model, of which the encoder is taken.
     pub encoder: PathBuf,
-    /// The frozen language model: a GGUF file or a Hugging Face folder.
+    /// Side in pixels of the pictures that a vision transformer is to see, instead of the one it was trained with.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub image_size: Option<usize>,
+    /// Attention heads of a LAVIS encoder of no published width, which its file does not say.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub encoder_heads: Option<usize>,
+    /// The frozen language model: a GGUF file, its Hugging Face folder, or that of a BLIP-2 model, of which it is taken.
     pub language_model: PathBuf,
-    /// Trained weights to start from, safetensors files: those of stage 1, or of an earlier stage 2 with its projection.
+    /// Trained weights to start from: the safetensors files of stage 1, or of an earlier stage 2 with its projection, or the
+    /// Hugging Face folder of a BLIP-2 model, to fine-tune its Q-Former and its projection.
     pub init: Vec<PathBuf>,
     /// Seed of everything random.
     pub seed: u64,
@@ -55,19 +64,43 @@ pub struct Stage2Config {
     pub instructions: Vec<String>,
     /// How the language model is spoken to.
     pub prompt: PromptFormat,
+    /// How it is asked for a caption, where that is not how it is asked a question.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub caption_prompt: Option<PromptFormat>,
+    /// Whether captions are learned as sentences with a capital and a full stop, or as they are written.
+    #[serde(default = "yes")]
+    pub tidy_captions: bool,
+    /// Prefix language modelling, for an encoder-decoder model: the encoder reads the beginning of a caption, drawn each time,
+    /// of at least a word and at most half of them, and the decoder learns to go on.
+    #[serde(default)]
+    pub split_captions: bool,
     /// Dropout probability of the Q-Former.
     pub dropout: f32,
     /// Precision of the matrix products; master weights and sums are f32.
     pub precision: RunPrecision,
     /// The loop's settings.
     pub run: LoopConfig,
-    /// The Q-Former's sizes, those of stage 1.
+    /// The Q-Former's sizes, those of stage 1; a file that does not say them has those of the Hugging Face folder that it starts
+    /// from.
     pub qformer: QFormerConfig,
     /// The training data.
     pub data: Vec<DataConfig>,
 }
 
+fn yes() -> bool {
+    true
+}
+
 impl Stage2Config {
+    /// How the encoder is opened.
+    pub fn encoder_options(&self) -> EncoderOptions {
+        EncoderOptions { image_size: self.image_size, num_attention_heads: self.encoder_heads }
+    }
+
+    fn caption_prompt(&self) -> &PromptFormat {
+        self.caption_prompt.as_ref().unwrap_or(&self.prompt)
+    }
+
     pub(super) fn resolve(&mut self, base: &Path) {
         for file in [&mut self.output, &mut self.features, &mut self.encoder, &mut self.language_model] {
             *file = base.join(&file);
@@ -85,8 +118,12 @@ impl Stage2Config {
         if self.texts_per_picture == 0 {
             return Err(Error::config("texts_per_picture", "must be 1 or more"));
         }
-        if self.instructions.iter().all(|instruction| instruction.trim().is_empty()) {
-            return Err(Error::config("instructions", "must hold a wording to ask for a caption with"));
+        // A model that does not chat may describe a picture unasked: `[""]`.
+        let is_asked = |instruction: &String| !instruction.trim().is_empty();
+        if self.instructions.is_empty()
+            || (*self.caption_prompt() == PromptFormat::ChatMl && !self.instructions.iter().all(is_asked))
+        {
+            return Err(Error::config("instructions", "must hold wordings to ask for a caption with"));
         }
         if self.init.is_empty() {
             return Err(Error::config("init", "must name the weights of stage 1"));
@@ -118,7 +155,8 @@ pub fn train_stage2(
     observer: &mut dyn Observer,
 ) -> Result<Outcome> {
     let checkpoint = open_output(&config.output, resume)?;
-    let frozen_files = [config.encoder.as_path(), config.language_model.as_path()];
+    let mut frozen_files = vec![config.encoder.as_path(), config.language_model.as_path()];
+    frozen_files.dedup(); // a whole model's folder is both
     let before = FrozenProof::take(&frozen_files, language)?;
     let (dataset, features) = open_data(&config.data, &config.features, encoder, observer)?;
     let objective = Stage2::new(config, language, init, &dataset, &features)?;
@@ -166,6 +204,10 @@ impl<'a> Stage2<'a> {
             let reason = format!("must be the image encoder's {}", features.width());
             return Err(Error::config("qformer.encoder_hidden_size", reason));
         }
+        if config.split_captions && language.model.decoder_start().is_none() {
+            let reason = "is for encoder-decoder models: this language model reads all of a caption as it is";
+            return Err(Error::config("split_captions", reason));
+        }
         let (width, language_width) = (config.qformer.hidden_size, language.model.hidden_size());
         let projection: Tensors = initialize::language_projection(init, width, language_width, config.seed)?;
         let trainable = Trainable::default();
@@ -200,8 +242,11 @@ impl<'a> Stage2<'a> {
             texts.truncate(self.config.texts_per_picture - 1);
             texts.insert(0, dealt);
             let instruction = &self.config.instructions[random.below(self.config.instructions.len())];
-            let of_picture = texts.into_iter().map(|text| self.prompt(text, instruction));
-            prompts.push(of_picture.collect::<Result<_>>()?);
+            let mut of_picture = Vec::with_capacity(texts.len());
+            for text in texts {
+                of_picture.extend(self.prompts(text, instruction, &mut random)?);
+            }
+            prompts.push(of_picture);
             weights.push(self.dataset.entries()[self.dataset.samples()[item.sample].entry].weight as f32);
         }
         let views: Vec<(usize, u32)> = batch.items.iter().map(|item| (item.image, item.view)).collect();
@@ -215,10 +260,25 @@ impl<'a> Stage2<'a> {
         matches!(self.dataset.samples()[sample].text, Text::Captions(_))
     }
 
-    fn prompt(&self, (sample, choice): (usize, usize), instruction: &str) -> Result<Prompt> {
+    /// What is to be learned from a text: one prompt, or of a dialogue one for each answer, where the model learns one at a time.
+    fn prompts(
+        &self,
+        (sample, choice): (usize, usize),
+        instruction: &str,
+        random: &mut Random,
+    ) -> Result<Vec<Prompt>> {
         let turns = match &self.dataset.samples()[sample].text {
             Text::Captions(captions) => {
-                vec![PromptTurn::answered(instruction, tidy_caption(&captions[choice]))]
+                let caption = &captions[choice];
+                let caption =
+                    if self.config.tidy_captions { tidy_caption(caption) } else { caption.trim().to_owned() };
+                let turn = if self.config.split_captions {
+                    let (beginning, rest) = split_caption(&caption, random);
+                    PromptTurn::answered(format!("{instruction} {beginning}"), rest)
+                } else {
+                    PromptTurn::answered(instruction, caption)
+                };
+                return Ok(vec![self.render(self.config.caption_prompt(), &[turn])?]);
             }
             Text::QuestionAnswer { question, answers } => {
                 vec![PromptTurn::answered(question, &answers[choice])]
@@ -227,8 +287,13 @@ impl<'a> Stage2<'a> {
                 turns.iter().map(|turn| PromptTurn::answered(&turn.question, &turn.answer)).collect()
             }
         };
+        let first = if self.language.model.reads_prompts_whole() { 1 } else { turns.len() };
+        (first..=turns.len()).map(|n| self.render(&self.config.prompt, &turns[..n])).collect()
+    }
+
+    fn render(&self, format: &PromptFormat, turns: &[PromptTurn]) -> Result<Prompt> {
         let (n_queries, limit) = (self.config.qformer.num_query_tokens, self.config.max_rows);
-        Ok(self.config.prompt.render_within(self.language.tokenizer, &turns, Some(n_queries), limit)?)
+        Ok(format.render_within(self.language.tokenizer, turns, Some(n_queries), limit)?)
     }
 }
 
@@ -286,6 +351,19 @@ fn tidy_caption(caption: &str) -> String {
     }
 }
 
+/// The beginning of a caption, one word to half of them, and the rest; of a single word nothing and that.
+fn split_caption<'a>(caption: &'a str, random: &mut Random) -> (&'a str, &'a str) {
+    // Where words end, but for the last one's.
+    let starts = caption.char_indices().filter(|(_, c)| c.is_whitespace()).map(|(i, _)| i);
+    let ends: Vec<usize> = starts.filter(|&i| !caption[..i].ends_with(char::is_whitespace)).collect();
+    let most = ends.len().div_ceil(2);
+    if most == 0 {
+        return ("", caption);
+    }
+    let (beginning, rest) = caption.split_at(ends[random.below(most)]);
+    (beginning, rest.trim_start())
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -296,5 +374,17 @@ mod tests {
         assert_eq!(tidy_caption("Two dogs running"), "Two dogs running.");
         assert_eq!(tidy_caption("Look at this !"), "Look at this!");
         assert_eq!(tidy_caption(" . "), ".");
+    }
+
+    #[test]
+    fn captions_are_split_at_most_in_the_middle() {
+        let mut random = Random::new(&[1]);
+        let mut splits = |caption: &'static str| -> std::collections::BTreeSet<_> {
+            (0..50).map(|_| split_caption(caption, &mut random)).collect()
+        };
+        let all = |pairs: &[(&'static str, &'static str)]| pairs.iter().copied().collect();
+        assert_eq!(splits("a  dog runs home"), all(&[("a", "dog runs home"), ("a  dog", "runs home")]));
+        assert_eq!(splits("a dog runs"), all(&[("a", "dog runs")]));
+        assert_eq!(splits("dogs"), all(&[("", "dogs")]));
     }
 }

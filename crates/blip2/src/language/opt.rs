@@ -159,7 +159,10 @@ impl Opt {
     pub(super) fn load(config: OptConfig, file: &File<'_>, format: FrozenFormat) -> Result<Self> {
         let mut loader = Loader::new(file, format);
         let (d, width, bias) = (config.hidden_size, config.word_embed_proj_dim, config.enable_bias);
-        let decoder = |name: &str| format!("model.decoder.{name}");
+        // Meta's own conversions were saved without the head, and so without the first part of the name.
+        let is_headless = file.contains(&format!("{prefix}decoder.embed_tokens.weight"));
+        let root = if is_headless { "decoder" } else { "model.decoder" };
+        let decoder = |name: &str| format!("{root}.{name}");
         let embed_tokens = loader.table(&decoder("embed_tokens.weight"), config.vocab_size, width)?;
         let n_positions = config.max_position_embeddings + POSITION_OFFSET;
         let embed_positions = loader.matrix(&decoder("embed_positions.weight"), n_positions, d)?;
@@ -171,7 +174,7 @@ impl Opt {
         let project_out = project(&mut loader, "project_out", width, d)?;
         let layers = (0..config.num_hidden_layers)
             .map(|i| {
-                let at = |name: &str| format!("model.decoder.layers.{i}.{name}");
+                let at = |name: &str| decoder(&format!("layers.{i}.{name}"));
                 Ok(Layer {
                     q_proj: loader.linear(&at("self_attn.q_proj"), d, d, bias, None)?,
                     k_proj: loader.linear(&at("self_attn.k_proj"), d, d, bias, None)?,

@@ -2,162 +2,25 @@
 //! decoder that writes the answer, RMS norm before each sublayer, no biases, no scaling of the scores, positions as a bias on
 //! the scores by distance.
 
+mod config;
+
 use std::sync::Arc;
 
-use candle_core::Tensor;
-use serde_json::Value as Json;
+use candle_core::{Device, Tensor};
 
-use super::config::{boolean, boolean_or, check_sizes, number, size, size_or, text, unsupported};
+pub use self::config::T5Config;
+use super::Branched;
 use super::loading::{File, Loader, Table, on_a_worker};
 use crate::cache::{CachedSequence, KvCache, LayerRows};
 use crate::layers::{
     Activation, AttentionShape, FrozenFormat, Linear, MatrixSize, Plan, RelativeBias, RmsNorm, Sequence,
-    Span, Weight, attention_biased, attention_cached, attention_to, gated,
+    Span, Weight, attention, attention_biased, attention_cached, attention_to, gated,
 };
 use crate::weights::safetensors::Safetensors;
 use crate::{Error, Result};
 
 /// Rows that are read or written at most. T5 has no limit of its own: it was trained on 512 and gets worse beyond.
 const MAX_ROWS: usize = 4096;
-
-/// The structure of a T5 model. Field names are those of Hugging Face's `config.json`.
-#[derive(Debug, Clone, PartialEq)]
-pub struct T5Config {
-    /// Tokens of the vocabulary.
-    pub vocab_size: usize,
-    /// Width of an embedding.
-    pub d_model: usize,
-    /// Width of a head.
-    pub d_kv: usize,
-    /// Width inside the feed-forward layers.
-    pub d_ff: usize,
-    /// Encoder layers.
-    pub num_layers: usize,
-    /// Decoder layers.
-    pub num_decoder_layers: usize,
-    /// Attention heads.
-    pub num_heads: usize,
-    /// Buckets of distances.
-    pub relative_attention_num_buckets: usize,
-    /// From which distance on all keys are alike.
-    pub relative_attention_max_distance: usize,
-    /// Epsilon of the RMS norms.
-    pub layer_norm_epsilon: f64,
-    /// Whether the feed-forward layers are gated.
-    pub is_gated_act: bool,
-    /// Their nonlinearity. BLIP-2 runs Flan-T5 with the exact GELU, which is not what Flan-T5 was trained with.
-    pub activation: Activation,
-    /// Whether the decoder's output is scaled by `d_model^-0.5` before the head.
-    pub scale_decoder_outputs: bool,
-    /// What the decoder begins with.
-    pub decoder_start_token_id: u32,
-}
-
-impl T5Config {
-    /// Reads a Hugging Face `config.json` (of the model itself, or the `text_config` of a BLIP-2 model). Fields without
-    /// influence on the computation are ignored.
-    ///
-    /// # Errors
-    /// [`Error::Config`] when a field is missing or wrong, or asks for what is not implemented.
-    pub fn from_hugging_face(json: &Json) -> Result<Self> {
-        let projection = text(json, "feed_forward_proj")?.unwrap_or("relu");
-        let (is_gated_act, named) = match projection.strip_prefix("gated-") {
-            // A historical name: T5 v1.1 has the approximation.
-            Some("gelu") => (true, "gelu_new"),
-            Some(name) => (true, name),
-            None => (false, projection),
-        };
-        let activation = match text(json, "dense_act_fn")?.unwrap_or(named) {
-            "relu" => Activation::Relu,
-            "gelu" => Activation::GeluErf,
-            "gelu_new" => Activation::GeluTanh,
-            "silu" | "swish" => Activation::Silu,
-            other => return Err(unsupported("dense_act_fn", &other, "relu, gelu, gelu_new or silu")),
-        };
-        let num_layers = size(json, "num_layers")?;
-        let is_tied = boolean_or(json, "tie_word_embeddings", true)?;
-        let scale = if json["scale_decoder_outputs"].is_null() {
-            is_tied
-        } else {
-            boolean(json, "scale_decoder_outputs")?
-        };
-        let start = size_or(json, "decoder_start_token_id", 0)?;
-        let config = Self {
-            vocab_size: size(json, "vocab_size")?,
-            d_model: size(json, "d_model")?,
-            d_kv: size(json, "d_kv")?,
-            d_ff: size(json, "d_ff")?,
-            num_layers,
-            num_decoder_layers: size_or(json, "num_decoder_layers", num_layers)?,
-            num_heads: size(json, "num_heads")?,
-            relative_attention_num_buckets: size_or(json, "relative_attention_num_buckets", 32)?,
-            relative_attention_max_distance: size_or(json, "relative_attention_max_distance", 128)?,
-            layer_norm_epsilon: number(json, "layer_norm_epsilon")?.unwrap_or(1e-6),
-            is_gated_act,
-            activation,
-            scale_decoder_outputs: scale,
-            decoder_start_token_id: u32::try_from(start)
-                .map_err(|_| unsupported("decoder_start_token_id", &start, "a token"))?,
-        };
-        config.validate()?;
-        Ok(config)
-    }
-
-    /// Checks the values against each other.
-    ///
-    /// # Errors
-    /// [`Error::Config`] with the field that is wrong.
-    pub fn validate(&self) -> Result<()> {
-        check_sizes(&[
-            ("vocab_size", self.vocab_size),
-            ("d_model", self.d_model),
-            ("d_kv", self.d_kv),
-            ("d_ff", self.d_ff),
-            ("num_layers", self.num_layers),
-            ("num_decoder_layers", self.num_decoder_layers),
-            ("num_heads", self.num_heads),
-        ])?;
-        let n_buckets = self.relative_attention_num_buckets;
-        if !n_buckets.is_multiple_of(4) || n_buckets == 0 || n_buckets > 1 << 16 {
-            return Err(unsupported("relative_attention_num_buckets", &n_buckets, "a multiple of 4"));
-        }
-        if self.relative_attention_max_distance <= n_buckets / 2 {
-            let expected = format!("above half the {n_buckets} buckets");
-            return Err(unsupported(
-                "relative_attention_max_distance",
-                &self.relative_attention_max_distance,
-                &expected,
-            ));
-        }
-        if !(self.layer_norm_epsilon > 0.0 && self.layer_norm_epsilon.is_finite()) {
-            return Err(unsupported("layer_norm_epsilon", &self.layer_norm_epsilon, "above 0"));
-        }
-        if self.decoder_start_token_id as usize >= self.vocab_size {
-            return Err(unsupported("decoder_start_token_id", &self.decoder_start_token_id, "a token"));
-        }
-        Ok(())
-    }
-
-    /// The bucket of a key that stands `distance` after the query (before it, where negative).
-    fn bucket(&self, distance: i64, is_decoder: bool) -> usize {
-        let n_buckets = self.relative_attention_num_buckets;
-        // The encoder's second half is for keys after the query; the decoder sees none.
-        let (n, first) = if is_decoder {
-            (n_buckets, 0)
-        } else {
-            (n_buckets / 2, if distance > 0 { n_buckets / 2 } else { 0 })
-        };
-        let distance = if is_decoder { (-distance).max(0) } else { distance.abs() } as usize;
-        let n_exact = n / 2;
-        if distance < n_exact {
-            return first + distance;
-        }
-        // In single precision, as the reference computes it: at a few distances the rounding decides the bucket.
-        let share = (distance as f32 / n_exact as f32).ln()
-            / (self.relative_attention_max_distance as f64 / n_exact as f64).ln() as f32;
-        first + (n_exact + (share * (n - n_exact) as f32) as usize).min(n - 1)
-    }
-}
 
 /// A frozen T5 model.
 #[derive(Debug, Clone)]
@@ -317,10 +180,7 @@ impl T5 {
                 self.config.d_model
             )));
         }
-        let longest = lengths.iter().copied().max().unwrap_or(0);
-        if longest > MAX_ROWS {
-            return Err(Error::TextTooLong { n_tokens: longest, limit: MAX_ROWS });
-        }
+        let longest = check_longest(lengths.iter().copied())?;
         let mut start = 0;
         let plan: Plan = lengths
             .iter()
@@ -340,6 +200,73 @@ impl T5 {
                 x = layer.feed_forward(&x, &self.config)?;
             }
             Ok(self.encoder.final_layer_norm.forward(&x)?)
+        })
+    }
+
+    /// Reads prompts and given answers, differentiable to `embeds`: of each text the encoder reads the beginning, and the
+    /// decoder each continuation, which begins with the start token and sees all of the beginning. A row equals that of the
+    /// same answer generated.
+    ///
+    /// # Shapes
+    /// - `embeds`: `[sum of rows, d_model]`, text by text: the beginning, then its continuations
+    /// - returns the same shape: the encoder's rows as it gives them, the decoder's ready for the head
+    ///
+    /// # Errors
+    /// As [`encode`](Self::encode).
+    pub fn forward(&self, embeds: &Tensor, texts: &[Branched]) -> Result<Tensor> {
+        let pairs = Pairs::of(texts);
+        check_longest(texts.iter().flat_map(|text| text.continuations.iter().copied()))?;
+        let (n_rows, n_needed) = (embeds.dim(0)?, pairs.encoder_rows.len() + pairs.decoder_rows.len());
+        if n_rows != n_needed {
+            let reason = format!("the language model was given {n_rows} rows for texts of {n_needed}");
+            return Err(Error::Request(reason));
+        }
+        let rows = |of: &[u32]| embeds.index_select(&Tensor::from_slice(of, of.len(), &Device::Cpu)?, 0);
+        let encoded = self.encode(&rows(&pairs.encoder_rows)?, &pairs.lengths)?;
+        if pairs.decoder_rows.is_empty() {
+            return Ok(encoded);
+        }
+        let longest = texts.iter().flat_map(|text| &text.continuations).copied().max().unwrap_or(0);
+        let (shape, bias) = (self.attention_shape(), self.decoder.bias(&self.config, longest, true));
+        let decoded = self.decode(
+            &rows(&pairs.decoder_rows)?,
+            |_, q, k, v| attention_biased(q, k, v, &pairs.answers, shape, &bias),
+            |_, cross, q| {
+                let (k, v) = (cross.k.forward(&encoded)?, cross.v.forward(&encoded)?);
+                attention(q, &k, &v, &pairs.prompts, shape, None)
+            },
+        )?;
+        // Back to the order that the rows came in.
+        let mut places = vec![0; n_rows];
+        let order = pairs.encoder_rows.iter().chain(&pairs.decoder_rows);
+        order.zip(0u32..).for_each(|(&row, place)| places[row as usize] = place);
+        let all = Tensor::cat(&[&encoded, &decoded], 0)?;
+        Ok(all.index_select(&Tensor::from_vec(places, n_rows, &Device::Cpu)?, 0)?)
+    }
+
+    /// The decoder's layers over packed rows. `attend` gets the layer's number, and queries, keys and values of these rows;
+    /// `look` the layer's number, its cross-attention, and the queries of that.
+    fn decode(
+        &self,
+        embeds: &Tensor,
+        mut attend: impl FnMut(usize, &Tensor, &Tensor, &Tensor) -> candle_core::Result<Tensor> + Send,
+        mut look: impl FnMut(usize, &Attention, &Tensor) -> candle_core::Result<Tensor> + Send,
+    ) -> Result<Tensor> {
+        on_a_worker(|| {
+            let mut x = embeds.clone();
+            for (i, layer) in self.decoder.layers.iter().enumerate() {
+                x = layer.self_attention.residual(&x, |q, k, v| attend(i, q, k, v))?;
+                if let Some(cross) = &layer.cross_attention {
+                    let q = cross.q.forward(&cross.layer_norm.forward(&x)?)?;
+                    x = cross.o.forward_then(&look(i, cross, &q)?, Activation::Identity, Some(&x))?;
+                }
+                x = layer.feed_forward(&x, &self.config)?;
+            }
+            let x = self.decoder.final_layer_norm.forward(&x)?;
+            if self.config.scale_decoder_outputs {
+                return Ok((x * (self.config.d_model as f64).powf(-0.5))?);
+            }
+            Ok(x)
         })
     }
 
@@ -382,37 +309,69 @@ impl T5 {
         lengths: &[usize],
     ) -> Result<Tensor> {
         let longest =
-            sequences.iter().zip(lengths).map(|(sequence, len)| sequence.len() + len).max().unwrap_or(0);
-        if longest > MAX_ROWS {
-            return Err(Error::TextTooLong { n_tokens: longest, limit: MAX_ROWS });
-        }
+            check_longest(sequences.iter().zip(lengths).map(|(sequence, len)| sequence.len() + len))?;
         let (shape, bias) = (self.attention_shape(), self.decoder.bias(&self.config, longest, true));
         cache.append(sequences, lengths, |rows, memory, new| {
-            on_a_worker(|| {
-                let mut x = embeds.clone();
-                for ((layer, rows), memory) in self.decoder.layers.iter().zip(rows).zip(memory) {
-                    x = layer.self_attention.residual(&x, |q, k, v| {
-                        attention_cached(q, k, v, rows, &new.plan, shape, Some(&bias))
-                    })?;
-                    if let Some(cross) = &layer.cross_attention {
-                        let q = cross.q.forward(&cross.layer_norm.forward(&x)?)?;
-                        let attended = attention_to(&q, memory, &new.memory_plan, shape, None)?;
-                        x = cross.o.forward_then(&attended, Activation::Identity, Some(&x))?;
-                    }
-                    x = layer.feed_forward(&x, &self.config)?;
-                }
-                let x = self.decoder.final_layer_norm.forward(&x)?;
-                if self.config.scale_decoder_outputs {
-                    return Ok((x * (self.config.d_model as f64).powf(-0.5))?);
-                }
-                Ok(x)
-            })
+            self.decode(
+                embeds,
+                |i, q, k, v| attention_cached(q, k, v, &mut rows[i], &new.plan, shape, Some(&bias)),
+                |i, _, q| attention_to(q, &memory[i], &new.memory_plan, shape, None),
+            )
         })
     }
 
     fn attention_shape(&self) -> AttentionShape {
         let n_heads = self.config.num_heads;
         AttentionShape { n_heads, n_kv_heads: n_heads, head_dim: self.config.d_kv, scale: 1.0 }
+    }
+}
+
+/// The longest of some texts.
+///
+/// # Errors
+/// [`Error::TextTooLong`].
+fn check_longest(lengths: impl Iterator<Item = usize>) -> Result<usize> {
+    let longest = lengths.max().unwrap_or(0);
+    if longest > MAX_ROWS {
+        return Err(Error::TextTooLong { n_tokens: longest, limit: MAX_ROWS });
+    }
+    Ok(longest)
+}
+
+/// Prompts and answers among packed rows.
+struct Pairs {
+    /// Rows of each prompt.
+    lengths: Vec<usize>,
+    /// Where the prompts' rows are among all rows, and the answers'.
+    encoder_rows: Vec<u32>,
+    decoder_rows: Vec<u32>,
+    /// Each answer sees itself, among the answers' rows,
+    answers: Plan,
+    /// and its prompt among the prompts' rows.
+    prompts: Plan,
+}
+
+impl Pairs {
+    fn of(texts: &[Branched]) -> Self {
+        let (mut encoder_rows, mut decoder_rows) = (Vec::new(), Vec::new());
+        let (mut answers, mut prompts) = (Vec::new(), Vec::new());
+        let mut row = 0;
+        let mut rows = |len: usize, rows: &mut Vec<u32>| {
+            let span = Span { start: rows.len(), len };
+            rows.extend(row..row + len as u32);
+            row += len as u32;
+            vec![span]
+        };
+        for text in texts {
+            let prompt = rows(text.shared, &mut encoder_rows);
+            for &len in text.continuations.iter().filter(|len| **len > 0) {
+                let answer = rows(len, &mut decoder_rows);
+                answers.push(Sequence { queries: answer.clone(), keys: answer.clone(), causal: true });
+                prompts.push(Sequence { queries: answer, keys: prompt.clone(), causal: false });
+            }
+        }
+        let lengths = texts.iter().map(|text| text.shared).collect();
+        Self { lengths, encoder_rows, decoder_rows, answers: answers.into(), prompts: prompts.into() }
     }
 }
 
@@ -509,48 +468,5 @@ impl Layer {
             [] => normed,
         };
         Ok(self.wo.forward_then(&inner, Activation::Identity, Some(x))?)
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn distances_fall_into_the_buckets_of_transformers() {
-        let path = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/golden/t5_tiny.safetensors");
-        let file = Safetensors::open(path).unwrap();
-        let buckets: Json = serde_json::from_str(&file.metadata()["buckets"]).unwrap();
-        let configs: Json = serde_json::from_str(&file.metadata()["configs"]).unwrap();
-        let mut config = T5Config::from_hugging_face(&configs["flan"]).unwrap();
-        (config.relative_attention_num_buckets, config.relative_attention_max_distance) = (32, 128);
-        for (name, is_decoder) in [("encoder", false), ("decoder", true)] {
-            let found: Vec<_> = (-300..=300).map(|distance| config.bucket(distance, is_decoder)).collect();
-            let expected: Vec<usize> = serde_json::from_value(buckets[name].clone()).unwrap();
-            assert_eq!(found, expected, "{name}");
-        }
-    }
-
-    #[test]
-    fn the_fields_that_decide_activation_and_scale_mean_what_transformers_makes_of_them() {
-        let base = serde_json::json!({
-            "vocab_size": 10, "d_model": 8, "d_kv": 4, "d_ff": 8, "num_layers": 1, "num_heads": 2,
-        });
-        let with = |changes: &Json| {
-            let mut json = base.clone();
-            changes.as_object().unwrap().iter().for_each(|(name, value)| json[name] = value.clone());
-            let config = T5Config::from_hugging_face(&json).unwrap();
-            (config.is_gated_act, config.activation, config.scale_decoder_outputs)
-        };
-        let json = |text: &str| serde_json::from_str::<Json>(text).unwrap();
-        assert_eq!(with(&json("{}")), (false, Activation::Relu, true));
-        let flan = r#"{"feed_forward_proj": "gated-gelu", "tie_word_embeddings": false}"#;
-        assert_eq!(with(&json(flan)), (true, Activation::GeluTanh, false));
-        // BLIP-2's configurations override the activation.
-        let blip2 =
-            r#"{"feed_forward_proj": "gated-gelu", "dense_act_fn": "gelu", "tie_word_embeddings": false}"#;
-        assert_eq!(with(&json(blip2)), (true, Activation::GeluErf, false));
-        let scaled = r#"{"tie_word_embeddings": false, "scale_decoder_outputs": true}"#;
-        assert_eq!(with(&json(scaled)), (false, Activation::Relu, true));
     }
 }

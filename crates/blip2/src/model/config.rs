@@ -45,6 +45,21 @@ pub enum VisionConfig {
         #[serde(default, skip_serializing_if = "Option::is_none")]
         sha256: Option<String>,
     },
+    /// A vision transformer from the file that LAVIS loads, or from the Hugging Face folder of a BLIP-2 model.
+    VitFile {
+        /// The file's or folder's name, in the model's folder or in one of the folders of frozen parts.
+        file: PathBuf,
+        /// SHA-256 of the encoder's tensors that the model was trained with ([`fingerprint`](crate::vision::VisionEncoder::fingerprint)),
+        /// in hexadecimal; others are refused.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        sha256: Option<String>,
+        /// Side of the pictures, in pixels, where it is not that which the encoder was made for.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        image_size: Option<usize>,
+        /// Attention heads of a LAVIS encoder of no published width.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        num_attention_heads: Option<usize>,
+    },
     /// A vision transformer, whose weights are in the checkpoint.
     Vit(VitConfig),
 }
@@ -119,7 +134,9 @@ impl ModelConfig {
         }
         let mut files = Vec::new();
         match &self.vision {
-            VisionConfig::EfficientnetLite0 { file, .. } => files.push(("vision.file", file)),
+            VisionConfig::EfficientnetLite0 { file, .. } | VisionConfig::VitFile { file, .. } => {
+                files.push(("vision.file", file))
+            }
             VisionConfig::Vit(_) => {
                 return wrong("vision.kind", "is `vit`: such a model is opened from its Hugging Face folder");
             }

@@ -6,6 +6,7 @@ use candle_core::{Device, Tensor};
 
 use super::{Blip2, ImageFeatures, image_keys};
 use crate::image::{RgbImage, resize_bicubic};
+use crate::language::Branched;
 use crate::layers::linear_cross_entropy;
 use crate::qformer::CrossAttentionProbe;
 use crate::text::{LanguageTokenizer, Turn};
@@ -100,16 +101,17 @@ impl Blip2 {
         HeatMap::new(probe.relevance(&log_odds.backward()?)?)
     }
 
-    /// Where the model looked to write `answer` to a question, or as a caption without one; with `word`, to write that part
-    /// of it: the queries' cross-attention, weighted by the slope of the logarithm of these tokens' probability.
+    /// Where the model looked to write `answer` to the last of `turns`, which waits for it, or without turns as a caption;
+    /// with `word`, to write that part of it: the queries' cross-attention, weighted by the slope of the logarithm of these
+    /// tokens' probability.
     ///
     /// # Errors
-    /// When the model has no stage-2 part or an encoder-decoder language model, the question or the answer is empty, or
+    /// When the model has no stage-2 part, the question or the answer is empty, the conversation does not fit the context, or
     /// the answer does not have the word, or not as often.
     pub fn explain_answer(
         &self,
         features: &ImageFeatures,
-        question: Option<&str>,
+        turns: &[Turn],
         answer: &str,
         word: Option<Word<'_>>,
     ) -> Result<HeatMap> {
@@ -117,15 +119,9 @@ impl Blip2 {
         if answer.trim().is_empty() {
             return Err(Error::Request("the text to explain is empty".into()));
         }
-        let (format, question, prompt) = match question {
-            Some(question) => (stage2.prompt(), question, stage2.question(question)?),
-            None => {
-                let instruction = self.config.stage2.as_ref().map_or("", |stage2| &stage2.instruction);
-                let format = stage2.caption_prompt();
-                (format, instruction, stage2.render_as(format, &[Turn::open(instruction)], 1)?)
-            }
-        };
-        let answer_ids = format.answer_ids(stage2.tokenizer(), question, answer)?;
+        let prompt = stage2.render_whole(turns, self.instruction())?;
+        let question = turns.last().map_or(self.instruction(), |turn| &turn.question);
+        let answer_ids = stage2.format_of(turns).answer_ids(stage2.tokenizer(), question, answer)?;
         let explained = match word {
             Some(word) => tokens_of(stage2.tokenizer(), &answer_ids, word)?,
             None => 0..answer_ids.len(),
@@ -138,13 +134,17 @@ impl Blip2 {
         let language_model = stage2.language_model();
         let mut rows = vec![stage2.embed(&prompt, &soft_tokens)?];
         let n_before = rows[0].dim(0)?;
-        let read = &answer_ids[..explained.end - 1];
+        // A decoder of its own begins with a token of its own.
+        let start = language_model.decoder_start();
+        let read: Vec<u32> =
+            start.into_iter().chain(answer_ids[..explained.end - 1].iter().copied()).collect();
         if !read.is_empty() {
-            rows.push(language_model.embed(read)?);
+            rows.push(language_model.embed(&read)?);
         }
-        let embeds = Tensor::cat(&rows, 0)?;
-        let hidden = language_model.forward(&embeds, &[embeds.dim(0)?])?;
+        let text = Branched { shared: n_before, continuations: vec![read.len()] };
+        let hidden = language_model.forward_branched(&Tensor::cat(&rows, 0)?, &[text])?;
         // A row predicts the token after it.
+        let n_before = n_before + usize::from(start.is_some());
         let predicting: Vec<u32> = explained.clone().map(|i| (n_before + i - 1) as u32).collect();
         let predicting = Tensor::from_slice(&predicting, predicting.len(), &Device::Cpu)?;
         let losses = linear_cross_entropy(

@@ -3,51 +3,46 @@
 //! Old revisions have no image token and put the queries before the text; new ones have 32 image tokens there, which the
 //! queries replace. Here the queries are rows between words in either case, so both are the same model.
 
+mod config;
+
+use std::borrow::Borrow;
 use std::path::{Path, PathBuf};
 
 use blip2_kernels::quantized::QuantizedWeight;
 use serde_json::Value as Json;
 
+use self::config::{processor, size, token, tokens, wrong};
+pub(super) use self::config::{qformer_config, read_json, vit_config};
 use super::config::{ModelConfig, Stage1Config, Stage2Config, VisionConfig};
-use super::preset::{FolderGeneration, OneOrMore};
+use super::parts;
+use super::preset::{FolderGeneration, Preset};
 use super::stage1::{Stage1, Texts};
 use super::stage2::{Source, Stage2};
 use super::{Blip2, OpenOptions};
-use crate::config::QFormerConfig;
+use crate::config::{LN_VISION_EPS, QFormerConfig};
 use crate::generate::GenerationConfig;
-use crate::image::{Geometry, ImageProcessor};
+use crate::image::ImageProcessor;
 use crate::language::LanguageModel;
-use crate::layers::{FrozenWeight, Loader, TensorSource};
+use crate::layers::{FrozenFormat, FrozenWeight, Loader, Precision, TensorSource};
 use crate::qformer::{QFormer, TextSide};
 use crate::text::{BertTokenizer, LanguageTokenizer, PromptFormat};
 use crate::vision::VisionEncoder;
-use crate::vision::vit::{AlignCorners, Vit, VitActivation, VitConfig};
-use crate::weights::TensorRows;
+use crate::vision::vit::{AlignCorners, Vit, VitConfig};
 use crate::weights::safetensors::Safetensors;
+use crate::weights::{StoredTensor, TensorRows};
 use crate::{Error, Result};
 
-/// The longest configuration that is read; published ones have some thousand bytes.
-const MAX_CONFIG_BYTES: u64 = 1 << 20;
+/// What the names of the language model's tensors begin with.
+const LANGUAGE_MODEL: &str = "language_model.";
 
 /// Reads `config.json` if it is that of a BLIP-2 model from Hugging Face; nothing if it is this project's.
 pub(super) fn read_config(folder: &Path) -> Result<Option<Json>> {
-    let path = folder.join(super::FILE_NAME);
-    let io = |source| Error::Io { path: path.clone(), source };
-    let n_bytes = std::fs::metadata(&path).map_err(io)?.len();
-    if n_bytes > MAX_CONFIG_BYTES {
-        return Err(Error::File {
-            path,
-            reason: format!("has {n_bytes} bytes: no configuration is that long"),
-        });
-    }
-    let bytes = std::fs::read(&path).map_err(io)?;
-    let json: Json = serde_json::from_slice(&bytes)
-        .map_err(|error| Error::File { path: path.clone(), reason: error.to_string() })?;
+    let json = read_json(folder)?;
     match json["model_type"].as_str() {
         None => Ok(None),
         Some("blip-2") => Ok(Some(json)),
         Some(other) => Err(Error::File {
-            path,
+            path: folder.join(super::FILE_NAME),
             reason: format!("is the configuration of a model of type `{other}`; this reads `blip-2`"),
         }),
     }
@@ -84,9 +79,7 @@ pub(super) fn load(folder: &Path, json: &Json, file: &Safetensors, options: &Ope
 
 /// Opens a model for matching and features (`Blip2ForImageTextRetrieval`).
 fn open_retrieval(folder: &Path, json: &Json, file: &Safetensors, options: &OpenOptions) -> Result<Blip2> {
-    let vit = vit_config(&json["vision_config"])?;
-    let mut qformer = qformer_config(json)?;
-    qformer.encoder_hidden_size = vit.hidden_size;
+    let (vit, qformer) = sizes(json, options.preset)?;
     let tokenizer = BertTokenizer::from_folder(folder)?;
     if tokenizer.n_tokens() > qformer.vocab_size {
         let reason = format!(
@@ -116,6 +109,25 @@ fn open_retrieval(folder: &Path, json: &Json, file: &Safetensors, options: &Open
     Ok(Blip2 { config, vision, stage1: loaded, stage2: None })
 }
 
+/// The sizes of encoder and Q-Former, with the epsilons of an implementation.
+fn sizes(json: &Json, preset: Option<Preset>) -> Result<(VitConfig, QFormerConfig)> {
+    let mut vit = vit_config(&json["vision_config"])?;
+    let mut qformer = qformer_config(json)?;
+    qformer.encoder_hidden_size = vit.hidden_size;
+    match preset {
+        // One for all norms of the encoder, and it passes over what a converted folder says besides.
+        Some(Preset::Hf) => qformer.vision_layer_norm_eps = vit.layer_norm_eps,
+        Some(Preset::Lavis) => {
+            // EVA's is its own, CLIP's PyTorch's default, as that of `ln_vision`. Old folders say 1e-5 of EVA's, too.
+            let published = if vit.pre_norm { VitConfig::clip_l(224) } else { VitConfig::eva_clip_g(224) };
+            vit.layer_norm_eps = published.layer_norm_eps;
+            qformer.vision_layer_norm_eps = LN_VISION_EPS;
+        }
+        None => {}
+    }
+    Ok((vit, qformer))
+}
+
 /// The encoder, for pictures of the configured size or of the one that the caller wants, and how they are prepared.
 fn load_vision(
     folder: &Path,
@@ -133,9 +145,41 @@ fn load_vision(
     if let Some(side) = options.image_size {
         (config.image_size, processor.image_side) = (side, side);
     }
-    // LAVIS resizes the positions of its two encoders by two conventions.
-    let align = if config.pre_norm { AlignCorners::Yes } else { AlignCorners::No };
+    let align = AlignCorners::of(&config);
     Ok((Vit::load(config, &loader, align)?, processor))
+}
+
+/// The encoder of a folder by itself.
+pub(super) fn open_encoder(
+    folder: &Path,
+    json: &Json,
+    file: &Safetensors,
+    image_size: Option<usize>,
+) -> Result<VisionEncoder> {
+    let source = Renamed(file);
+    let loader = Loader::frozen(&source, Precision::F32);
+    let options = OpenOptions { image_size, ..OpenOptions::default() };
+    let (encoder, processor) = load_vision(folder, vit_config(&json["vision_config"])?, &loader, &options)?;
+    let is_of_it =
+        |name: &&str| name.starts_with("vision_model.") && !name.starts_with("vision_model.post_layernorm.");
+    let tensors = file.names().filter(is_of_it).map(|name| {
+        let rows = file.tensor(name)?;
+        let (shape, encoding) = (rows.shape().to_vec(), rows.encoding());
+        Ok((name, StoredTensor { shape, encoding, bytes: rows.bytes().into() }))
+    });
+    VisionEncoder::vit(encoder, processor, parts::fingerprint(tensors)?)
+}
+
+/// The language model of a folder by itself.
+pub(super) fn open_language_model(
+    folder: &Path,
+    json: &Json,
+    file: &Safetensors,
+    format: FrozenFormat,
+) -> Result<(LanguageModel, LanguageTokenizer)> {
+    let text = text_config(json);
+    let tokenizer = tokenizer(folder, &text, Family::of(&text)?)?;
+    Ok((LanguageModel::from_safetensors(&text, file, LANGUAGE_MODEL, format)?, tokenizer))
 }
 
 /// The folder's name, or that of the folder whose model was quantised into this one.
@@ -162,15 +206,9 @@ fn vision(
 
 /// Opens a model for captions and answers (`Blip2ForConditionalGeneration`).
 fn open_generation(folder: &Path, json: &Json, file: &Safetensors, options: &OpenOptions) -> Result<Blip2> {
-    let vit = vit_config(&json["vision_config"])?;
-    let mut qformer = qformer_config(json)?;
-    qformer.encoder_hidden_size = vit.hidden_size;
+    let (vit, qformer) = sizes(json, options.preset)?;
     let text = text_config(json);
-    let family = match text["model_type"].as_str().unwrap_or_default() {
-        "opt" => Family::Opt,
-        "t5" => Family::T5,
-        other => return Err(wrong("text_config.model_type", &format!("is `{other}`, expected opt or t5"))),
-    };
+    let family = Family::of(&text)?;
     let tokenizer = tokenizer(folder, &text, family)?;
     let source = Renamed(file);
     let loader = Loader::frozen(&source, options.precision);
@@ -180,7 +218,7 @@ fn open_generation(folder: &Path, json: &Json, file: &Safetensors, options: &Ope
     let vit = encoder.config().clone();
     let bridge = QFormer::load(&qformer, &loader, TextSide::None)?;
     let language_model =
-        LanguageModel::from_safetensors(&text, file, "language_model.", options.frozen_format())?;
+        LanguageModel::from_safetensors(&text, file, LANGUAGE_MODEL, options.frozen_format())?;
     let language_projection =
         loader.linear("language_projection", qformer.hidden_size, language_model.hidden_size())?;
     // Buffers of old revisions: positions count from 0.
@@ -277,6 +315,14 @@ enum Family {
 }
 
 impl Family {
+    fn of(text: &Json) -> Result<Self> {
+        match text["model_type"].as_str().unwrap_or_default() {
+            "opt" => Ok(Self::Opt),
+            "t5" => Ok(Self::T5),
+            other => Err(wrong("text_config.model_type", &format!("is `{other}`, expected opt or t5"))),
+        }
+    }
+
     /// What is said as it is: the beginning of a caption.
     fn caption(self) -> PromptFormat {
         self.format("{image}{prompt}", " ")
@@ -308,10 +354,10 @@ impl Family {
 }
 
 /// The checkpoint under the names of this project, which differ where Hugging Face keeps a part elsewhere.
-struct Renamed<'a>(&'a Safetensors);
+pub(super) struct Renamed<F>(pub(super) F);
 
-impl Renamed<'_> {
-    fn name(name: &str) -> String {
+impl<F> Renamed<F> {
+    pub(super) fn name(name: &str) -> String {
         // LAVIS's `ln_vision` normalises the encoder's output for the Q-Former; Hugging Face made it the encoder's last norm.
         if let Some(part) = name.strip_prefix("vision_layernorm.") {
             return format!("vision_model.post_layernorm.{part}");
@@ -324,165 +370,24 @@ impl Renamed<'_> {
     }
 }
 
-impl TensorSource for Renamed<'_> {
+impl<F: Borrow<Safetensors>> TensorSource for Renamed<F> {
     fn shape(&self, name: &str) -> Option<Vec<usize>> {
-        TensorSource::shape(self.0, &Self::name(name))
+        TensorSource::shape(self.0.borrow(), &Self::name(name))
     }
 
     fn read_f32(&self, name: &str) -> Result<Vec<f32>> {
-        self.0.read_f32(&Self::name(name))
+        self.0.borrow().read_f32(&Self::name(name))
     }
 
     fn rows(&self, name: &str) -> Result<Option<TensorRows<'_>>> {
-        self.0.rows(&Self::name(name))
+        self.0.borrow().rows(&Self::name(name))
     }
 
     fn quantized(&self, name: &str) -> Result<Option<QuantizedWeight>> {
-        self.0.quantized(&Self::name(name))
+        self.0.borrow().quantized(&Self::name(name))
     }
 
     fn note_quantized(&self, name: &str, weight: &FrozenWeight) {
-        self.0.note_quantized(&Self::name(name), weight);
+        self.0.borrow().note_quantized(&Self::name(name), weight);
     }
-}
-
-fn wrong(field: &str, reason: &str) -> Error {
-    Error::Config { field: field.into(), reason: reason.into() }
-}
-
-/// A whole number of `part`, or the value that Hugging Face has for it.
-fn size(json: &Json, part: &str, field: &str, default: usize) -> Result<usize> {
-    match &json[field] {
-        Json::Null => Ok(default),
-        value => value.as_u64().and_then(|value| usize::try_from(value).ok()).ok_or_else(|| {
-            wrong(&format!("{part}.{field}"), &format!("is {value}, expected a whole number"))
-        }),
-    }
-}
-
-/// Token ids of `part`, if it names any.
-fn tokens(json: &Json, part: &str, field: &str) -> Result<Option<Vec<u32>>> {
-    if json[field].is_null() {
-        return Ok(None);
-    }
-    let read: std::result::Result<OneOrMore, _> = serde_json::from_value(json[field].clone());
-    let refuse =
-        |_| wrong(&format!("{part}.{field}"), &format!("is {}, expected a token's number", json[field]));
-    read.map(|tokens| Some(tokens.list())).map_err(refuse)
-}
-
-/// The first of them.
-fn token(json: &Json, part: &str, field: &str) -> Result<Option<u32>> {
-    Ok(tokens(json, part, field)?.and_then(|tokens| tokens.first().copied()))
-}
-
-fn number(json: &Json, part: &str, field: &str, default: f64) -> Result<f64> {
-    match &json[field] {
-        Json::Null => Ok(default),
-        value => value
-            .as_f64()
-            .ok_or_else(|| wrong(&format!("{part}.{field}"), &format!("is {value}, expected a number"))),
-    }
-}
-
-pub(super) fn vit_config(json: &Json) -> Result<VitConfig> {
-    let part = "vision_config";
-    let base = VitConfig::eva_clip_g(224);
-    let config = VitConfig {
-        hidden_size: size(json, part, "hidden_size", base.hidden_size)?,
-        intermediate_size: size(json, part, "intermediate_size", base.intermediate_size)?,
-        num_hidden_layers: size(json, part, "num_hidden_layers", base.num_hidden_layers)?,
-        num_attention_heads: size(json, part, "num_attention_heads", base.num_attention_heads)?,
-        image_size: size(json, part, "image_size", base.image_size)?,
-        patch_size: size(json, part, "patch_size", base.patch_size)?,
-        layer_norm_eps: number(json, part, "layer_norm_eps", base.layer_norm_eps)?,
-        hidden_act: match json["hidden_act"].as_str().unwrap_or("gelu") {
-            "gelu" => VitActivation::Gelu,
-            "quick_gelu" => VitActivation::QuickGelu,
-            other => {
-                return Err(wrong(
-                    "vision_config.hidden_act",
-                    &format!("is `{other}`, expected gelu or quick_gelu"),
-                ));
-            }
-        },
-        // Only what `layout` wrote has these: Hugging Face has no CLIP encoder for BLIP-2.
-        pre_norm: json["pre_norm"].as_bool().unwrap_or(base.pre_norm),
-        patch_bias: json["patch_bias"].as_bool().unwrap_or(base.patch_bias),
-    };
-    if json["qkv_bias"] == Json::Bool(false) {
-        return Err(wrong(
-            "vision_config.qkv_bias",
-            "is false: an encoder without these biases is not known here",
-        ));
-    }
-    config.validate()?;
-    Ok(config)
-}
-
-pub(super) fn qformer_config(json: &Json) -> Result<QFormerConfig> {
-    let (part, qformer) = ("qformer_config", &json["qformer_config"]);
-    if let Some(other) = qformer["hidden_act"].as_str().filter(|act| *act != "gelu") {
-        return Err(wrong("qformer_config.hidden_act", &format!("is `{other}`, expected gelu")));
-    }
-    // Hugging Face gives the norm after the encoder the encoder's epsilon, LAVIS its own, which a converted folder says.
-    let vision = &json["vision_config"];
-    let encoder_eps = number(vision, "vision_config", "layer_norm_eps", 1e-6)?;
-    Ok(QFormerConfig {
-        vocab_size: size(qformer, part, "vocab_size", 30522)?,
-        hidden_size: size(qformer, part, "hidden_size", 768)?,
-        num_hidden_layers: size(qformer, part, "num_hidden_layers", 12)?,
-        num_attention_heads: size(qformer, part, "num_attention_heads", 12)?,
-        intermediate_size: size(qformer, part, "intermediate_size", 3072)?,
-        max_position_embeddings: size(qformer, part, "max_position_embeddings", 512)?,
-        layer_norm_eps: number(qformer, part, "layer_norm_eps", 1e-12)?,
-        cross_attention_frequency: size(qformer, part, "cross_attention_frequency", 2)?,
-        encoder_hidden_size: size(qformer, part, "encoder_hidden_size", 1408)?,
-        num_query_tokens: size(json, "config", "num_query_tokens", 32)?,
-        image_text_hidden_size: size(json, "config", "image_text_hidden_size", 256)?,
-        vision_layer_norm_eps: number(vision, "vision_config", "post_layernorm_eps", encoder_eps)?,
-    })
-}
-
-/// How pictures are prepared: BLIP-2's way, with the numbers of `preprocessor_config.json` where there is one.
-fn processor(folder: &Path, image_size: usize) -> Result<ImageProcessor> {
-    let mut processor = ImageProcessor::blip2(image_size);
-    let path = folder.join("preprocessor_config.json");
-    let bytes = match std::fs::read(&path) {
-        Ok(bytes) => bytes,
-        Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(processor),
-        Err(source) => return Err(Error::Io { path, source }),
-    };
-    let refuse = |reason: String| Error::File { path: path.clone(), reason };
-    let json: Json = serde_json::from_slice(&bytes).map_err(|error| refuse(error.to_string()))?;
-    let numbers = |field: &str, default: [f64; 3]| -> Result<[f64; 3]> {
-        if json[field].is_null() {
-            return Ok(default);
-        }
-        serde_json::from_value(json[field].clone())
-            .map_err(|_| refuse(format!("`{field}` is not three numbers")))
-    };
-    processor.image_mean = numbers("image_mean", processor.image_mean)?;
-    processor.image_std = numbers("image_std", processor.image_std)?;
-    processor.rescale_factor = json["rescale_factor"].as_f64().unwrap_or(processor.rescale_factor);
-    processor.geometry = Geometry::Squash;
-    for side in ["height", "width"] {
-        let found = json["size"][side].as_u64();
-        if found.is_some_and(|found| found != image_size as u64) {
-            let found = &json["size"][side];
-            return Err(refuse(format!("makes pictures of {side} {found}, the encoder sees {image_size}")));
-        }
-    }
-    for (field, expected) in
-        [("do_resize", true), ("do_rescale", true), ("do_normalize", true), ("do_center_crop", false)]
-    {
-        if json[field].as_bool().is_some_and(|found| found != expected) {
-            return Err(refuse(format!("`{field}` is {}, BLIP-2's is {expected}", !expected)));
-        }
-    }
-    // 3 is Pillow's name of the bicubic filter.
-    if json["resample"].as_u64().is_some_and(|filter| filter != 3) {
-        return Err(refuse(format!("`resample` is {}, BLIP-2's is 3, bicubic", json["resample"])));
-    }
-    Ok(processor)
 }

@@ -8,6 +8,7 @@
 //!
 //! `table` has the names; a checkpoint must hold exactly the tensors of its table, in their shapes.
 
+mod encoder;
 mod folder;
 mod language;
 mod output;
@@ -15,16 +16,19 @@ mod sizes;
 mod small_files;
 mod state;
 mod table;
+mod trained;
 
 use std::path::{Path, PathBuf};
 
 use serde_json::Value as Json;
 
+pub(super) use self::encoder::LavisEncoder;
 use self::folder::NewFolder;
 use self::language::{Family, Language, check_layers};
 use self::output::Output;
 use self::state::State;
 use self::table::{Architecture, Head, Table};
+pub use self::trained::{Trained, trained_to_hugging_face};
 use super::hugging_face;
 use crate::weights::Checkpoint;
 use crate::{Error, Result};

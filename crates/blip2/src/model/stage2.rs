@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 use candle_core::Tensor;
 
 use super::preset::FolderGeneration;
-use super::{Blip2, ImageFeatures, ModelConfig, Stage2Config, image_keys};
+use super::{Blip2, ImageFeatures, ModelConfig, Stage2Config, image_keys, open_language_model};
 use crate::cache::CachedSequence;
 use crate::generate::{
     Event, FinishReason, Generation, GenerationConfig, Request, Session, StopRules, generate, score,
@@ -81,7 +81,7 @@ impl Stage2 {
         let weights = TrainedWeights::open(&paths)?;
         let loader = Loader::frozen(&weights, format.precision);
         let qformer = QFormer::load(&config.qformer, &loader, TextSide::None)?;
-        let (language_model, tokenizer) = LanguageModel::open(language_model, format)?;
+        let (language_model, tokenizer) = open_language_model(language_model, format)?;
         let language_projection =
             loader.linear("language_projection", config.qformer.hidden_size, language_model.hidden_size())?;
         weights.finish()?;
@@ -124,14 +124,13 @@ impl Stage2 {
         &self.qformer
     }
 
-    /// How a question is put.
-    pub(super) fn prompt(&self) -> &PromptFormat {
-        &self.prompt
-    }
-
-    /// How a caption is asked for.
-    pub(super) fn caption_prompt(&self) -> &PromptFormat {
-        &self.caption_prompt
+    /// How these turns are put; without any, how a caption is asked for.
+    pub(super) fn format_of(&self, turns: &[Turn]) -> &PromptFormat {
+        match turns {
+            [] => &self.caption_prompt,
+            [_] => &self.prompt,
+            _ => &self.chat_prompt,
+        }
     }
 
     pub(super) fn language_model(&self) -> &LanguageModel {
@@ -197,11 +196,9 @@ impl Stage2 {
 
     /// As [`render`](Self::render), but nothing is left out; without turns, the prompt for a caption.
     pub(super) fn render_whole(&self, turns: &[Turn], instruction: &str) -> Result<Prompt> {
-        let prompt = match turns {
-            [] => self.caption_prompt.render(&self.tokenizer, &[Turn::open(instruction)], true)?,
-            [_] => self.prompt.render(&self.tokenizer, refuse_empty(turns)?, true)?,
-            _ => self.chat_prompt.render(&self.tokenizer, refuse_empty(turns)?, true)?,
-        };
+        let caption = [Turn::open(instruction)];
+        let asked = if turns.is_empty() { &caption } else { refuse_empty(turns)? };
+        let prompt = self.format_of(turns).render(&self.tokenizer, asked, true)?;
         // An answer has at least one token.
         let (n_tokens, limit) = (prompt.n_rows(self.n_queries()) + 1, self.language_model.context_len());
         if n_tokens > limit { Err(Error::TextTooLong { n_tokens, limit }) } else { Ok(prompt) }

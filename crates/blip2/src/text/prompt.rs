@@ -26,7 +26,8 @@ pub enum PromptFormat {
         template: String,
         /// Whether the file's first-token mark follows the image (OPT in BLIP-2).
         bos: bool,
-        /// Whether the file's end mark closes an open prompt (T5, whose encoder reads it).
+        /// Whether the file's end mark closes what is read before the last answer (T5: its encoder reads that, its decoder
+        /// writes the answer).
         #[serde(default)]
         eos: bool,
         /// What ends an answer; the mark of the file when empty. OPT in BLIP-2: `\n`.
@@ -77,6 +78,15 @@ impl Prompt {
     /// The tokens after the image.
     pub fn after_image(&self) -> &[u32] {
         &self.ids[self.image_at.unwrap_or(self.ids.len())..]
+    }
+
+    /// For an encoder-decoder model: the ids that the encoder reads, the image's place among them being this prompt's, and
+    /// those that the decoder learns to write. Nothing where the answer is not one, at the end and behind the image.
+    pub fn read_and_written(&self) -> Option<(&[u32], &[u32])> {
+        let [answer] = &self.answers[..] else { return None };
+        let is_behind = self.image_at.is_none_or(|at| at <= answer.start);
+        (is_behind && !answer.is_empty() && answer.end == self.ids.len())
+            .then(|| self.ids.split_at(answer.start))
     }
 
     /// Rows of the language model's input when the image takes `n_image_rows`.
@@ -141,7 +151,8 @@ impl PromptFormat {
     /// Makes a dialogue into ids, with the image in its first turn if `with_image`.
     ///
     /// White space around questions and answers is left out. What users typed is encoded as text, whatever marks it
-    /// imitates. The last turn's answer may be open: the ids then end where the model goes on.
+    /// imitates. The last turn's answer may be open: the ids then end where the model goes on. Where the end mark closes what
+    /// is read, the last answer alone is one to be learned; those before it are read.
     ///
     /// # Errors
     /// [`Error::Request`] when there is no turn or an earlier answer is open; [`Error::Config`] when the template is
@@ -284,10 +295,18 @@ impl PromptFormat {
                     parts.extend(bos.then_some(Part::Bos));
                 }
                 let text = format!("{between}{question}{after}");
-                if let Some(answer) = answer {
+                if let Some(answer) = answer.filter(|_| *eos && is_last) {
+                    // Another part of the model writes it than has read the text: there is no blank between them.
+                    parts.extend([
+                        Part::Text(text),
+                        Part::Eos,
+                        Part::Answer(answer.into()),
+                        Part::EndOfAnswer,
+                    ]);
+                } else if let Some(answer) = answer {
                     // A blank before a word belongs to the word's token.
                     let blank = if text.is_empty() || text.ends_with(char::is_whitespace) { "" } else { " " };
-                    if is_open {
+                    if is_open || *eos {
                         // Nothing is to be learned: the dialogue is one text, and its tokens may reach across answers.
                         parts.push(Part::Text(format!("{text}{blank}{answer}{between_turns}")));
                         return Ok(());
@@ -453,6 +472,20 @@ mod tests {
             end_of_answer: "\n".into(),
             between_turns: ". ".into(),
         }
+    }
+
+    #[test]
+    fn an_encoder_reads_what_it_is_asked_and_a_decoder_writes_the_last_answer() {
+        let tokenizer = tiny_tokenizer();
+        let turns = [Turn::answered("one?", "a"), Turn::answered("two?", " the dog")];
+        let prompt = questions().render(&tokenizer, &turns, true).unwrap();
+        let open = [turns[0].clone(), Turn::open("two?")];
+        let (read, written) = prompt.read_and_written().unwrap();
+        assert_eq!(read, questions().render(&tokenizer, &open, true).unwrap().ids);
+        assert_eq!(written, tokenizer.encode_text("the dog\n").unwrap());
+        assert_eq!(questions().answer_ids(&tokenizer, "two?", "the dog").unwrap(), written);
+        assert_eq!(PromptFormat::ChatMl.render(&tokenizer, &turns, true).unwrap().read_and_written(), None);
+        assert_eq!(questions().render(&tokenizer, &open, true).unwrap().read_and_written(), None);
     }
 
     #[test]

@@ -175,6 +175,13 @@ pub enum AlignCorners {
     No,
 }
 
+impl AlignCorners {
+    /// How LAVIS resizes the positions of this encoder, known by CLIP's norm before the blocks.
+    pub fn of(config: &VitConfig) -> Self {
+        if config.pre_norm { Self::Yes } else { Self::No }
+    }
+}
+
 impl Vit {
     /// Loads the encoder; position embeddings of another number of patches are interpolated to `config.image_size`, as
     /// LAVIS does at load.

@@ -81,7 +81,7 @@ impl Encoding {
     ///
     /// # Panics
     /// When `bytes` and `out` are not the same whole number of blocks.
-    pub(super) fn decode(self, bytes: &[u8], out: &mut [f32]) {
+    pub(crate) fn decode(self, bytes: &[u8], out: &mut [f32]) {
         let (values, size) = self.block();
         assert!(
             out.len().is_multiple_of(values) && bytes.len() == out.len() / values * size,

@@ -39,7 +39,7 @@ impl Output {
     }
 
     /// The tensor's elements; never more than one tensor is in memory, and most are ranges of a mapped file.
-    fn bytes<'a>(&self, state: &State<'a>) -> Result<StoredTensor<'a>> {
+    pub(super) fn bytes<'a>(&self, state: &State<'a>) -> Result<StoredTensor<'a>> {
         match &self.made_of {
             MadeOf::Tensor(name) => state.stored(name),
             MadeOf::Positions(n) => Ok(positions(*n)),

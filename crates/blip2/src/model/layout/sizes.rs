@@ -4,12 +4,10 @@ use serde_json::{Value as Json, json};
 
 use super::state::State;
 use super::table::{Architecture, Head};
-use crate::config::QFormerConfig;
+use crate::config::{LN_VISION_EPS, QFormerConfig};
 use crate::vision::vit::{VitActivation, VitConfig};
 use crate::{Error, Result};
 
-/// Epsilon of LAVIS's `ln_vision`, PyTorch's default. Hugging Face's has the encoder's, 1e-6.
-const LN_VISION_EPS: f64 = 1e-5;
 /// What BLIP-2's Q-Former takes from BERT, where a checkpoint without a text side does not say it.
 const BERT_VOCAB: usize = 30522;
 const BERT_POSITIONS: usize = 512;
@@ -110,7 +108,8 @@ fn unknown_heads(part: &str, width: usize) -> Error {
     Error::Config {
         field: format!("{part}.num_attention_heads"),
         reason: format!(
-            "is not in the weights, and no published model has the width {width}: give a config.json that says it"
+            "is not in the weights, and no published model has the width {width}: give it, as `encoder_heads` in training, \
+             in a config.json in a conversion"
         ),
     }
 }

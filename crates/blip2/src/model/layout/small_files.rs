@@ -10,6 +10,7 @@ use super::language::{Family, Language};
 use super::sizes;
 use super::table::{Architecture, Head};
 use crate::image::ImageProcessor;
+use crate::model::hugging_face;
 use crate::text::{BertTokenizer, LanguageTokenizer, TOKENIZER_FILES};
 use crate::{Error, Result};
 
@@ -69,8 +70,11 @@ pub(super) fn write(
         (Head::Language(language), Some(folder), _) => {
             copy_existing(new, folder, &TOKENIZER_FILES)?;
             // The first row of the embeddings that no token has stands for a picture, as in the published folders.
+            // A folder of a whole model says which it is.
+            let named = hugging_face::read_json(folder)?["image_token_index"].as_u64();
             let n_tokens = tokenizer(folder)?.n_tokens();
-            (n_tokens < language.vocab_size).then_some(n_tokens)
+            let first_unused = (n_tokens < language.vocab_size).then_some(n_tokens);
+            named.and_then(|token| usize::try_from(token).ok()).or(first_unused)
         }
         (Head::Matching, _, Some(vocabulary)) => {
             write_bert(new, model, vocabulary)?;
@@ -159,6 +163,10 @@ pub(super) fn copy(new: &NewFolder, from: &Path) -> Result<()> {
     copy_existing(new, from, &OTHER_FILES)
 }
 
-fn copy_existing(new: &NewFolder, from: &Path, names: &[&str]) -> Result<()> {
+/// Copies those of the named files that are there.
+///
+/// # Errors
+/// [`Error::Io`].
+pub(super) fn copy_existing(new: &NewFolder, from: &Path, names: &[&str]) -> Result<()> {
     names.iter().map(|name| from.join(name)).filter(|file| file.exists()).try_for_each(|file| new.copy(&file))
 }

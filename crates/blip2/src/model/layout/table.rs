@@ -78,13 +78,31 @@ pub(super) struct Table {
 
 impl Table {
     pub(super) fn of(model: &Architecture) -> Self {
+        let mut table = Self::of_encoder(&model.vision);
+        table.extend_behind_encoder(model);
+        table
+    }
+
+    /// Of all that is not the image encoder: what is trained, and the language model.
+    pub(super) fn without_encoder(model: &Architecture) -> Self {
         let mut table = Self::default();
-        table.vision(&model.vision);
-        table.qformer(&model.qformer, matches!(model.head, Head::Matching));
+        table.extend_behind_encoder(model);
+        table
+    }
+
+    fn extend_behind_encoder(&mut self, model: &Architecture) {
+        self.norm("vision_model.post_layernorm", "ln_vision", model.vision.hidden_size);
+        self.qformer(&model.qformer, matches!(model.head, Head::Matching));
         match &model.head {
-            Head::Matching => table.matching(&model.qformer),
-            Head::Language(language) => table.language(language, model.qformer.hidden_size),
+            Head::Matching => self.matching(&model.qformer),
+            Head::Language(language) => self.language(language, model.qformer.hidden_size),
         }
+    }
+
+    /// Of an image encoder without the norm behind it, which is the Q-Former's.
+    pub(super) fn of_encoder(config: &VitConfig) -> Self {
+        let mut table = Self::default();
+        table.encoder(config);
         table
     }
 
@@ -107,7 +125,7 @@ impl Table {
     }
 
     /// EVA-CLIP's transformer, or CLIP's, which is known by its norm before the blocks.
-    fn vision(&mut self, config: &VitConfig) {
+    fn encoder(&mut self, config: &VitConfig) {
         let is_clip = config.pre_norm;
         let (d, ffn, patch, n) =
             (config.hidden_size, config.intermediate_size, config.patch_size, config.n_tokens());
@@ -153,7 +171,6 @@ impl Table {
                 self.linear(&at("mlp.fc2"), &lavis("mlp.fc2"), d, ffn);
             }
         }
-        self.norm("vision_model.post_layernorm", "ln_vision", d);
     }
 
     fn qformer(&mut self, config: &QFormerConfig, with_text: bool) {

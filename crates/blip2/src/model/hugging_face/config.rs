@@ -1,0 +1,174 @@
+//! What the small files of a Hugging Face folder say: sizes, and how pictures are prepared.
+
+use std::path::Path;
+
+use serde_json::Value as Json;
+
+use crate::config::QFormerConfig;
+use crate::image::{Geometry, ImageProcessor};
+use crate::model::preset::OneOrMore;
+use crate::vision::vit::{VitActivation, VitConfig};
+use crate::{Error, Result};
+
+/// The longest configuration that is read; published ones have some thousand bytes.
+const MAX_CONFIG_BYTES: u64 = 1 << 20;
+
+pub(super) fn wrong(field: &str, reason: &str) -> Error {
+    Error::Config { field: field.into(), reason: reason.into() }
+}
+
+/// The folder's `config.json`, whatever it is of.
+///
+/// # Errors
+/// When there is none, it is too long or no JSON.
+pub(in crate::model) fn read_json(folder: &Path) -> Result<Json> {
+    let path = folder.join(crate::model::FILE_NAME);
+    let io = |source| Error::Io { path: path.clone(), source };
+    let n_bytes = std::fs::metadata(&path).map_err(io)?.len();
+    if n_bytes > MAX_CONFIG_BYTES {
+        return Err(Error::File {
+            path,
+            reason: format!("has {n_bytes} bytes: no configuration is that long"),
+        });
+    }
+    let bytes = std::fs::read(&path).map_err(io)?;
+    serde_json::from_slice(&bytes)
+        .map_err(|error| Error::File { path: path.clone(), reason: error.to_string() })
+}
+
+/// A whole number of `part`, or the value that Hugging Face has for it.
+pub(super) fn size(json: &Json, part: &str, field: &str, default: usize) -> Result<usize> {
+    match &json[field] {
+        Json::Null => Ok(default),
+        value => value.as_u64().and_then(|value| usize::try_from(value).ok()).ok_or_else(|| {
+            wrong(&format!("{part}.{field}"), &format!("is {value}, expected a whole number"))
+        }),
+    }
+}
+
+/// Token ids of `part`, if it names any.
+pub(super) fn tokens(json: &Json, part: &str, field: &str) -> Result<Option<Vec<u32>>> {
+    if json[field].is_null() {
+        return Ok(None);
+    }
+    let read: std::result::Result<OneOrMore, _> = serde_json::from_value(json[field].clone());
+    let refuse =
+        |_| wrong(&format!("{part}.{field}"), &format!("is {}, expected a token's number", json[field]));
+    read.map(|tokens| Some(tokens.list())).map_err(refuse)
+}
+
+/// The first of them.
+pub(super) fn token(json: &Json, part: &str, field: &str) -> Result<Option<u32>> {
+    Ok(tokens(json, part, field)?.and_then(|tokens| tokens.first().copied()))
+}
+
+fn number(json: &Json, part: &str, field: &str, default: f64) -> Result<f64> {
+    match &json[field] {
+        Json::Null => Ok(default),
+        value => value
+            .as_f64()
+            .ok_or_else(|| wrong(&format!("{part}.{field}"), &format!("is {value}, expected a number"))),
+    }
+}
+
+pub(in crate::model) fn vit_config(json: &Json) -> Result<VitConfig> {
+    let part = "vision_config";
+    let base = VitConfig::eva_clip_g(224);
+    let config = VitConfig {
+        hidden_size: size(json, part, "hidden_size", base.hidden_size)?,
+        intermediate_size: size(json, part, "intermediate_size", base.intermediate_size)?,
+        num_hidden_layers: size(json, part, "num_hidden_layers", base.num_hidden_layers)?,
+        num_attention_heads: size(json, part, "num_attention_heads", base.num_attention_heads)?,
+        image_size: size(json, part, "image_size", base.image_size)?,
+        patch_size: size(json, part, "patch_size", base.patch_size)?,
+        layer_norm_eps: number(json, part, "layer_norm_eps", base.layer_norm_eps)?,
+        hidden_act: match json["hidden_act"].as_str().unwrap_or("gelu") {
+            "gelu" => VitActivation::Gelu,
+            "quick_gelu" => VitActivation::QuickGelu,
+            other => {
+                return Err(wrong(
+                    "vision_config.hidden_act",
+                    &format!("is `{other}`, expected gelu or quick_gelu"),
+                ));
+            }
+        },
+        // Only what `layout` wrote has these: Hugging Face has no CLIP encoder for BLIP-2.
+        pre_norm: json["pre_norm"].as_bool().unwrap_or(base.pre_norm),
+        patch_bias: json["patch_bias"].as_bool().unwrap_or(base.patch_bias),
+    };
+    if json["qkv_bias"] == Json::Bool(false) {
+        return Err(wrong(
+            "vision_config.qkv_bias",
+            "is false: an encoder without these biases is not known here",
+        ));
+    }
+    config.validate()?;
+    Ok(config)
+}
+
+pub(in crate::model) fn qformer_config(json: &Json) -> Result<QFormerConfig> {
+    let (part, qformer) = ("qformer_config", &json["qformer_config"]);
+    if let Some(other) = qformer["hidden_act"].as_str().filter(|act| *act != "gelu") {
+        return Err(wrong("qformer_config.hidden_act", &format!("is `{other}`, expected gelu")));
+    }
+    // Hugging Face gives the norm after the encoder the encoder's epsilon, LAVIS its own, which a converted folder says.
+    let vision = &json["vision_config"];
+    let encoder_eps = number(vision, "vision_config", "layer_norm_eps", 1e-6)?;
+    Ok(QFormerConfig {
+        vocab_size: size(qformer, part, "vocab_size", 30522)?,
+        hidden_size: size(qformer, part, "hidden_size", 768)?,
+        num_hidden_layers: size(qformer, part, "num_hidden_layers", 12)?,
+        num_attention_heads: size(qformer, part, "num_attention_heads", 12)?,
+        intermediate_size: size(qformer, part, "intermediate_size", 3072)?,
+        max_position_embeddings: size(qformer, part, "max_position_embeddings", 512)?,
+        layer_norm_eps: number(qformer, part, "layer_norm_eps", 1e-12)?,
+        cross_attention_frequency: size(qformer, part, "cross_attention_frequency", 2)?,
+        encoder_hidden_size: size(qformer, part, "encoder_hidden_size", 1408)?,
+        num_query_tokens: size(json, "config", "num_query_tokens", 32)?,
+        image_text_hidden_size: size(json, "config", "image_text_hidden_size", 256)?,
+        vision_layer_norm_eps: number(vision, "vision_config", "post_layernorm_eps", encoder_eps)?,
+    })
+}
+
+/// How pictures are prepared: BLIP-2's way, with the numbers of `preprocessor_config.json` where there is one.
+pub(super) fn processor(folder: &Path, image_size: usize) -> Result<ImageProcessor> {
+    let mut processor = ImageProcessor::blip2(image_size);
+    let path = folder.join("preprocessor_config.json");
+    let bytes = match std::fs::read(&path) {
+        Ok(bytes) => bytes,
+        Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(processor),
+        Err(source) => return Err(Error::Io { path, source }),
+    };
+    let refuse = |reason: String| Error::File { path: path.clone(), reason };
+    let json: Json = serde_json::from_slice(&bytes).map_err(|error| refuse(error.to_string()))?;
+    let numbers = |field: &str, default: [f64; 3]| -> Result<[f64; 3]> {
+        if json[field].is_null() {
+            return Ok(default);
+        }
+        serde_json::from_value(json[field].clone())
+            .map_err(|_| refuse(format!("`{field}` is not three numbers")))
+    };
+    processor.image_mean = numbers("image_mean", processor.image_mean)?;
+    processor.image_std = numbers("image_std", processor.image_std)?;
+    processor.rescale_factor = json["rescale_factor"].as_f64().unwrap_or(processor.rescale_factor);
+    processor.geometry = Geometry::Squash;
+    for side in ["height", "width"] {
+        let found = json["size"][side].as_u64();
+        if found.is_some_and(|found| found != image_size as u64) {
+            let found = &json["size"][side];
+            return Err(refuse(format!("makes pictures of {side} {found}, the encoder sees {image_size}")));
+        }
+    }
+    for (field, expected) in
+        [("do_resize", true), ("do_rescale", true), ("do_normalize", true), ("do_center_crop", false)]
+    {
+        if json[field].as_bool().is_some_and(|found| found != expected) {
+            return Err(refuse(format!("`{field}` is {}, BLIP-2's is {expected}", !expected)));
+        }
+    }
+    // 3 is Pillow's name of the bicubic filter.
+    if json["resample"].as_u64().is_some_and(|filter| filter != 3) {
+        return Err(refuse(format!("`resample` is {}, BLIP-2's is 3, bicubic", json["resample"])));
+    }
+    Ok(processor)
+}
