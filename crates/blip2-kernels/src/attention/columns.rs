@@ -11,7 +11,7 @@ use crate::lanes::LANES;
 pub(super) fn columns(isa: Isa, rows: &[&[f32]; LANES], d: usize, to: &mut [f32], stride: usize) {
     assert!(rows.iter().all(|row| row.is_empty() || row.len() >= d), "a row of `d` numbers");
     assert!(d == 0 || to.len() >= (d - 1) * stride + LANES, "`to` must hold the columns");
-    assert!(isa <= Isa::detect_best());
+    assert!(isa.is_available());
     #[cfg(target_arch = "x86_64")]
     if isa == Isa::Avx512 {
         // SAFETY: the instruction set is available; the rest was checked above.

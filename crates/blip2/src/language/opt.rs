@@ -160,7 +160,8 @@ impl Opt {
         let mut loader = Loader::new(file, format);
         let (d, width, bias) = (config.hidden_size, config.word_embed_proj_dim, config.enable_bias);
         // Meta's own conversions were saved without the head, and so without the first part of the name.
-        let is_headless = file.contains(&format!("{prefix}decoder.embed_tokens.weight"));
+        let has = |root: &str| file.has(&format!("{root}.embed_tokens.weight"));
+        let is_headless = !has("model.decoder") && has("decoder");
         let root = if is_headless { "decoder" } else { "model.decoder" };
         let decoder = |name: &str| format!("{root}.{name}");
         let embed_tokens = loader.table(&decoder("embed_tokens.weight"), config.vocab_size, width)?;
