@@ -22,13 +22,14 @@ PICTURES = sorted((pathlib.Path(__file__).resolve().parents[1] / "assets" / "pic
 QUESTIONS = ["What is this?", "What colour is it?", "Is there a dog?", "How many are there?", ""]
 
 
-def bodies(max_tokens):
+def bodies(max_tokens, min_tokens):
     """Requests that differ in picture and question."""
     for number, picture in enumerate(PICTURES):
         url = "data:image/jpeg;base64," + base64.b64encode(picture.read_bytes()).decode()
         for question in QUESTIONS:
             content = [{"type": "image_url", "image_url": {"url": url}}, {"type": "text", "text": question}]
             request = {"messages": [{"role": "user", "content": content}], "max_tokens": max_tokens}
+            request["min_tokens"] = min_tokens
             yield json.dumps(request).encode()
 
 
@@ -72,10 +73,11 @@ def main():
     parser.add_argument("--clients", type=int, nargs="+", default=[1, 16])
     parser.add_argument("--seconds", type=float, default=60)
     parser.add_argument("--max-tokens", type=int, default=24)
+    parser.add_argument("--min-tokens", type=int, default=0, help="the same as --max-tokens: answers of one length")
     parser.add_argument("--pid", type=int)
     arguments = parser.parse_args()
     url = urllib.parse.urlsplit(arguments.url)
-    requests = list(bodies(arguments.max_tokens))
+    requests = list(bodies(arguments.max_tokens, arguments.min_tokens))
     for n in arguments.clients:
         before = resident_mib(arguments.pid) if arguments.pid else None
         until = time.monotonic() + arguments.seconds

@@ -4,6 +4,7 @@ python tools/clients/openai_client.py [http://127.0.0.1:8080]
 """
 
 import base64
+import json
 import os
 import pathlib
 import struct
@@ -65,7 +66,8 @@ for chunk in chat(stream=True, stream_options={"include_usage": True}):
         pieces.append(choice.delta.content or "")
         reason = choice.finish_reason or reason
 check("streamed", "".join(pieces) == text and reason == plain.choices[0].finish_reason, f"{len(pieces)} pieces")
-check("streamed usage", usage == plain.usage)
+check("streamed usage", usage.total_tokens == plain.usage.total_tokens)
+check("remembered", usage.prompt_tokens_details.cached_tokens > 0, usage.prompt_tokens_details)
 with client.chat.completions.stream(model=model, messages=messages(), max_tokens=12) as stream:
     final = stream.get_final_completion()
 check("stream helper", final.choices[0].message.content == text)
@@ -78,13 +80,25 @@ beams = chat(n=2, extra_body={"num_beams": 4})
 check("beams", len(beams.choices) == 2, repr(beams.choices[0].message.content))
 stop = chat(stop=[text[3:5]])
 check("stop", stop.choices[0].message.content == text[: text.index(text[3:5])].rstrip())
+schema = {
+    "type": "object",
+    "properties": {"animal": {"enum": ["cat", "dog", "none"]}, "count": {"type": "integer", "minimum": 0, "maximum": 9}},
+    "required": ["animal", "count"],
+    "additionalProperties": False,
+}
+form = {"type": "json_schema", "json_schema": {"name": "animals", "schema": schema, "strict": True}}
+answer = json.loads(chat(response_format=form, max_tokens=60).choices[0].message.content)
+check("JSON of a schema", answer["animal"] in ["cat", "dog", "none"] and 0 <= answer["count"] <= 9, answer)
+choice = chat(extra_body={"structured_outputs": {"choice": ["yes", "no"]}}).choices[0].message.content
+check("one of two", choice in ["yes", "no"], choice)
 turns = messages() + [{"role": "assistant", "content": text}, {"role": "user", "content": "Why?"}]
 check("turns", isinstance(chat(messages=turns).choices[0].message.content, str))
 
 fails(openai.NotFoundError, "model_not_found", model="gpt-4o")
 fails(openai.BadRequestError, "invalid_value", max_tokens=-1)
 fails(openai.BadRequestError, "invalid_value", messages=[{"role": "user", "content": "no picture"}])
-fails(openai.BadRequestError, "unsupported_value", response_format={"type": "json_object"})
+fails(openai.BadRequestError, "unsupported_value", response_format={"type": "xml"})
+fails(openai.BadRequestError, "invalid_constraint", extra_body={"guided_regex": "("})
 remote = [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "http://127.0.0.1/x.png"}}]}]
 fails(openai.BadRequestError, "invalid_image_url", messages=remote)
 if KEY != "none":

@@ -219,6 +219,12 @@ pub(crate) struct AskArgs {
     /// Rank these answers by likelihood instead of writing one.
     #[arg(long, value_delimiter = ',', value_name = "A,B,C")]
     pub(crate) choices: Vec<String>,
+    /// Write only what matches this regular expression as a whole.
+    #[arg(long, value_name = "PATTERN", conflicts_with = "choices")]
+    pub(crate) regex: Option<String>,
+    /// Write only JSON that fits the schema in this file.
+    #[arg(long, value_name = "FILE", conflicts_with_all = ["choices", "regex"])]
+    pub(crate) json_schema: Option<PathBuf>,
     #[command(flatten)]
     pub(crate) model: ModelArgs,
     /// Write what this implementation writes: its defaults for what is not given here, its rules, its reading of pictures.
@@ -473,7 +479,7 @@ pub(crate) enum DataCommand {
         seed: u64,
     },
     /// Keep the captions that fit their picture best, of those of a manifest and of some that the model writes (CapFilt).
-    Filter(FilterArgs),
+    Filter(Box<FilterArgs>),
     /// Write the manifests that the default model is trained and measured on.
     Prepare {
         /// The folder with flickr8k, places, paintings and people.

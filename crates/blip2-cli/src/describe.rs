@@ -3,6 +3,9 @@
 use std::io::{BufRead, IsTerminal, Write};
 use std::ops::ControlFlow;
 
+use anyhow::Context;
+use blip2::generate::FinishReason;
+use blip2::text::AnswerForm;
 use serde_json::json;
 
 use crate::Done;
@@ -36,7 +39,14 @@ pub(crate) fn ask(args: &AskArgs) -> anyhow::Result<Done> {
         return Ok(Done::All);
     }
     let config = answering(&model, args.preset, &args.generation);
-    let answers = model.ask(&[(&features, &args.question)], &config)?.concat();
+    let form = form(args)?.map(|form| model.grammar(&form, &config)).transpose()?;
+    let answers = model.ask_for(&[(&features, &args.question)], &config, form.as_ref())?.concat();
+    if form.is_some() && answers.iter().any(|answer| is_cut(answer.finish)) {
+        eprintln!(
+            "blip2: the answer was cut off before it had its form: try --max-new-tokens {}",
+            2 * config.max_new_tokens
+        );
+    }
     if args.model.json {
         let rows: Vec<_> = answers
             .iter()
@@ -52,6 +62,21 @@ pub(crate) fn ask(args: &AskArgs) -> anyhow::Result<Done> {
         }
     }
     Ok(Done::All)
+}
+
+/// What the answer has to be, if something was prescribed.
+fn form(args: &AskArgs) -> anyhow::Result<Option<AnswerForm>> {
+    if let Some(pattern) = &args.regex {
+        return Ok(Some(AnswerForm::Regex(pattern.clone())));
+    }
+    let Some(path) = &args.json_schema else { return Ok(None) };
+    let text = std::fs::read_to_string(path).with_context(|| path.display().to_string())?;
+    let schema = serde_json::from_str(&text).with_context(|| format!("{} is not JSON", path.display()))?;
+    Ok(Some(AnswerForm::JsonSchema(schema)))
+}
+
+fn is_cut(finish: FinishReason) -> bool {
+    matches!(finish, FinishReason::MaxNewTokens | FinishReason::ContextFull)
 }
 
 pub(crate) fn chat(args: &ChatArgs) -> anyhow::Result<Done> {

@@ -52,6 +52,9 @@ pub(crate) struct ServeArgs {
     /// Memory for what the model saw in earlier pictures.
     #[arg(long, env = "BLIP2_PICTURE_CACHE_MIB", default_value_t = 128, value_name = "MIB")]
     picture_cache_mib: usize,
+    /// Memory for what the language model has read of earlier pictures.
+    #[arg(long, env = "BLIP2_PROMPT_CACHE_MIB", default_value_t = 256, value_name = "MIB")]
+    prompt_cache_mib: usize,
     /// How long what was accepted may take after SIGTERM.
     #[arg(long, env = "BLIP2_DRAIN_SECONDS", default_value_t = 60, value_name = "SECONDS")]
     drain_seconds: u64,
@@ -157,6 +160,7 @@ fn config(args: &ServeArgs) -> anyhow::Result<ServerConfig> {
         batch: args.batch,
         kv_bytes: args.kv_mib << 20,
         picture_cache_bytes: args.picture_cache_mib << 20,
+        prompt_cache_bytes: args.prompt_cache_mib << 20,
         drain: Duration::from_secs(args.drain_seconds),
         drain_delay: Duration::from_secs(args.drain_delay_seconds),
         limits: Limits {

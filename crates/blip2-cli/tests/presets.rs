@@ -151,3 +151,27 @@ fn features_are_printed_a_picture_or_text_a_line() {
         }
     }
 }
+
+#[test]
+fn answers_of_a_form_are_written() {
+    let (picture, model) = (golden("blip2.png"), golden("blip2_opt"));
+    let ask = |more: &[&str]| {
+        printed(&[&["ask", &picture, "which?", "--model", &model, "--max-new-tokens", "40"], more].concat())
+    };
+    let text = ask(&["--regex", "[xyz]{3}"]);
+    assert!(text.trim_end().len() == 3 && text.trim_end().bytes().all(|b| b"xyz".contains(&b)), "{text}");
+    let folder = tempfile::tempdir().expect("a folder");
+    let schema = folder.path().join("schema.json");
+    let schema_text = r#"{"type": "object", "properties": {"n": {"enum": [1, 2]}}, "required": ["n"],
+        "additionalProperties": false}"#;
+    std::fs::write(&schema, schema_text).expect("written");
+    let schema = schema.to_str().expect("UTF-8");
+    for beams in ["1", "3"] {
+        let json: Json =
+            serde_json::from_str(&ask(&["--json-schema", schema, "--num-beams", beams])).expect("JSON");
+        assert!(json["n"] == 1 || json["n"] == 2, "{json}");
+    }
+    let output = blip2(&["ask", &picture, "which?", "--model", &model, "--regex", "("]);
+    assert_eq!(output.status.code(), Some(1));
+    assert!(String::from_utf8_lossy(&output.stderr).contains("regular expression"));
+}

@@ -17,6 +17,7 @@ use axum::response::Response;
 use axum::routing::{get, post};
 use blip2::model::Blip2;
 use hyper::body::{Body as HttpBody, Frame, SizeHint};
+use tokio::sync::Semaphore;
 use tracing::Instrument;
 
 use crate::access::check_host;
@@ -54,6 +55,9 @@ pub const ROUTES: &[(&str, &str, bool)] = &[
     ("GET", "/api/version", false),
 ];
 
+/// Forms of answers that are compiled at once.
+pub(crate) const FORMS: usize = 2;
+
 /// What all requests share.
 #[derive(Debug)]
 pub(crate) struct App {
@@ -65,6 +69,8 @@ pub(crate) struct App {
     pub(crate) pictures: Arc<PictureReader>,
     pub(crate) metrics: Arc<Metrics>,
     pub(crate) budget: Budget,
+    /// Of which every compilation of what an answer has to be takes one.
+    pub(crate) forms: Semaphore,
     /// When it started, for those who ask how old the model is.
     pub(crate) started: SystemTime,
     pub(crate) is_draining: AtomicBool,

@@ -31,6 +31,9 @@ pub struct ServerConfig {
     pub kv_bytes: usize,
     /// Memory of the features of pictures seen before, in bytes.
     pub picture_cache_bytes: usize,
+    /// Memory of what the language model has read of pictures seen before, in bytes: the next question about such a picture
+    /// reads its own words only.
+    pub prompt_cache_bytes: usize,
     /// How long what was accepted may take after the server was told to end.
     pub drain: Duration,
     /// How long the server goes on accepting connections after it was told to end, while it says that it is not ready:
@@ -53,6 +56,7 @@ impl Default for ServerConfig {
             batch: 32,
             kv_bytes: 1 << 30,
             picture_cache_bytes: 128 << 20,
+            prompt_cache_bytes: 256 << 20,
             drain: Duration::from_secs(60),
             drain_delay: Duration::ZERO,
             limits: Limits::default(),

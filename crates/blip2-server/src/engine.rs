@@ -12,7 +12,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread::JoinHandle;
 use std::time::Instant;
 
-use blip2::generate::GenerationConfig;
+use blip2::generate::{Constraint, GenerationConfig};
 use blip2::model::{Answer, Blip2, ImageFeatures};
 use blip2::text::Prompt;
 use tokio::sync::mpsc::{UnboundedReceiver, UnboundedSender, unbounded_channel};
@@ -22,7 +22,8 @@ use self::worker::Worker;
 use crate::config::ServerConfig;
 use crate::error::ApiError;
 use crate::metrics::Metrics;
-use crate::picture::{Picture, PictureCache};
+use crate::picture::{Picture, SeenPicture};
+use crate::recent::Recent;
 
 /// What a request wants written.
 #[derive(Debug)]
@@ -30,6 +31,8 @@ pub(crate) struct Write {
     pub(crate) picture: Picture,
     pub(crate) prompt: Prompt,
     pub(crate) generation: GenerationConfig,
+    /// What the answer has to be.
+    pub(crate) constraint: Option<Box<dyn Constraint>>,
     /// How many of the likeliest tokens to tell of in every place.
     pub(crate) top_log_probs: usize,
 }
@@ -39,7 +42,15 @@ pub(crate) struct Write {
 pub(crate) enum Event {
     Token(Token),
     /// The last event.
-    Done(Result<Vec<Answer>, ApiError>),
+    Done(Result<Written, ApiError>),
+}
+
+/// What came of a request for writing.
+#[derive(Debug)]
+pub(crate) struct Written {
+    pub(crate) answers: Vec<Answer>,
+    /// Tokens of the prompt that had been read before, for another request.
+    pub(crate) n_cached: usize,
 }
 
 /// A token that was just written.
@@ -104,7 +115,7 @@ impl Engine {
     /// When the model fails.
     pub(crate) fn start(
         model: &Arc<Blip2>,
-        cache: &Arc<PictureCache>,
+        cache: &Arc<Recent<SeenPicture>>,
         metrics: &Arc<Metrics>,
         config: &ServerConfig,
     ) -> Result<(Self, JoinHandle<()>), crate::StartError> {
@@ -115,6 +126,7 @@ impl Engine {
             model: model.clone(),
             queue: queue.clone(),
             cache: cache.clone(),
+            read: Recent::new(config.prompt_cache_bytes),
             metrics: metrics.clone(),
             batch: config.batch,
             kv_budget: config.kv_bytes,

@@ -182,6 +182,9 @@ impl ApiError {
                 );
                 Self { code: "context_length_exceeded", ..Self::invalid(param, message) }
             }
+            blip2::Error::AnswerForm(message) => {
+                Self { code: "invalid_constraint", ..Self::invalid(param, message.clone()) }
+            }
             blip2::Error::Request(message) => Self::invalid(param, message.clone()),
             blip2::Error::Config { field, reason } => {
                 let field = field.rsplit('.').next().unwrap_or(param);

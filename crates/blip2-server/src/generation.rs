@@ -8,6 +8,7 @@ use serde_json::Value as Json;
 
 use crate::config::Limits;
 use crate::error::ApiError;
+use crate::form::{Form, FormFields};
 use crate::wire::OneOrMany;
 
 /// OpenAI's fields, and those that vLLM's clients add. Read from the same body as the rest of a request.
@@ -32,7 +33,7 @@ pub(crate) struct GenerationFields {
     presence_penalty: Option<f32>,
     frequency_penalty: Option<f32>,
     logit_bias: Option<serde_json::Map<String, Json>>,
-    response_format: Option<ResponseFormat>,
+    response_format: Option<Json>,
     structured_outputs: Option<Json>,
     guided_json: Option<Json>,
     guided_regex: Option<Json>,
@@ -42,9 +43,11 @@ pub(crate) struct GenerationFields {
     functions: Option<Vec<Json>>,
 }
 
-#[derive(Debug, Deserialize)]
-struct ResponseFormat {
-    r#type: String,
+/// How to write, and what has to come of it.
+#[derive(Debug)]
+pub(crate) struct Manner {
+    pub(crate) generation: GenerationConfig,
+    pub(crate) form: Option<Form>,
 }
 
 impl GenerationFields {
@@ -57,12 +60,23 @@ impl GenerationFields {
     }
 
     /// Changes `base` by what the request says.
-    pub(crate) fn apply(
-        &self,
-        base: GenerationConfig,
-        limits: &Limits,
-    ) -> Result<GenerationConfig, ApiError> {
+    pub(crate) fn apply(&self, base: GenerationConfig, limits: &Limits) -> Result<Manner, ApiError> {
         self.refuse_unsupported()?;
+        Ok(Manner { generation: self.generation(base, limits)?, form: self.form_fields().form()? })
+    }
+
+    fn form_fields(&self) -> FormFields<'_> {
+        FormFields {
+            response_format: self.response_format.as_ref(),
+            structured_outputs: self.structured_outputs.as_ref(),
+            guided_json: self.guided_json.as_ref(),
+            guided_regex: self.guided_regex.as_ref(),
+            guided_choice: self.guided_choice.as_ref(),
+            guided_grammar: self.guided_grammar.as_ref(),
+        }
+    }
+
+    fn generation(&self, base: GenerationConfig, limits: &Limits) -> Result<GenerationConfig, ApiError> {
         let mut config = base;
         config.max_new_tokens = config.max_new_tokens.min(limits.tokens);
         self.apply_lengths(&mut config, limits)?;
@@ -168,23 +182,11 @@ impl GenerationFields {
     /// What clients may ask for and does not exist here is said, not left out.
     fn refuse_unsupported(&self) -> Result<(), ApiError> {
         let is_set = |penalty: Option<f32>| penalty.is_some_and(|penalty| penalty != 0.0);
-        let is_given = |value: &Option<Json>| value.is_some();
         let has_tools = [&self.tools, &self.functions].into_iter().flatten().any(|tools| !tools.is_empty());
-        let constrained = self.response_format.as_ref().is_some_and(|format| format.r#type != "text");
         for (param, is_asked, instead) in [
             ("presence_penalty", is_set(self.presence_penalty), "repetition_penalty is"),
             ("frequency_penalty", is_set(self.frequency_penalty), "repetition_penalty is"),
             ("logit_bias", self.logit_bias.as_ref().is_some_and(|bias| !bias.is_empty()), ""),
-            (
-                "response_format",
-                constrained,
-                "only {\"type\": \"text\"} is; to choose among answers see /v1/vqa",
-            ),
-            ("structured_outputs", is_given(&self.structured_outputs), "to choose among answers see /v1/vqa"),
-            ("guided_json", is_given(&self.guided_json), ""),
-            ("guided_regex", is_given(&self.guided_regex), ""),
-            ("guided_choice", is_given(&self.guided_choice), "to choose among answers see /v1/vqa"),
-            ("guided_grammar", is_given(&self.guided_grammar), ""),
             ("tools", has_tools, ""),
         ] {
             if is_asked {
@@ -218,7 +220,7 @@ mod tests {
         let own = GenerationConfig { num_beams: 5, max_new_tokens: 30, ..GenerationConfig::default() };
         let limits = Limits::default();
         let fields: GenerationFields = serde_json::from_str(json).expect("fields");
-        fields.apply(GenerationFields::for_chat(&own, &limits), &limits)
+        fields.apply(GenerationFields::for_chat(&own, &limits), &limits).map(|manner| manner.generation)
     }
 
     #[test]
@@ -265,8 +267,8 @@ mod tests {
             (r#"{"stop": ""}"#, "stop", "invalid_value"),
             (r#"{"presence_penalty": 0.5}"#, "presence_penalty", "unsupported_value"),
             (r#"{"logit_bias": {"5": 1}}"#, "logit_bias", "unsupported_value"),
-            (r#"{"response_format": {"type": "json_object"}}"#, "response_format", "unsupported_value"),
-            (r#"{"guided_choice": ["a"]}"#, "guided_choice", "unsupported_value"),
+            (r#"{"response_format": {"type": "xml"}}"#, "response_format", "unsupported_value"),
+            (r#"{"guided_choice": "a"}"#, "guided_choice", "invalid_value"),
             (r#"{"tools": [{}]}"#, "tools", "unsupported_value"),
         ] {
             let error = apply(json).expect_err(json);

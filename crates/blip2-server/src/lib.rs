@@ -33,6 +33,7 @@ mod engine;
 mod error;
 mod explain;
 mod fetch;
+mod form;
 mod generation;
 mod json;
 mod listen;
@@ -41,6 +42,7 @@ mod ollama;
 mod openai;
 mod page;
 mod picture;
+mod recent;
 mod stream;
 mod tasks;
 mod text;
@@ -64,7 +66,7 @@ use blip2::model::Blip2;
 pub fn serve(model: Blip2, config: ServerConfig) -> Result<(), StartError> {
     let runtime = tokio::runtime::Builder::new_multi_thread()
         .worker_threads(2)
-        .max_blocking_threads(config.limits.decode_threads + picture::FETCHES + 4)
+        .max_blocking_threads(config.limits.decode_threads + picture::FETCHES + app::FORMS + 4)
         .enable_all()
         .build()
         .map_err(StartError::Runtime)?;

@@ -24,13 +24,14 @@ use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 use tokio::time::{Instant, Sleep, timeout};
 
-use crate::app::App;
+use crate::app::{App, FORMS};
 use crate::body::Budget;
 use crate::config::ServerConfig;
 use crate::engine::Engine;
 use crate::error::StartError;
 use crate::metrics::Metrics;
-use crate::picture::{PictureCache, PictureReader};
+use crate::picture::PictureReader;
+use crate::recent::Recent;
 
 /// A server that listens and whose model is warm.
 #[derive(Debug)]
@@ -52,12 +53,13 @@ impl Server {
         let listener = TcpListener::bind(config.address).await.map_err(bind)?;
         let address = listener.local_addr().map_err(bind)?;
         let metrics = Arc::new(Metrics::new());
-        let cache = Arc::new(PictureCache::new(&model, config.picture_cache_bytes));
+        let cache = Arc::new(Recent::new(config.picture_cache_bytes));
         let (engine, model_thread) = Engine::start(&model, &cache, &metrics, &config)?;
         let name = config.model_name.clone().unwrap_or_else(|| plain_name(&model.config().name));
         let app = App {
             pictures: Arc::new(PictureReader::new(&model, &cache, &metrics, &config)),
             budget: Budget::new(config.limits.all_body_bytes),
+            forms: Semaphore::new(FORMS),
             name,
             engine,
             metrics,

@@ -25,8 +25,10 @@ pub(crate) struct Metrics {
     pub(crate) queued: AtomicUsize,
     pub(crate) running_texts: AtomicUsize,
     pub(crate) cached_picture_bytes: AtomicUsize,
+    pub(crate) cached_prompt_bytes: AtomicUsize,
     pub(crate) kv_bytes: AtomicUsize,
     pub(crate) prompt_tokens: AtomicU64,
+    pub(crate) cached_prompt_tokens: AtomicU64,
     pub(crate) generated_tokens: AtomicU64,
     pub(crate) picture_hits: AtomicU64,
     pub(crate) picture_misses: AtomicU64,
@@ -108,8 +110,10 @@ impl Metrics {
             queued: AtomicUsize::new(0),
             running_texts: AtomicUsize::new(0),
             cached_picture_bytes: AtomicUsize::new(0),
+            cached_prompt_bytes: AtomicUsize::new(0),
             kv_bytes: AtomicUsize::new(0),
             prompt_tokens: AtomicU64::new(0),
+            cached_prompt_tokens: AtomicU64::new(0),
             generated_tokens: AtomicU64::new(0),
             picture_hits: AtomicU64::new(0),
             picture_misses: AtomicU64::new(0),
@@ -171,13 +175,19 @@ impl Metrics {
             ("blip2_queue_requests", "Requests that wait for the model.", &self.queued),
             ("blip2_running_texts", "Texts that are being written.", &self.running_texts),
             ("blip2_picture_cache_bytes", "Memory of remembered pictures.", &self.cached_picture_bytes),
+            (
+                "blip2_prompt_cache_bytes",
+                "Memory of prompts' remembered beginnings.",
+                &self.cached_prompt_bytes,
+            ),
             ("blip2_kv_cache_bytes", "Memory of the language model's keys and values.", &self.kv_bytes),
         ] {
             head(&mut out, name, "gauge", help);
             let _ = writeln!(out, "{name} {}", value.load(Ordering::Relaxed));
         }
         for (name, help, value) in [
-            ("blip2_prompt_tokens_total", "Tokens read, pictures' included.", &self.prompt_tokens),
+            ("blip2_prompt_tokens_total", "Tokens of prompts, pictures' included.", &self.prompt_tokens),
+            ("blip2_cached_prompt_tokens_total", "Of these, remembered ones.", &self.cached_prompt_tokens),
             ("blip2_generated_tokens_total", "Tokens written.", &self.generated_tokens),
             ("blip2_picture_cache_hits_total", "Pictures that were remembered.", &self.picture_hits),
             ("blip2_picture_cache_misses_total", "Pictures that were not.", &self.picture_misses),

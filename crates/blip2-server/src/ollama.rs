@@ -14,12 +14,13 @@ use serde_json::{Value, json};
 use crate::app::{App, Context, unix_seconds};
 use crate::body::Memory;
 use crate::config::Limits;
-use crate::engine::Token;
+use crate::engine::{Token, Written};
 use crate::error::{ApiError, Shape};
-use crate::generation::GenerationFields;
+use crate::form;
+use crate::generation::{GenerationFields, Manner};
 use crate::stream::{self, Format};
 use crate::text::GrowingText;
-use crate::wire::{Accepted, Complete, Dialogue, Message, OneOrMany, finish_reason};
+use crate::wire::{Accepted, Complete, Message, OneOrMany, finish_reason};
 
 #[derive(Debug, Deserialize)]
 struct ChatRequest {
@@ -93,7 +94,7 @@ impl Options {
                 })?;
             }
         }
-        fields.apply(base, limits)
+        Ok(fields.apply(base, limits)?.generation)
     }
 }
 
@@ -104,10 +105,6 @@ fn refuse(name: &str, is_given: bool) -> Result<(), ApiError> {
     Ok(())
 }
 
-fn is_given(format: Option<&Value>) -> bool {
-    format.is_some_and(|format| !format.is_null() && format != "")
-}
-
 pub(crate) async fn chat(
     State(app): State<Arc<App>>,
     Extension(context): Extension<Context>,
@@ -116,21 +113,24 @@ pub(crate) async fn chat(
     let body = app.body(request).await?;
     let asked: ChatRequest = body.json()?;
     let memory = body.understood();
-    app.check_model(asked.model.as_deref())?;
-    refuse("format", is_given(asked.format.as_ref()))?;
     refuse("tools", asked.tools.is_some_and(|tools| !tools.is_empty()))?;
-    let limits = &app.config.limits;
-    let generation = asked.options.generation(app.own_generation()?, limits)?;
-    if asked.messages.is_empty() {
-        return Ok(Json(Line { app: &app, is_chat: true }.loaded()).into_response());
-    }
-    let messages = asked.messages.into_iter().map(|message| Message {
-        role: message.role,
-        text: message.content,
-        pictures: message.images.unwrap_or_default(),
-    });
-    let dialogue = Dialogue::new(messages.collect(), limits.text_bytes)?;
-    respond(&app, &context, (dialogue, memory), generation, asked.stream, true).await
+    let ask = Ask {
+        model: asked.model,
+        messages: asked
+            .messages
+            .into_iter()
+            .map(|message| Message {
+                role: message.role,
+                text: message.content,
+                pictures: message.images.unwrap_or_default(),
+            })
+            .collect(),
+        format: asked.format,
+        options: asked.options,
+        stream: asked.stream,
+        is_chat: true,
+    };
+    respond(&app, &context, ask, memory).await
 }
 
 pub(crate) async fn generate(
@@ -141,35 +141,51 @@ pub(crate) async fn generate(
     let body = app.body(request).await?;
     let asked: GenerateRequest = body.json()?;
     let memory = body.understood();
-    app.check_model(asked.model.as_deref())?;
-    refuse("format", is_given(asked.format.as_ref()))?;
     refuse("raw", asked.raw == Some(true))?;
     refuse("suffix", asked.suffix.is_some_and(|suffix| !suffix.is_empty()))?;
     refuse("template", asked.template.is_some_and(|template| !template.is_empty()))?;
-    let limits = &app.config.limits;
-    let generation = asked.options.generation(app.own_generation()?, limits)?;
     let pictures = asked.images.unwrap_or_default();
-    if asked.prompt.is_empty() && pictures.is_empty() {
-        return Ok(Json(Line { app: &app, is_chat: false }.loaded()).into_response());
+    let mut messages = Vec::new();
+    if !asked.prompt.is_empty() || !pictures.is_empty() {
+        let system = asked.system.filter(|system| !system.is_empty());
+        messages.extend(system.map(|text| Message { role: "system".into(), text, pictures: Vec::new() }));
+        messages.push(Message { role: "user".into(), text: asked.prompt, pictures });
     }
-    let system = asked.system.filter(|system| !system.is_empty());
-    let system = system.map(|text| Message { role: "system".into(), text, pictures: Vec::new() });
-    let user = Message { role: "user".into(), text: asked.prompt, pictures };
-    let dialogue = Dialogue::new(system.into_iter().chain([user]).collect(), limits.text_bytes)?;
-    respond(&app, &context, (dialogue, memory), generation, asked.stream, false).await
+    let ask = Ask {
+        model: asked.model,
+        messages,
+        format: asked.format,
+        options: asked.options,
+        stream: asked.stream,
+        is_chat: false,
+    };
+    respond(&app, &context, ask, memory).await
 }
 
-async fn respond(
-    app: &Arc<App>,
-    context: &Context,
-    (dialogue, memory): (Dialogue, Memory),
-    generation: GenerationConfig,
+/// What both ways of asking have in common.
+struct Ask {
+    model: Option<String>,
+    /// None: whether the model is there.
+    messages: Vec<Message>,
+    format: Option<Value>,
+    options: Options,
     stream: Option<bool>,
     is_chat: bool,
-) -> Result<Response, ApiError> {
+}
+
+async fn respond(app: &Arc<App>, context: &Context, ask: Ask, memory: Memory) -> Result<Response, ApiError> {
     let start = Instant::now();
-    let mut accepted = app.write(dialogue, generation, 0, "messages").await?;
-    drop(memory);
+    let Ask { model, messages, format, options, stream, is_chat } = ask;
+    app.check_model(model.as_deref())?;
+    let manner = Manner {
+        generation: options.generation(app.own_answering()?, &app.config.limits)?,
+        form: form::of_ollama(format.as_ref())?,
+    };
+    let line = Line { app, is_chat };
+    if messages.is_empty() {
+        return Ok(Json(line.loaded()).into_response());
+    }
+    let mut accepted = app.converse(messages, manner, 0, memory).await?;
     if stream != Some(false) {
         let Accepted { events, generation, n_prompt, .. } = accepted;
         let growing = GrowingText::new(&generation.stop_strings);
@@ -178,7 +194,6 @@ async fn respond(
     }
     let Complete { answers, .. } = accepted.complete().await?;
     let mut growing = GrowingText::new(&accepted.generation.stop_strings);
-    let line = Line { app, is_chat };
     let Some(answer) = answers.first() else { return Err(ApiError::internal()) };
     let text = growing.finish(&answer.text).to_owned();
     Ok(Json(line.last(&text, answer, accepted.n_prompt, start, start)).into_response())
@@ -252,8 +267,8 @@ impl Format for Lines {
         format!("{}\n", Line { app: &self.app, is_chat: self.is_chat }.of(text))
     }
 
-    fn done(&mut self, answers: Vec<Answer>) -> String {
-        let Some(answer) = answers.first() else { return self.failed(&ApiError::internal()) };
+    fn done(&mut self, written: Written) -> String {
+        let Some(answer) = written.answers.first() else { return self.failed(&ApiError::internal()) };
         let line = Line { app: &self.app, is_chat: self.is_chat };
         let rest = self.growing.finish(&answer.text);
         let rest = if rest.is_empty() { String::new() } else { format!("{}\n", line.of(rest)) };

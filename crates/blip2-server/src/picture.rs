@@ -1,8 +1,7 @@
 //! Pictures of requests: from base64 to pixels within limits, unless they were seen before.
 
-use std::collections::HashMap;
 use std::sync::atomic::Ordering;
-use std::sync::{Arc, Mutex, OnceLock, PoisonError};
+use std::sync::{Arc, OnceLock};
 use std::time::Instant;
 
 use base64::Engine as _;
@@ -18,6 +17,7 @@ use crate::config::ServerConfig;
 use crate::error::ApiError;
 use crate::fetch::Fetcher;
 use crate::metrics::{Metrics, Stage};
+use crate::recent::Recent;
 
 /// With and without padding, as clients send it.
 const BASE64: GeneralPurpose = GeneralPurpose::new(
@@ -41,6 +41,13 @@ pub(crate) enum Picture {
 }
 
 impl Picture {
+    pub(crate) fn key(&self) -> &Key {
+        match self {
+            Self::Seen(seen) => &seen.key,
+            Self::New { key, .. } => key,
+        }
+    }
+
     /// Whether it still has to be encoded.
     pub(crate) fn is_new(&self) -> bool {
         matches!(self, Self::New { .. })
@@ -50,6 +57,7 @@ impl Picture {
 /// What the model saw in a picture.
 #[derive(Debug)]
 pub(crate) struct SeenPicture {
+    pub(crate) key: Key,
     pub(crate) features: ImageFeatures,
     /// What the language model reads in its place; made when it is first needed.
     pub(crate) soft_tokens: OnceLock<Tensor>,
@@ -70,65 +78,11 @@ impl From<String> for Source {
     }
 }
 
-/// Remembers what was seen, the least recently used forgotten first.
-#[derive(Debug)]
-pub(crate) struct PictureCache {
-    max_bytes: usize,
-    /// Of one picture: its features and its soft tokens.
-    entry_bytes: usize,
-    entries: Mutex<Entries>,
-}
-
-#[derive(Debug, Default)]
-struct Entries {
-    by_key: HashMap<Key, (Arc<SeenPicture>, u64)>,
-    clock: u64,
-}
-
-impl PictureCache {
-    pub(crate) fn new(model: &Blip2, max_bytes: usize) -> Self {
-        let features = model.vision().map_or(0, |vision| vision.n_tokens() * vision.width());
-        let hidden_size = model.language_model().map_or(0, blip2::language::LanguageModel::hidden_size);
-        let soft_tokens = model.config().qformer.num_query_tokens * hidden_size;
-        let entry_bytes = (features + soft_tokens) * size_of::<f32>();
-        Self { max_bytes, entry_bytes, entries: Mutex::default() }
-    }
-
-    pub(crate) fn get(&self, key: &Key) -> Option<Arc<SeenPicture>> {
-        let mut entries = self.entries.lock().unwrap_or_else(PoisonError::into_inner);
-        entries.clock += 1;
-        let clock = entries.clock;
-        let (seen, used) = entries.by_key.get_mut(key)?;
-        *used = clock;
-        Some(seen.clone())
-    }
-
-    pub(crate) fn insert(&self, key: Key, seen: Arc<SeenPicture>) {
-        if self.entry_bytes > self.max_bytes {
-            return;
-        }
-        let mut entries = self.entries.lock().unwrap_or_else(PoisonError::into_inner);
-        entries.clock += 1;
-        let clock = entries.clock;
-        entries.by_key.insert(key, (seen, clock));
-        while entries.by_key.len() * self.entry_bytes > self.max_bytes {
-            let oldest = entries.by_key.iter().min_by_key(|(_, (_, used))| *used).map(|(key, _)| *key);
-            let Some(oldest) = oldest else { break };
-            entries.by_key.remove(&oldest);
-        }
-    }
-
-    pub(crate) fn n_bytes(&self) -> usize {
-        let entries = self.entries.lock().unwrap_or_else(PoisonError::into_inner);
-        entries.by_key.len() * self.entry_bytes
-    }
-}
-
 /// Makes pictures of what requests send.
 #[derive(Debug)]
 pub(crate) struct PictureReader {
     model: Arc<Blip2>,
-    cache: Arc<PictureCache>,
+    cache: Arc<Recent<SeenPicture>>,
     metrics: Arc<Metrics>,
     limits: Limits,
     slots: Arc<Semaphore>,
@@ -141,7 +95,7 @@ pub(crate) struct PictureReader {
 impl PictureReader {
     pub(crate) fn new(
         model: &Arc<Blip2>,
-        cache: &Arc<PictureCache>,
+        cache: &Arc<Recent<SeenPicture>>,
         metrics: &Arc<Metrics>,
         config: &ServerConfig,
     ) -> Self {

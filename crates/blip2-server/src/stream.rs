@@ -10,13 +10,12 @@ use axum::body::{Body, Bytes};
 use axum::http::HeaderValue;
 use axum::http::header::CONTENT_TYPE;
 use axum::response::{IntoResponse, Response};
-use blip2::model::Answer;
 use futures_core::Stream;
 use tokio::sync::mpsc::UnboundedReceiver;
 use tokio::time::{Interval, Sleep, interval_at, sleep_until};
 
 use crate::app::Context;
-use crate::engine::{Event, Token};
+use crate::engine::{Event, Token, Written};
 use crate::error::ApiError;
 
 /// How long nothing may be sent, since what stands between server and client gives up on silence.
@@ -34,7 +33,7 @@ pub(crate) trait Format: Send + 'static {
     /// A token; may be nothing.
     fn token(&mut self, token: Token) -> String;
     /// The end.
-    fn done(&mut self, answers: Vec<Answer>) -> String;
+    fn done(&mut self, written: Written) -> String;
     /// The end, when it failed on the way.
     fn failed(&mut self, error: &ApiError) -> String;
 }
@@ -79,13 +78,13 @@ pub(crate) fn response<F: Format + Unpin>(
 }
 
 impl<F: Format + Unpin> Growing<F> {
-    fn end(&mut self, result: Result<Vec<Answer>, ApiError>) -> String {
+    fn end(&mut self, result: Result<Written, ApiError>) -> String {
         self.state = State::Ended;
         self.events.close();
         match result {
-            Ok(answers) => {
+            Ok(written) => {
                 let _ = self.outcome.set("ok");
-                self.format.done(answers)
+                self.format.done(written)
             }
             Err(error) => {
                 let _ = self.outcome.set(error.code);

@@ -61,9 +61,9 @@ pub(crate) async fn caption(State(app): State<Arc<App>>, request: Request) -> Re
         let fields = body.json()?;
         (Source::Text(image.into_text()), fields, body.understood())
     };
-    let generation = fields.apply(app.own_generation()?.clone(), &app.config.limits)?;
+    let manner = fields.apply(app.own_generation()?.clone(), &app.config.limits)?;
     let dialogue = Dialogue { turns: Vec::new(), picture: source };
-    let accepted = app.write(dialogue, generation, 0, "image").await?;
+    let accepted = app.write(dialogue, manner, 0, "image").await?;
     drop(memory);
     answers(&app, accepted, "captions").await
 }
@@ -75,11 +75,11 @@ pub(crate) async fn answer(State(app): State<Arc<App>>, request: Request) -> Res
     let fields: GenerationFields = body.json()?;
     let memory = body.understood();
     app.check_model(model.as_deref())?;
-    let generation = fields.apply(app.own_generation()?.clone(), &app.config.limits)?;
+    let manner = fields.apply(app.own_answering()?.clone(), &app.config.limits)?;
     app.check_texts(std::slice::from_ref(&question), 1, "question")?;
     let Some(choices) = choices else {
         let dialogue = Dialogue { turns: vec![Turn::open(question)], picture: image.into_text().into() };
-        let accepted = app.write(dialogue, generation, 0, "question").await?;
+        let accepted = app.write(dialogue, manner, 0, "question").await?;
         drop(memory);
         return answers(&app, accepted, "answers").await;
     };

@@ -2,15 +2,18 @@
 
 use std::sync::Arc;
 
-use blip2::generate::{FinishReason, GenerationConfig};
-use blip2::model::Answer;
+use blip2::generate::{Constraint, FinishReason, GenerationConfig};
+use blip2::model::{Answer, Stage2Config};
 use blip2::text::Turn;
 use serde::Deserialize;
 use tokio::sync::mpsc::UnboundedReceiver;
 
 use crate::app::App;
-use crate::engine::{Event, Token, Write};
+use crate::body::Memory;
+use crate::engine::{Event, Token, Write, Written};
 use crate::error::ApiError;
+use crate::form::Form;
+use crate::generation::Manner;
 use crate::picture::Source;
 
 /// A value, or a list of them.
@@ -149,28 +152,68 @@ pub(crate) struct Accepted {
 }
 
 impl App {
-    /// The model's own way of writing.
+    /// The model's own way of writing captions.
     pub(crate) fn own_generation(&self) -> Result<&GenerationConfig, ApiError> {
-        match &self.model.config().stage2 {
-            Some(stage2) if self.model.language_model().is_some() => Ok(&stage2.generation),
-            _ => Err(ApiError::part_missing("write captions and answers")),
-        }
+        self.stage2().map(|stage2| &stage2.generation)
+    }
+
+    /// The model's own way of answering.
+    pub(crate) fn own_answering(&self) -> Result<&GenerationConfig, ApiError> {
+        self.stage2().map(Stage2Config::answering)
+    }
+
+    fn stage2(&self) -> Result<&Stage2Config, ApiError> {
+        let stage2 = self.model.config().stage2.as_ref().filter(|_| self.model.language_model().is_some());
+        stage2.ok_or_else(|| ApiError::part_missing("write captions and answers"))
+    }
+
+    /// Goes on with a conversation, through whichever interface it came. Its body's memory is free once the picture is
+    /// decoded.
+    pub(crate) async fn converse(
+        self: &Arc<Self>,
+        messages: Vec<Message>,
+        manner: Manner,
+        top_log_probs: usize,
+        memory: Memory,
+    ) -> Result<Accepted, ApiError> {
+        let dialogue = Dialogue::new(messages, self.config.limits.text_bytes)?;
+        let accepted = self.write(dialogue, manner, top_log_probs, "messages").await;
+        drop(memory);
+        accepted
     }
 
     /// Hands a conversation to the model.
     pub(crate) async fn write(
         self: &Arc<Self>,
         dialogue: Dialogue,
-        generation: GenerationConfig,
+        manner: Manner,
         top_log_probs: usize,
         param: &str,
     ) -> Result<Accepted, ApiError> {
+        let Manner { generation, form } = manner;
         let prompt = self.model.prompt(&dialogue.turns).map_err(|error| ApiError::library(&error, param))?;
+        let constraint = match form {
+            Some(form) => Some(self.compile(form, &generation).await?),
+            None => None,
+        };
         let picture = self.pictures.read(dialogue.picture, param).await?;
         let n_image = self.model.config().qformer.num_query_tokens;
         let n_prompt = prompt.n_rows(n_image);
-        let write = Write { picture, prompt, generation: generation.clone(), top_log_probs };
+        let write = Write { picture, prompt, generation: generation.clone(), constraint, top_log_probs };
         Ok(Accepted { events: self.engine.write(write)?, generation, n_prompt, n_image })
+    }
+
+    /// Makes of what an answer has to be what watches over its tokens. That takes milliseconds, and more for the first.
+    async fn compile(
+        self: &Arc<Self>,
+        Form { form, param }: Form,
+        generation: &GenerationConfig,
+    ) -> Result<Box<dyn Constraint>, ApiError> {
+        let _slot = self.forms.acquire().await.map_err(|_| ApiError::internal())?;
+        let (model, generation) = (self.model.clone(), generation.clone());
+        let work = move || model.grammar(&form, &generation);
+        let compiled = tokio::task::spawn_blocking(work).await.map_err(|_| ApiError::internal())?;
+        Ok(Box::new(compiled.map_err(|error| ApiError::library(&error, param))?))
     }
 }
 
@@ -178,6 +221,8 @@ impl App {
 #[derive(Debug)]
 pub(crate) struct Complete {
     pub(crate) answers: Vec<Answer>,
+    /// Tokens of the prompt that had been read before.
+    pub(crate) n_cached: usize,
     /// Of each answer; none with beams.
     pub(crate) tokens: Vec<Vec<Token>>,
 }
@@ -193,7 +238,10 @@ impl Accepted {
                         tokens.push(token);
                     }
                 }
-                Some(Event::Done(answers)) => return Ok(Complete { answers: answers?, tokens }),
+                Some(Event::Done(written)) => {
+                    let Written { answers, n_cached } = written?;
+                    return Ok(Complete { answers, n_cached, tokens });
+                }
                 // The model's thread met a mistake.
                 None => return Err(ApiError::internal()),
             }

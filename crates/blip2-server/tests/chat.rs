@@ -4,6 +4,7 @@ mod support;
 
 use blip2::generate::GenerationConfig;
 use blip2::text::Turn;
+use blip2_server::ServerConfig;
 use serde_json::{Value as Json, json};
 use support::{TestServer, base64, chat, config, data_url, picture, png, text_of};
 
@@ -135,6 +136,8 @@ fn a_stream_is_the_whole_answer_cut_up() {
 fn a_stream_tells_the_usage_when_asked() {
     let server = TestServer::start("blip2_opt", config());
     let request = chat(5, "who?", &json!({"max_tokens": 5, "stream_options": {"include_usage": true}}));
+    // The first reads the picture for both that follow.
+    server.post("/v1/chat/completions", &request).ok();
     let whole = server.post("/v1/chat/completions", &request).ok();
     let (_, chunks) = streamed(&server, &request);
     let (last, others) = chunks.split_last().expect("chunks");
@@ -170,6 +173,91 @@ fn log_probabilities_are_those_of_the_tokens() {
     assert_eq!(streamed, content);
     let response = server.post("/v1/chat/completions", &chat(6, "who?", &json!({"max_tokens": 2}))).ok();
     assert_eq!(response["choices"][0]["logprobs"], Json::Null);
+}
+
+#[test]
+fn answers_have_the_form_that_was_asked_for() {
+    let server = TestServer::start("blip2_opt", config());
+    let ask = |seed: u32, fields: &Json| {
+        let mut fields = fields.clone();
+        fields["max_tokens"] = 60.into();
+        if seed > 0 {
+            fields["seed"] = seed.into();
+            fields["temperature"] = json!(2.0);
+        }
+        let request = chat(seed % 3, "which city?", &fields);
+        let response = server.post("/v1/chat/completions", &request).ok();
+        assert_eq!(response["choices"][0]["finish_reason"], "stop", "{response}");
+        let (texts, _) = streamed(&server, &request);
+        assert_eq!(texts[0], text_of(&response), "streamed");
+        texts[0].clone()
+    };
+    let schema = json!({"type": "object", "required": ["n", "kind"], "additionalProperties": false, "properties":
+        {"n": {"type": "integer", "minimum": 0, "maximum": 9}, "kind": {"enum": ["cat", "dog"]}}});
+    let fits = |text: &str| {
+        let json: Json = serde_json::from_str(text).unwrap_or_else(|error| panic!("{error}: {text}"));
+        json["n"].as_u64().is_some_and(|n| n <= 9) && (json["kind"] == "cat" || json["kind"] == "dog")
+    };
+    for seed in 0..6 {
+        for fields in [
+            json!({"response_format": {"type": "json_schema", "json_schema": {"name": "answer", "schema": schema}}}),
+            json!({"structured_outputs": {"json": schema}}),
+            json!({"guided_json": schema.to_string()}),
+        ] {
+            let text = ask(seed, &fields);
+            assert!(fits(&text), "{text}");
+        }
+        for fields in [
+            json!({"guided_choice": ["yes", "no"]}),
+            json!({"structured_outputs": {"choice": ["yes", "no"]}}),
+        ] {
+            let text = ask(seed, &fields);
+            assert!(["yes", "no"].contains(&text.as_str()), "{text}");
+        }
+        let text = ask(seed, &json!({"guided_regex": "[xyz]{4}"}));
+        assert!(text.len() == 4 && text.bytes().all(|b| b"xyz".contains(&b)), "{text}");
+    }
+    let beams = chat(1, "which?", &json!({"guided_choice": ["yes", "no"], "num_beams": 3, "n": 2}));
+    let response = server.post("/v1/chat/completions", &beams).ok();
+    let texts: Vec<_> = (0..2).map(|i| response["choices"][i]["message"]["content"].clone()).collect();
+    assert!(texts.contains(&json!("yes")) && texts.contains(&json!("no")), "{texts:?}");
+    // In the other interfaces too.
+    for (path, text) in [("/api/generate", "/response"), ("/api/chat", "/message/content")] {
+        let image = base64(&png(&picture(1)));
+        let request = json!({"prompt": "which?", "images": [image], "stream": false, "format": schema,
+            "messages": [{"role": "user", "content": "which?", "images": [image]}]});
+        let response = server.post(path, &request).ok();
+        assert!(fits(response.pointer(text).and_then(Json::as_str).expect("text")), "{response}");
+    }
+    let request = json!({"image": data_url(1), "question": "which?", "guided_choice": ["yes", "no"]});
+    let answer = server.post("/v1/vqa", &request).ok()["answers"][0]["text"].clone();
+    assert!(answer == "yes" || answer == "no", "{answer}");
+    assert_eq!(server.metric("blip2_panics_total"), 0.0);
+}
+
+#[test]
+fn the_next_question_about_a_picture_reads_its_own_words_only() {
+    let server = TestServer::start("blip2_opt", config());
+    let small = ServerConfig { prompt_cache_bytes: 0, ..config() };
+    let forgetful = TestServer::with_model(server.model.clone(), small);
+    let cached = |response: &Json| response["usage"]["prompt_tokens_details"]["cached_tokens"].as_u64();
+    for (n, question) in ["who?", "which city is it?", "who?"].into_iter().enumerate() {
+        let fields = json!({"max_tokens": 9, "logprobs": true, "top_logprobs": 3});
+        let request = chat(5, question, &fields);
+        let response = server.post("/v1/chat/completions", &request).ok();
+        let prompt = server.model.prompt(&[Turn::open(question)]).expect("a prompt");
+        let n_known = prompt.before_image().len() + 5;
+        assert_eq!(cached(&response), Some(if n == 0 { 0 } else { n_known as u64 }));
+        let expected = forgetful.post("/v1/chat/completions", &request).ok();
+        assert_eq!(cached(&expected), Some(0));
+        assert_eq!(response["choices"], expected["choices"], "log-probabilities and all");
+        for field in ["prompt_tokens", "completion_tokens", "total_tokens"] {
+            assert_eq!(response["usage"][field], expected["usage"][field]);
+        }
+    }
+    assert_eq!(server.metric("blip2_cached_prompt_tokens_total"), 10.0);
+    assert!(server.metric("blip2_prompt_cache_bytes") > 0.0);
+    assert_eq!(forgetful.metric("blip2_prompt_cache_bytes"), 0.0);
 }
 
 #[test]
@@ -220,7 +308,18 @@ fn every_mistake_has_its_code() {
         (with(json!({"logprobs": true, "top_logprobs": 21})), 400, "invalid_value"),
         (with(json!({"logprobs": true, "top_logprobs": 2, "num_beams": 2})), 400, "invalid_value"),
         (with(json!({"presence_penalty": 1})), 400, "unsupported_value"),
-        (with(json!({"response_format": {"type": "json_object"}})), 400, "unsupported_value"),
+        (with(json!({"response_format": {"type": "xml"}})), 400, "unsupported_value"),
+        (with(json!({"guided_choice": [], "max_tokens": 3})), 400, "invalid_constraint"),
+        (with(json!({"guided_regex": "("})), 400, "invalid_constraint"),
+        (with(json!({"guided_json": {"type": "colour"}})), 400, "invalid_constraint"),
+        (with(json!({"guided_regex": "(".repeat(300) + &")".repeat(300)})), 400, "invalid_constraint"),
+        (with(json!({"structured_outputs": {"regex": "a".repeat(70_000)}})), 400, "invalid_constraint"),
+        (
+            with(json!({"response_format": {"type": "json_schema", "json_schema": {"name": "x", "schema":
+            {"$ref": "https://example.org/s.json"}}}})),
+            400,
+            "invalid_constraint",
+        ),
         (with(json!({"stream": "yes"})), 400, "invalid_body"),
         (json!([]), 400, "invalid_body"),
         (json!({}), 400, "invalid_body"),

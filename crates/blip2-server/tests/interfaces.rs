@@ -149,7 +149,7 @@ fn ollamas_errors_are_in_its_own_shape() {
         ("/api/chat", json!({"model": "llava", "messages": message}), 404),
         ("/api/chat", json!({"messages": [{"role": "user", "content": "who?"}]}), 400),
         ("/api/chat", json!({"messages": [{"role": "user", "content": "who?", "images": ["!"]}]}), 400),
-        ("/api/chat", json!({"messages": message, "format": "json"}), 400),
+        ("/api/chat", json!({"messages": message, "format": "xml"}), 400),
         ("/api/chat", json!({"messages": message, "tools": [{}]}), 400),
         ("/api/chat", json!({"messages": message, "options": {"num_predict": 0}}), 400),
         ("/api/chat", json!({"messages": message, "options": {"temperature": -1}}), 400),

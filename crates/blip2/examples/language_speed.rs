@@ -40,7 +40,7 @@ fn main() -> Result<()> {
         let mut cache = model.new_cache();
         let mut session = Session::new(&model, &mut cache, prompts(n))?;
         let stop = StopRules::default();
-        let request = Request { config: &config, stop: &stop, seen: &[] };
+        let request = Request { config: &config, stop: &stop, seen: &[], constraint: None };
         let time = median(|| generate(&mut session, request, &mut |_| ControlFlow::Continue(())).map(drop))?;
         let what = format!("{n} prompts, {num_beams} beams, {max_new_tokens} tokens");
         report(&what, time, n * max_new_tokens, "tokens");

@@ -88,11 +88,14 @@ impl CachedSequence {
 }
 
 impl LayerRows {
-    /// Keeps these rows, in this order.
-    fn keep(&mut self, rows: &[usize], width: usize) {
-        for buffer in [&mut self.keys, &mut self.values] {
-            *buffer = rows.iter().flat_map(|row| &buffer[row * width..(row + 1) * width]).copied().collect();
-        }
+    /// These rows, in this order.
+    fn copy(&self, rows: &[usize], width: usize) -> Self {
+        let copy = |buffer: &[f32]| {
+            let mut copied = Vec::with_capacity(rows.len() * width);
+            rows.iter().for_each(|row| copied.extend_from_slice(&buffer[row * width..(row + 1) * width]));
+            copied
+        };
+        Self { keys: copy(&self.keys), values: copy(&self.values) }
     }
 }
 
@@ -119,6 +122,31 @@ impl Places {
             }
         }
         Self { old, new }
+    }
+}
+
+/// What a model has read of a text's beginning, outside every cache: texts of other caches can go on from it.
+#[derive(Debug)]
+pub struct Beginning {
+    layers: Vec<LayerRows>,
+    width: usize,
+    n_rows: usize,
+}
+
+impl Beginning {
+    /// How many tokens it has.
+    pub fn len(&self) -> usize {
+        self.n_rows
+    }
+
+    /// Whether it has none.
+    pub fn is_empty(&self) -> bool {
+        self.n_rows == 0
+    }
+
+    /// Its memory, in bytes.
+    pub fn n_bytes(&self) -> usize {
+        self.layers.len() * self.n_rows * self.width * 2 * size_of::<f32>()
     }
 }
 
@@ -161,6 +189,37 @@ impl KvCache {
             sequence.memory = Some(Span { start: self.n_memory_rows, len });
             self.n_memory_rows += len;
         }
+    }
+
+    /// Copies the rows of the first `n_rows` tokens of a text; `None` when it has fewer, or attends to a memory, which
+    /// depends on all of its prompt.
+    pub(crate) fn beginning(&self, sequence: &CachedSequence, n_rows: usize) -> Option<Beginning> {
+        if n_rows > sequence.len() || sequence.memory.is_some() || sequence.end() > self.n_rows {
+            return None;
+        }
+        let rows: Vec<usize> = sequence.rows().take(n_rows).collect();
+        let layers = self.layers.iter().map(|layer| layer.copy(&rows, self.width)).collect();
+        Some(Beginning { layers, width: self.width, n_rows })
+    }
+
+    /// Begins a text with what was read before.
+    ///
+    /// # Errors
+    /// When that was read by a model of another size.
+    pub(crate) fn begin(&mut self, beginning: &Beginning) -> Result<CachedSequence> {
+        if beginning.width != self.width || beginning.layers.len() != self.layers.len() {
+            let reason = "the beginning of the text was read by another language model";
+            return Err(Error::Request(reason.into()));
+        }
+        self.reserve(beginning.n_rows);
+        for (layer, read) in self.layers.iter_mut().zip(&beginning.layers) {
+            layer.keys.extend_from_slice(&read.keys);
+            layer.values.extend_from_slice(&read.values);
+        }
+        let mut sequence = CachedSequence::new();
+        sequence.push(Span { start: self.n_rows, len: beginning.n_rows });
+        self.n_rows += beginning.n_rows;
+        Ok(sequence)
     }
 
     /// Rows of memory held.
@@ -226,8 +285,8 @@ impl KvCache {
             moved.memory = sequence.memory.map(|span| Span { start: memory.new[span.start], ..span });
             *sequence = moved;
         }
-        self.layers.iter_mut().for_each(|layer| layer.keep(&rows.old, self.width));
-        self.memory.iter_mut().for_each(|layer| layer.keep(&memory.old, self.width));
+        self.layers.iter_mut().for_each(|layer| *layer = layer.copy(&rows.old, self.width));
+        self.memory.iter_mut().for_each(|layer| *layer = layer.copy(&memory.old, self.width));
         (self.n_rows, self.n_memory_rows) = (rows.old.len(), memory.old.len());
     }
 
@@ -418,6 +477,28 @@ mod tests {
         assert_eq!(cache.n_rows(), 6);
         append(&mut cache, &mut texts, &[1, 1]);
         assert_eq!(texts.each_ref().map(rows), [vec![0, 1, 2, 3, 4, 6], vec![0, 1, 2, 3, 5, 7]]);
+    }
+
+    #[test]
+    fn a_beginning_is_copied_out_and_in() {
+        let mut cache = KvCache::new(2, 1);
+        let mut texts = [CachedSequence::new(), CachedSequence::new()];
+        append(&mut cache, &mut texts, &[2, 3]);
+        append(&mut cache, &mut texts, &[2, 0]);
+        assert_eq!(rows(&texts[0]), [0, 1, 5, 6]);
+        let beginning = cache.beginning(&texts[0], 3).unwrap();
+        assert_eq!((beginning.len(), beginning.n_bytes()), (3, 3 * 2 * 2 * 4));
+        assert!(cache.beginning(&texts[0], 5).is_none(), "it has four tokens");
+
+        let mut other = KvCache::new(2, 1);
+        append(&mut other, &mut [CachedSequence::new()], &[1]);
+        let mut text = [other.begin(&beginning).unwrap()];
+        assert_eq!((rows(&text[0]), other.n_rows()), (vec![1, 2, 3], 4));
+        assert_eq!(other.layers[1].keys, [0.0, 0.0, 1.0, 5.0]);
+        let next = append(&mut other, &mut text, &[1]);
+        assert_eq!((*next.positions).to_vec(), [3]);
+        assert_eq!(rows(&text[0]), [1, 2, 3, 4]);
+        assert!(KvCache::new(3, 1).begin(&beginning).is_err());
     }
 
     #[test]

@@ -95,6 +95,9 @@ pub enum Error {
     /// A request that makes no sense.
     #[error("{0}")]
     Request(String),
+    /// What an answer has to be is not understood, or cannot be kept to.
+    #[error("{0}")]
+    AnswerForm(String),
     /// The tensor engine failed.
     #[error("tensor engine: {0}")]
     Tensor(#[from] candle_core::Error),

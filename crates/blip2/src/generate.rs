@@ -2,14 +2,16 @@
 //!
 //! [`generate`] continues a batch of prompts greedily, by beam search or by sampling; [`score`] says how likely given
 //! answers are. Both work on anything that is a [`Decoder`]; the real one is [`Session`], a language model with its
-//! key-value cache. [`Batch`] is the same loop driven by the caller, for prompts that come and go between tokens. Configuration and results mean what they mean in Hugging Face transformers. Nothing here knows
-//! words: prompts come as rows of embeddings, results leave as token ids.
+//! key-value cache. [`Batch`] is the same loop driven by the caller, for prompts that come and go between tokens.
+//! Configuration and results mean what they mean in Hugging Face transformers. Nothing here knows words: prompts come as
+//! rows of embeddings, results leave as token ids, and what a text has to be is a [`Constraint`].
 //!
 //! A prompt's result does not depend on the prompts beside it.
 
 mod batch;
 mod beam;
 mod config;
+mod constraint;
 mod draw;
 mod growth;
 mod session;
@@ -19,6 +21,7 @@ use std::ops::ControlFlow;
 
 pub use batch::{Batch, Finished, Newcomer};
 pub use config::{EarlyStopping, GenerationConfig};
+pub use constraint::Constraint;
 pub use session::Session;
 pub use stop::StopRules;
 
@@ -73,6 +76,8 @@ pub struct Request<'a> {
     /// For each prompt, tokens that the rules of the configuration see before the generated ones, and that its lengths
     /// count. Empty: they see generated tokens only.
     pub seen: &'a [Vec<u32>],
+    /// What every text has to be, from its first token on.
+    pub constraint: Option<&'a dyn Constraint>,
 }
 
 /// A generated text.
@@ -157,7 +162,9 @@ pub fn generate<D: Decoder + ?Sized>(
         seen: request.seen(prompt),
         limit: limits[prompt],
     };
-    let mut texts: Vec<_> = (0..limits.len()).map(|prompt| Growth::new(request.config, prompt)).collect();
+    let mut texts: Vec<_> = (0..limits.len())
+        .map(|prompt| Growth::new(request.config, prompt, request.constraint.map(Constraint::fork)))
+        .collect();
     let mut logits = decoder.prompt_logits()?;
     let mut is_cancelled = false;
     loop {

@@ -23,7 +23,7 @@ use std::path::{Path, PathBuf};
 use candle_core::{Device, Tensor};
 use rayon::prelude::*;
 
-pub use answers::{AnswerBatch, Answered, Ask, Piece};
+pub use answers::{AnswerBatch, Answered, Ask, Piece, ReadPicture};
 pub use chat::Chat;
 pub use config::{FILE_NAME, ModelConfig, Stage1Config, Stage2Config, VisionConfig};
 pub use explain::{HeatMap, Word};

@@ -2,13 +2,15 @@
 //!
 //! Two tokenizers meet in a BLIP-2: [`BertTokenizer`] for what the Q-Former reads and writes, [`LanguageTokenizer`] for
 //! the language model behind it. [`prompt`] puts instruction, image and answer in the order that the language model was
-//! trained with. What a user typed never becomes a control token: only this crate's own prompt parts do.
+//! trained with. A [`Grammar`] says what an answer has to be. What a user typed never becomes a control token: only this crate's own prompt parts do.
 
 mod bert;
+mod grammar;
 mod language;
 pub mod prompt;
 
 pub use bert::BertTokenizer;
+pub use grammar::{AnswerForm, Grammar, Grammars};
 pub use language::{LanguageTokenizer, StreamDecoder};
 pub use prompt::{Prompt, PromptFormat, Turn};
 

@@ -2,11 +2,13 @@
 
 use std::collections::BTreeMap;
 use std::path::Path;
+use std::sync::Arc;
 
 use blip2::generate::{FinishReason, GenerationConfig};
 use blip2::image::RgbImage;
 use blip2::model::{Answer, AnswerBatch, Ask, Blip2, ImageFeatures, OpenOptions};
-use blip2::text::Turn;
+use blip2::text::{AnswerForm, Turn};
+use serde_json::json;
 
 /// Tiny random models: a decoder-only and an encoder-decoder language model.
 const MODELS: [&str; 2] = ["blip2_opt", "blip2_t5"];
@@ -48,6 +50,29 @@ fn ask(model: &Blip2, features: &[ImageFeatures], i: usize) -> Ask {
         prompt: model.prompt(&[Turn::open(question)]).expect("a prompt"),
         soft_tokens: model.soft_tokens(&[features]).expect("soft tokens").remove(0),
         generation: generation(i),
+        read: None,
+        constraint: None,
+    }
+}
+
+/// What an answer has to be, of every kind and small enough for a short answer.
+fn form(i: usize) -> AnswerForm {
+    match i % 3 {
+        0 => AnswerForm::Choice(["yes", "no", "a dog"].map(String::from).to_vec()),
+        1 => AnswerForm::Regex("[ab]{2}[0-9]".into()),
+        _ => AnswerForm::JsonSchema(json!({"enum": [1, true, "x"]})),
+    }
+}
+
+/// Whether a text is of that form.
+fn is_of_form(text: &str, i: usize) -> bool {
+    match i % 3 {
+        0 => ["yes", "no", "a dog"].contains(&text),
+        1 => {
+            let bytes = text.as_bytes();
+            bytes.len() == 3 && bytes[..2].iter().all(|b| b"ab".contains(b)) && bytes[2].is_ascii_digit()
+        }
+        _ => ["1", "true", "\"x\""].contains(&text),
     }
 }
 
@@ -143,6 +168,8 @@ fn a_batch_writes_what_ask_and_caption_write() {
                 prompt: model.prompt(&[Turn::open("which city is this?")]).expect("a prompt"),
                 soft_tokens: model.soft_tokens(&[features]).expect("soft tokens").remove(0),
                 generation: config.clone(),
+                read: None,
+                constraint: None,
             };
             let expected = model.ask(&[(features, "which city is this?")], &config).expect("answers");
             assert_eq!(alone(&model, &ask), expected[0], "{name}");
@@ -151,6 +178,86 @@ fn a_batch_writes_what_ask_and_caption_write() {
             assert_eq!(alone(&model, &caption), expected[0], "{name}");
         }
     }
+}
+
+#[test]
+fn an_answer_of_a_form_is_the_same_in_a_batch_and_of_that_form() {
+    for name in MODELS {
+        let (model, features) = open(name);
+        let constrained = |i: usize| {
+            // Two tokens for every character are room enough for what has to be said.
+            let generation = GenerationConfig { max_new_tokens: 16, min_new_tokens: i % 5, ..generation(i) };
+            let grammar = model.grammar(&form(i), &generation).expect("a grammar");
+            Ask { constraint: Some(Box::new(grammar)), generation, ..ask(&model, &features, i) }
+        };
+        let asks: Vec<_> =
+            (0..24).map(|i| if i % 4 == 3 { ask(&model, &features, i) } else { constrained(i) }).collect();
+        let mut batch = model.answer_batch().expect("a batch");
+        let mut log = Log::default();
+        for group in asks.chunks(5) {
+            batch.join(group).expect("joined");
+            log.step(&mut batch);
+        }
+        while !batch.is_empty() {
+            log.step(&mut batch);
+        }
+        for (i, ask) in asks.iter().enumerate() {
+            assert_eq!(log.answers[&i], alone(&model, ask), "{name}, question {i}");
+            for answer in log.answers[&i].iter().filter(|_| ask.constraint.is_some()) {
+                assert!(is_of_form(&answer.text, i), "{name}, question {i}: {answer:?}");
+                assert_eq!(answer.finish, FinishReason::EndOfText);
+            }
+        }
+        // The same through the call for one question.
+        let config = GenerationConfig { max_new_tokens: 16, ..generation(0) };
+        let grammar = model.grammar(&form(2), &config).expect("a grammar");
+        let answers = model.ask_for(&[(&features[0], "what?")], &config, Some(&grammar)).expect("answers");
+        assert!(is_of_form(&answers[0][0].text, 2), "{answers:?}");
+    }
+}
+
+#[test]
+fn what_was_read_of_a_picture_is_not_read_again_and_changes_nothing() {
+    let (model, features) = open("blip2_opt");
+    let n_queries = model.config().qformer.num_query_tokens;
+    let mut batch = model.answer_batch().expect("a batch");
+    let mut log = Log::default();
+    for i in 0..12 {
+        let fresh = ask(&model, &features, i);
+        let expected = alone(&model, &fresh);
+        // What one about the same picture has read, somewhere in the middle of a busy batch.
+        let first = Ask { prompt: model.prompt(&[Turn::open("first?")]).expect("a prompt"), ..fresh.clone() };
+        let id = batch.join(std::slice::from_ref(&first)).expect("joined")[0];
+        if i % 2 == 1 {
+            log.step(&mut batch);
+        }
+        let read = batch.read_picture(id, &first).expect("it was read");
+        let row = model.language_model().expect("a language model").new_cache().row_bytes();
+        let n_known = first.prompt.before_image().len() + n_queries;
+        assert_eq!(read.n_bytes(), n_known * row);
+        let known = Ask { read: Some(Arc::new(read)), ..fresh };
+        assert_eq!(known.n_known(), n_known);
+        assert_eq!(alone(&model, &known), expected, "question {i}");
+        let id = batch.join(std::slice::from_ref(&known)).expect("joined")[0];
+        while !log.answers.contains_key(&id) {
+            log.step(&mut batch);
+        }
+        assert_eq!(log.answers[&id], expected, "question {i}, beside others");
+        // A prompt that begins otherwise, or ends with its picture, is read whole.
+        let mut other = known.clone();
+        other.prompt.ids.insert(0, 5);
+        other.prompt.image_at = other.prompt.image_at.map(|at| at + 1);
+        assert_eq!(other.n_known(), 0);
+        other.prompt.ids.truncate(other.prompt.image_at.expect("a picture"));
+        assert_eq!(other.n_known(), 0);
+        assert_eq!(alone(&model, &other), alone(&model, &Ask { read: None, ..other.clone() }));
+    }
+    // An encoder sees a prompt as a whole: there is nothing to keep of it.
+    let (model, features) = open("blip2_t5");
+    let ask = ask(&model, &features, 0);
+    let mut batch = model.answer_batch().expect("a batch");
+    let id = batch.join(std::slice::from_ref(&ask)).expect("joined")[0];
+    assert!(batch.read_picture(id, &ask).is_none());
 }
 
 /// A server runs for months: rows of answers that are done are given back, and memory does not grow with their number.

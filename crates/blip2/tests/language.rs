@@ -94,7 +94,7 @@ fn run(
 ) -> Vec<Vec<Generation>> {
     let mut cache = model.new_cache();
     let mut session = start(model, &mut cache, prompts);
-    let request = Request { config, stop: &StopRules::new(end), seen: &[] };
+    let request = Request { config, stop: &StopRules::new(end), seen: &[], constraint: None };
     generate(&mut session, request, &mut |_| ControlFlow::Continue(())).unwrap()
 }
 
@@ -247,7 +247,7 @@ fn a_conversation_goes_on_from_its_cache() {
     let (model, prompts) = (tiny.model(), tiny.prompts());
     let config = GenerationConfig { max_new_tokens: 8, num_beams: 3, ..Default::default() };
     let stop = StopRules::new(&[1]);
-    let request = Request { config: &config, stop: &stop, seen: &[] };
+    let request = Request { config: &config, stop: &stop, seen: &[], constraint: None };
     let mut cache = model.new_cache();
     let mut session = start(&model, &mut cache, &prompts[..1]);
     let first = generate(&mut session, request, &mut |_| ControlFlow::Continue(())).unwrap()[0][0].clone();

@@ -75,7 +75,7 @@ fn answers_are_scored_and_prompts_are_read_whole() {
     let prompt = || vec![prompts(&golden, "flan").remove(2)];
     let mut cache = model.new_cache();
     let mut session = Session::new(&model, &mut cache, prompt()).expect("a session");
-    let request = Request { config: &config, stop: &StopRules::new(&[]), seen: &[] };
+    let request = Request { config: &config, stop: &StopRules::new(&[]), seen: &[], constraint: None };
     let written = generate(&mut session, request, &mut |_| ControlFlow::Continue(())).expect("a text");
     let scored = score(&mut session, &[written[0][0].token_ids.clone()]).expect("a score");
     for (a, b) in scored[0].log_probs.iter().zip(&written[0][0].log_probs) {

@@ -8,15 +8,17 @@ use std::time::Instant;
 
 use blip2::generate::GenerationConfig;
 use blip2::image::RgbImage;
-use blip2::model::{AnswerBatch, Answered, Ask, Blip2, ImageFeatures, Piece};
+use blip2::language::LanguageModel;
+use blip2::model::{AnswerBatch, Answered, Ask, Blip2, ImageFeatures, Piece, ReadPicture};
 use blip2::sampling::log_sum_exp;
 use tokio::sync::mpsc::UnboundedSender;
 
 use super::queue::{Next, Queue};
-use super::{Event, Job, Token, Work, Write, kv_bytes, n_texts};
+use super::{Event, Job, Token, Work, Write, Written, kv_bytes, n_texts};
 use crate::error::ApiError;
 use crate::metrics::{Metrics, Stage};
-use crate::picture::{Picture, PictureCache, SeenPicture};
+use crate::picture::{Key, Picture, SeenPicture};
+use crate::recent::Recent;
 
 /// What one round between two tokens may take on, so that answers in progress do not wait long for newcomers.
 const PICTURES_A_ROUND: usize = 8;
@@ -25,7 +27,9 @@ const PROMPT_ROWS_A_ROUND: usize = 768;
 pub(super) struct Worker {
     pub(super) model: Arc<Blip2>,
     pub(super) queue: Arc<Queue>,
-    pub(super) cache: Arc<PictureCache>,
+    pub(super) cache: Arc<Recent<SeenPicture>>,
+    /// What the language model has read of prompts about pictures.
+    pub(super) read: Recent<ReadPicture>,
     pub(super) metrics: Arc<Metrics>,
     pub(super) batch: usize,
     pub(super) kv_budget: usize,
@@ -39,6 +43,8 @@ struct Writing {
     accepted: Instant,
     last_token: Option<Instant>,
     top_log_probs: usize,
+    /// Tokens of its prompt that were read before.
+    n_cached: usize,
     /// What is set aside for it of the batch and of the memory.
     n_texts: usize,
     kv_bytes: usize,
@@ -92,6 +98,7 @@ impl Worker {
             self.metrics.kv_bytes.store(kv_bytes, Ordering::Relaxed);
             self.metrics.running_texts.store(n_texts, Ordering::Relaxed);
             self.metrics.cached_picture_bytes.store(self.cache.n_bytes(), Ordering::Relaxed);
+            self.metrics.cached_prompt_bytes.store(self.read.n_bytes(), Ordering::Relaxed);
         }
     }
 
@@ -177,7 +184,9 @@ impl Worker {
                 Some(Ask {
                     prompt: write.prompt.clone(),
                     soft_tokens: seen.of(&write.picture).soft_tokens.get()?.clone(),
+                    read: self.read.get(write.picture.key()),
                     generation: write.generation.clone(),
+                    constraint: write.constraint.clone(),
                 })
             })
             .collect();
@@ -192,19 +201,34 @@ impl Worker {
             }
         };
         self.metrics.stage(Stage::Prompt, start.elapsed());
-        for (id, (write, events, accepted, span)) in ids.into_iter().zip(writes) {
+        for ((id, ask), (write, events, accepted, span)) in ids.into_iter().zip(&asks).zip(writes) {
+            self.remember(batch, id, ask, *write.picture.key());
             let n_rows = write.prompt.n_rows(self.model.config().qformer.num_query_tokens);
+            let n_cached = ask.n_known();
             self.metrics.prompt_tokens.fetch_add(n_rows as u64, Ordering::Relaxed);
+            self.metrics.cached_prompt_tokens.fetch_add(n_cached as u64, Ordering::Relaxed);
             writing.push(Writing {
                 id,
                 events,
                 accepted,
                 last_token: None,
                 top_log_probs: write.top_log_probs,
+                n_cached,
                 n_texts: n_texts(&write.generation),
                 kv_bytes: kv_bytes(&write, &self.model, self.row_bytes),
                 span,
             });
+        }
+    }
+
+    /// Keeps what was read of a picture, unless it was known.
+    fn remember(&self, batch: &AnswerBatch<'_>, id: usize, ask: &Ask, key: Key) {
+        if ask.n_known() > 0 || self.read.get(&key).is_some() {
+            return;
+        }
+        if let Some(read) = batch.read_picture(id, ask) {
+            let n_bytes = read.n_bytes();
+            self.read.insert(key, Arc::new(read), n_bytes);
         }
     }
 
@@ -216,7 +240,7 @@ impl Worker {
             Work::Compute { pictures, .. } => pictures.as_slice(),
         });
         let mut seen = Seen::default();
-        let mut new: Vec<([u8; 32], &[f32])> = Vec::new();
+        let mut new: Vec<(Key, &[f32])> = Vec::new();
         for picture in pictures {
             let Picture::New { key, pixels } = picture else { continue };
             if seen.0.contains_key(key) || new.iter().any(|(known, _)| known == key) {
@@ -228,14 +252,15 @@ impl Worker {
             }
         }
         let n_new = new.len();
+        let n_bytes = self.picture_bytes();
         for group in new.chunks(PICTURES_A_ROUND) {
             let Some(vision) = self.model.vision() else { break };
             let pixels: Vec<f32> = group.iter().flat_map(|(_, pixels)| *pixels).copied().collect();
             let rows = vision.encode(&pixels)?;
             for ((key, _), rows) in group.iter().zip(rows.chunks_exact(vision.n_tokens() * vision.width())) {
                 let features = ImageFeatures::from_rows(rows.to_vec(), vision.width())?;
-                let picture = Arc::new(SeenPicture { features, soft_tokens: OnceLock::new() });
-                self.cache.insert(*key, picture.clone());
+                let picture = Arc::new(SeenPicture { key: *key, features, soft_tokens: OnceLock::new() });
+                self.cache.insert(*key, picture.clone(), n_bytes);
                 seen.0.insert(*key, picture);
             }
         }
@@ -259,6 +284,14 @@ impl Worker {
             self.metrics.stage(Stage::Encode, start.elapsed());
         }
         Ok(seen)
+    }
+
+    /// Memory of what was seen in a picture: its features and its soft tokens.
+    fn picture_bytes(&self) -> usize {
+        let features = self.model.vision().map_or(0, |vision| vision.n_tokens() * vision.width());
+        let hidden_size = self.model.language_model().map_or(0, LanguageModel::hidden_size);
+        let soft_tokens = self.model.config().qformer.num_query_tokens * hidden_size;
+        (features + soft_tokens) * size_of::<f32>()
     }
 
     fn step(&self, batch: &mut AnswerBatch<'_>, writing: &mut Vec<Writing>) {
@@ -287,6 +320,7 @@ impl Worker {
                         self.metrics.generated_tokens.fetch_add(n_tokens as u64, Ordering::Relaxed);
                     }
                     let result = result.map_err(|error| ApiError::library(&error, "messages"));
+                    let result = result.map(|answers| Written { answers, n_cached: done.n_cached });
                     let _ = done.events.send(Event::Done(result));
                 }
             }
@@ -313,7 +347,7 @@ impl Writing {
 
 /// The pictures of a round.
 #[derive(Default)]
-struct Seen(HashMap<[u8; 32], Arc<SeenPicture>>);
+struct Seen(HashMap<Key, Arc<SeenPicture>>);
 
 impl Seen {
     fn of(&self, picture: &Picture) -> Arc<SeenPicture> {

@@ -11,12 +11,12 @@ use serde::Deserialize;
 use serde_json::{Value, json};
 
 use crate::app::{App, Context, unix_seconds};
-use crate::engine::Token;
+use crate::engine::{Token, Written};
 use crate::error::{ApiError, Shape};
 use crate::generation::GenerationFields;
 use crate::stream::{self, Format};
 use crate::text::GrowingText;
-use crate::wire::{Accepted, Complete, Dialogue, ImageField, Message, finish_reason};
+use crate::wire::{Accepted, Complete, ImageField, Message, finish_reason};
 
 /// What a request says besides how to write ([`GenerationFields`]).
 #[derive(Debug, Deserialize)]
@@ -99,12 +99,10 @@ pub(crate) async fn complete(
     let memory = body.understood();
     app.check_model(asked.model.as_deref())?;
     let limits = &app.config.limits;
-    let generation = fields.apply(GenerationFields::for_chat(app.own_generation()?, limits), limits)?;
-    let log_probs = LogProbs::new(&asked, generation.num_beams)?;
+    let manner = fields.apply(GenerationFields::for_chat(app.own_answering()?, limits), limits)?;
+    let log_probs = LogProbs::new(&asked, manner.generation.num_beams)?;
     let messages = asked.messages.into_iter().map(Message::try_from).collect::<Result<Vec<_>, _>>()?;
-    let dialogue = Dialogue::new(messages, limits.text_bytes)?;
-    let mut accepted = app.write(dialogue, generation, log_probs.top, "messages").await?;
-    drop(memory);
+    let mut accepted = app.converse(messages, manner, log_probs.top, memory).await?;
     let head = Head {
         id: format!("chatcmpl-{}", context.id),
         created: unix_seconds(std::time::SystemTime::now()),
@@ -119,8 +117,8 @@ pub(crate) async fn complete(
             ChatStream { head, log_probs, with_usage, n_prompt, n_image, growing: growing.collect() };
         return Ok(stream::response(events, stream, &context));
     }
-    let Complete { answers, tokens } = accepted.complete().await?;
-    let usage = usage(accepted.n_prompt, accepted.n_image, &answers);
+    let Complete { answers, n_cached, tokens } = accepted.complete().await?;
+    let usage = usage((accepted.n_prompt, accepted.n_image, n_cached), &answers);
     let choices: Vec<Value> = answers
         .iter()
         .enumerate()
@@ -179,13 +177,16 @@ fn whole_tokens(tokens: &[Token], answer: &Answer) -> Vec<Token> {
     pairs.map(token).collect()
 }
 
-fn usage(n_prompt: usize, n_image: usize, answers: &[Answer]) -> Value {
+/// How many tokens were read (all, those of the picture, those that were remembered) and written.
+fn usage((n_prompt, n_image, n_cached): (usize, usize, usize), answers: &[Answer]) -> Value {
     let n_written: usize = answers.iter().map(|answer| answer.token_ids.len()).sum();
     json!({
         "prompt_tokens": n_prompt,
         "completion_tokens": n_written,
         "total_tokens": n_prompt + n_written,
-        "prompt_tokens_details": {"image_tokens": n_image, "text_tokens": n_prompt - n_image, "cached_tokens": 0},
+        "prompt_tokens_details": {
+            "image_tokens": n_image, "text_tokens": n_prompt - n_image, "cached_tokens": n_cached,
+        },
     })
 }
 
@@ -287,7 +288,8 @@ impl Format for ChatStream {
         self.choice(token.sequence, json!({"content": text}), log_probs, None)
     }
 
-    fn done(&mut self, answers: Vec<Answer>) -> String {
+    fn done(&mut self, written: Written) -> String {
+        let Written { answers, n_cached } = written;
         let mut out = String::new();
         for (index, answer) in answers.iter().enumerate() {
             let Some(growing) = self.growing.get_mut(index) else { continue };
@@ -299,7 +301,7 @@ impl Format for ChatStream {
         }
         if self.with_usage {
             let mut chunk = self.chunk(json!([]));
-            chunk["usage"] = usage(self.n_prompt, self.n_image, &answers);
+            chunk["usage"] = usage((self.n_prompt, self.n_image, n_cached), &answers);
             out += &event(&chunk);
         }
         out + "data: [DONE]\n\n"

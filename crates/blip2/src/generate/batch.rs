@@ -1,13 +1,16 @@
 //! Texts that grow together while prompts come and go: continuous batching.
 
 use std::ops::ControlFlow;
+use std::sync::Arc;
 
 use candle_core::Tensor;
 
 use super::session::{extend, read_prompts};
-use super::{Event, Generation, GenerationConfig, Growth, Limit, OnEvent, Rules, StopRules, check, place};
+use super::{
+    Constraint, Event, Generation, GenerationConfig, Growth, Limit, OnEvent, Rules, StopRules, check, place,
+};
 use crate::Result;
-use crate::cache::{CachedSequence, KvCache};
+use crate::cache::{Beginning, CachedSequence, KvCache};
 use crate::language::LanguageModel;
 
 /// Texts that grow together, a token a [`step`](Self::step). Between steps prompts [`join`](Self::join) and
@@ -39,12 +42,16 @@ struct Member {
 /// A prompt that joins.
 #[derive(Debug)]
 pub struct Newcomer {
-    /// Its rows, `[n, hidden_size]`.
+    /// What was read of it before, from [`Batch::beginning`].
+    pub beginning: Option<Arc<Beginning>>,
+    /// Its rows, `[n, hidden_size]`, but for those of its beginning; at least one.
     pub embeds: Tensor,
     /// Its own configuration.
     pub config: GenerationConfig,
     /// Tokens that the rules of generation see before the generated ones.
     pub seen: Vec<u32>,
+    /// What its texts have to be.
+    pub constraint: Option<Box<dyn Constraint>>,
 }
 
 impl std::fmt::Debug for Member {
@@ -107,19 +114,26 @@ impl<'a> Batch<'a> {
         }
         prompts.iter().try_for_each(|prompt| check(&prompt.config, stop))?;
         let embeds: Vec<_> = prompts.iter().map(|prompt| prompt.embeds.clone()).collect();
-        let mut sequences = vec![CachedSequence::new(); embeds.len()];
-        let logits = read_prompts(self.model, &mut self.cache, &mut sequences, &embeds)?;
-        let room = |sequence: &CachedSequence| self.model.context_len() - sequence.len();
-        let limits = prompts
-            .iter()
-            .zip(&sequences)
-            .map(|(prompt, read)| Limit::new(&prompt.config, prompt.seen.len(), room(read)));
-        let limits = limits.collect::<Result<Vec<_>>>()?;
+        let (n_rows, n_memory_rows) = (self.cache.n_rows(), self.cache.n_memory_rows());
+        let mut sequences = Vec::new();
+        let read = self.begin(&prompts, &mut sequences).and_then(|()| {
+            let logits = read_prompts(self.model, &mut self.cache, &mut sequences, &embeds)?;
+            let room = |sequence: &CachedSequence| self.model.context_len() - sequence.len();
+            let limits = prompts
+                .iter()
+                .zip(&sequences)
+                .map(|(prompt, read)| Limit::new(&prompt.config, prompt.seen.len(), room(read)));
+            Ok((logits, limits.collect::<Result<Vec<_>>>()?))
+        });
+        let (logits, limits) = read.inspect_err(|_| {
+            self.cache.rewind(n_rows);
+            self.cache.rewind_memory(n_memory_rows);
+        })?;
         let first = self.next_id;
         let rows = logits.chunks_exact(self.model.vocab_size());
         for (((prompt, limit), sequence), row) in prompts.into_iter().zip(limits).zip(sequences).zip(rows) {
-            let Newcomer { config, seen, .. } = prompt;
-            let growth = Growth::new(&config, self.live.len());
+            let Newcomer { config, seen, constraint, .. } = prompt;
+            let growth = Growth::new(&config, self.live.len(), constraint);
             // Draws part at their first token, each from a copy; beams are one text until then.
             let n = growth.n_running();
             self.live.extend(std::iter::repeat_n(sequence, n));
@@ -129,6 +143,25 @@ impl<'a> Batch<'a> {
             self.n_joined += 1;
         }
         Ok((first..self.next_id).collect())
+    }
+
+    /// A sequence for each prompt, with the rows of its beginning.
+    fn begin(&mut self, prompts: &[Newcomer], sequences: &mut Vec<CachedSequence>) -> Result<()> {
+        for prompt in prompts {
+            sequences.push(match &prompt.beginning {
+                Some(beginning) => self.cache.begin(beginning)?,
+                None => CachedSequence::new(),
+            });
+        }
+        Ok(())
+    }
+
+    /// A copy of what was read of the first `n_rows` rows of a prompt, for other prompts that begin alike. `None` when it is
+    /// not here or has fewer, or the model reads prompts as a whole.
+    pub fn beginning(&self, id: usize, n_rows: usize) -> Option<Beginning> {
+        let at = self.members.iter().position(|member| member.id == id)?;
+        let row = self.members[at].growth.unread().first()?.parent;
+        self.cache.beginning(&self.live[row], n_rows)
     }
 
     /// Forgets a prompt and what was written after it; nothing when it is not here.

@@ -6,6 +6,7 @@
 
 use std::cmp::Ordering;
 
+use super::constraint::{self, Constraint};
 use super::{
     EarlyStopping, Event, FinishReason, Generation, GenerationConfig, OnEvent, Rules, no_token, normalised,
 };
@@ -21,6 +22,7 @@ pub(super) struct Beam {
     log_probs: Vec<f32>,
     /// Sum of the log-probabilities after penalties.
     sum: f32,
+    constraint: Option<Box<dyn Constraint>>,
 }
 
 /// A beam and the token that may follow it.
@@ -49,8 +51,8 @@ pub(super) struct Search {
 
 impl Search {
     /// A search that starts from one row of logits.
-    pub(super) fn new(row: usize) -> Self {
-        let empty = Beam { row, tokens: Vec::new(), log_probs: Vec::new(), sum: 0.0 };
+    pub(super) fn new(row: usize, constraint: Option<Box<dyn Constraint>>) -> Self {
+        let empty = Beam { row, tokens: Vec::new(), log_probs: Vec::new(), sum: 0.0, constraint };
         Self { beams: vec![empty], finished: Vec::new() }
     }
 
@@ -84,7 +86,7 @@ impl Search {
     /// Takes the beams one token further, or ends the search by leaving none.
     fn advance(&mut self, logits: &[f32], vocab_size: usize, rules: &Rules<'_>) -> Result<()> {
         let config = rules.config;
-        let candidates = self.candidates(logits, vocab_size, rules);
+        let candidates = self.candidates(logits, vocab_size, rules)?;
         if candidates.is_empty() {
             return Err(no_token());
         }
@@ -92,7 +94,7 @@ impl Search {
         let takes_more = !(is_full && config.early_stopping == EarlyStopping::Immediate);
         let mut next = Vec::with_capacity(config.num_beams);
         for (rank, candidate) in candidates.iter().enumerate() {
-            let beam = self.extended(candidate);
+            let beam = self.extended(candidate)?;
             match rules.finish(&beam.tokens)? {
                 None if next.len() < config.num_beams => next.push(beam),
                 Some(finish) if rank < config.num_beams && takes_more => self.complete(beam, finish, config),
@@ -104,17 +106,18 @@ impl Search {
     }
 
     /// The best continuations, best first.
-    fn candidates(&self, logits: &[f32], vocab_size: usize, rules: &Rules<'_>) -> Vec<Candidate> {
+    fn candidates(&mut self, logits: &[f32], vocab_size: usize, rules: &Rules<'_>) -> Result<Vec<Candidate>> {
         let n = rules.config.num_beams * (1 + rules.stop.end_tokens().len()).max(2);
         // Kept best first; most tokens are turned away by one comparison with the last.
         let mut best: Vec<Candidate> = Vec::with_capacity(n + 1);
         let mut scores = Vec::with_capacity(vocab_size);
-        for (beam_idx, beam) in self.beams.iter().enumerate() {
+        for (beam_idx, beam) in self.beams.iter_mut().enumerate() {
             let row = &logits[beam.row * vocab_size..][..vocab_size];
             let norm = log_sum_exp(row);
             scores.clear();
             scores.extend(row.iter().map(|logit| logit - norm));
             rules.penalise(&beam.tokens, &mut scores);
+            constraint::restrict(beam.constraint.as_mut(), row, norm, &mut scores)?;
             for (token, &score) in (0..).zip(&scores) {
                 let sum = beam.sum + score;
                 let is_better = best.len() < n || best.last().is_some_and(|last| sum > last.sum);
@@ -128,15 +131,16 @@ impl Search {
                 best.truncate(n);
             }
         }
-        best
+        Ok(best)
     }
 
-    fn extended(&self, candidate: &Candidate) -> Beam {
+    fn extended(&self, candidate: &Candidate) -> Result<Beam> {
         let mut beam = self.beams[candidate.beam].clone();
         beam.tokens.push(candidate.token);
         beam.log_probs.push(candidate.log_prob);
         beam.sum = candidate.sum;
-        beam
+        constraint::push(beam.constraint.as_mut(), candidate.token)?;
+        Ok(beam)
     }
 
     /// Enters a complete text into the list of finished ones, if it is good enough.

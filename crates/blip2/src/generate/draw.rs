@@ -1,5 +1,6 @@
 //! One token after the other: greedy search and sampling.
 
+use super::constraint::{self, Constraint};
 use super::{Event, FinishReason, Generation, GenerationConfig, OnEvent, Rules, no_token, normalised};
 use crate::Result;
 use crate::sampling::{self, SampleRng, log_sum_exp};
@@ -18,6 +19,7 @@ pub(super) struct Running {
     pub(super) tokens: Vec<u32>,
     log_probs: Vec<f32>,
     rng: SampleRng,
+    constraint: Option<Box<dyn Constraint>>,
 }
 
 impl Running {
@@ -31,7 +33,7 @@ impl Running {
 
 impl Draws {
     /// Texts that all start from one row of logits.
-    pub(super) fn new(config: &GenerationConfig, row: usize) -> Self {
+    pub(super) fn new(config: &GenerationConfig, row: usize, constraint: Option<&dyn Constraint>) -> Self {
         let running = (0..config.num_return_sequences)
             .map(|sequence| Running {
                 sequence,
@@ -39,6 +41,7 @@ impl Draws {
                 tokens: Vec::new(),
                 log_probs: Vec::new(),
                 rng: SampleRng::new(config.seed, sequence as u64),
+                constraint: constraint.map(Constraint::fork),
             })
             .collect();
         Self { running, finished: Vec::new() }
@@ -64,8 +67,10 @@ impl Draws {
             scores.clear();
             scores.extend_from_slice(row);
             rules.penalise(&text.tokens, &mut scores);
+            constraint::restrict(text.constraint.as_mut(), row, 0.0, &mut scores)?;
             let token = choose(config, &mut scores, &mut text.rng).ok_or_else(no_token)?;
             let log_prob = row[token as usize] - log_sum_exp(row);
+            constraint::push(text.constraint.as_mut(), token)?;
             text.tokens.push(token);
             text.log_probs.push(log_prob);
             let (prompt, sequence) = (rules.prompt, text.sequence);

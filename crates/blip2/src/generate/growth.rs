@@ -3,7 +3,9 @@
 
 use super::beam::Search;
 use super::draw::Draws;
-use super::{Continuation, FinishReason, Generation, GenerationConfig, Limit, OnEvent, StopRules};
+use super::{
+    Constraint, Continuation, FinishReason, Generation, GenerationConfig, Limit, OnEvent, StopRules,
+};
 use crate::Result;
 use crate::sampling::{forbid, no_bad_words, no_repeat_ngram, only, repetition_penalty};
 
@@ -69,11 +71,15 @@ pub(super) enum Growth {
 
 impl Growth {
     /// Texts that go on from one row of logits.
-    pub(super) fn new(config: &GenerationConfig, row: usize) -> Self {
+    pub(super) fn new(
+        config: &GenerationConfig,
+        row: usize,
+        constraint: Option<Box<dyn Constraint>>,
+    ) -> Self {
         if config.num_beams > 1 {
-            Self::Beams(Search::new(row))
+            Self::Beams(Search::new(row, constraint))
         } else {
-            Self::Draws(Draws::new(config, row))
+            Self::Draws(Draws::new(config, row, constraint.as_deref()))
         }
     }
 

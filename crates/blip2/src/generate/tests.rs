@@ -72,7 +72,7 @@ fn scrambled(text: &[u32]) -> [f32; VOCAB] {
 }
 
 fn run<D: Decoder>(decoder: &mut D, config: &GenerationConfig) -> Vec<Vec<Generation>> {
-    let request = Request { config, stop: &StopRules::new(&[END]), seen: &[] };
+    let request = Request { config, stop: &StopRules::new(&[END]), seen: &[], constraint: None };
     generate(decoder, request, &mut |_| ControlFlow::Continue(())).unwrap()
 }
 
@@ -216,7 +216,7 @@ fn limits_and_end_tokens_say_why_a_text_ends() {
     let mut full = Mock::new(&[&[0]], uniform);
     full.room = 0;
     let config = GenerationConfig::default();
-    let request = Request { config: &config, stop: &StopRules::default(), seen: &[] };
+    let request = Request { config: &config, stop: &StopRules::default(), seen: &[], constraint: None };
     let error = generate(&mut full, request, &mut |_| ControlFlow::Continue(())).unwrap_err();
     assert!(error.to_string().contains("no room"), "{error}");
 }
@@ -225,7 +225,7 @@ fn limits_and_end_tokens_say_why_a_text_ends() {
 fn scores_that_are_not_numbers_are_an_error() {
     for num_beams in [1, 2] {
         let config = GenerationConfig { num_beams, ..Default::default() };
-        let request = Request { config: &config, stop: &StopRules::default(), seen: &[] };
+        let request = Request { config: &config, stop: &StopRules::default(), seen: &[], constraint: None };
         let mut broken = Mock::new(&[&[0]], |_| [f32::NAN; VOCAB]);
         let error = generate(&mut broken, request, &mut |_| ControlFlow::Continue(())).unwrap_err();
         assert!(error.to_string().contains("no usable score"), "{error}");
@@ -253,7 +253,7 @@ fn a_stop_string_ends_a_text_wherever_tokens_split_it() {
                 stop_strings: strings.iter().map(ToString::to_string).collect(),
                 ..Default::default()
             };
-            let request = Request { config: &config, stop: &stop, seen: &[] };
+            let request = Request { config: &config, stop: &stop, seen: &[], constraint: None };
             let results =
                 generate(&mut Mock::new(&[&[0]], logits), request, &mut |_| ControlFlow::Continue(()));
             let text = &results.unwrap()[0][0];
@@ -263,7 +263,7 @@ fn a_stop_string_ends_a_text_wherever_tokens_split_it() {
         }
     }
     let config = GenerationConfig { stop_strings: vec!["x".into()], ..Default::default() };
-    let request = Request { config: &config, stop: &StopRules::new(&[END]), seen: &[] };
+    let request = Request { config: &config, stop: &StopRules::new(&[END]), seen: &[], constraint: None };
     let error =
         generate(&mut Mock::new(&[&[0]], uniform), request, &mut |_| ControlFlow::Continue(())).unwrap_err();
     assert!(error.to_string().contains("stop_strings"), "{error}");
@@ -273,7 +273,7 @@ fn a_stop_string_ends_a_text_wherever_tokens_split_it() {
 fn the_callback_sees_every_token_and_can_stop() {
     let stop = StopRules::new(&[END]);
     let config = GenerationConfig { num_return_sequences: 2, max_new_tokens: 6, ..sampling(1) };
-    let request = Request { config: &config, stop: &stop, seen: &[] };
+    let request = Request { config: &config, stop: &stop, seen: &[], constraint: None };
     let prompts: [&[u32]; 2] = [&[1], &[2]];
     let mut streamed = BTreeMap::<_, Vec<u32>>::new();
     let results = generate(&mut Mock::new(&prompts, scrambled), request, &mut |event| {
@@ -290,7 +290,7 @@ fn the_callback_sees_every_token_and_can_stop() {
     for num_beams in [1, 3] {
         let config =
             GenerationConfig { num_beams, min_new_tokens: 10, max_new_tokens: 10, ..Default::default() };
-        let request = Request { config: &config, stop: &stop, seen: &[] };
+        let request = Request { config: &config, stop: &stop, seen: &[], constraint: None };
         let mut n_events = 0;
         let mut decoder = Mock::new(&[&[1]], scrambled);
         let results = generate(&mut decoder, request, &mut |_| {
@@ -310,7 +310,7 @@ fn penalties_see_the_prompt_only_when_asked() {
     let config = GenerationConfig { no_repeat_ngram_size: 1, max_new_tokens: 2, ..Default::default() };
     let prefer_zero = |_: &[u32]| [5.0, 4.0, 3.0, 2.0, 1.0, 0.0];
     let generated = |seen: &[Vec<u32>]| {
-        let request = Request { config: &config, stop: &StopRules::new(&[END]), seen };
+        let request = Request { config: &config, stop: &StopRules::new(&[END]), seen, constraint: None };
         let results =
             generate(&mut Mock::new(&[&[0]], prefer_zero), request, &mut |_| ControlFlow::Continue(()));
         results.unwrap()[0][0].token_ids.clone()

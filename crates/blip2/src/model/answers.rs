@@ -1,10 +1,13 @@
 //! Answers that are written together while questions come and go: what a server needs.
 
+use std::sync::Arc;
+
 use candle_core::Tensor;
 
 use super::stage2::Stage2;
 use super::{Answer, Blip2};
-use crate::generate::{Batch, Event, Finished, GenerationConfig, Newcomer, StopRules};
+use crate::cache::Beginning;
+use crate::generate::{Batch, Constraint, Event, Finished, GenerationConfig, Newcomer, StopRules};
 use crate::text::{Prompt, StreamDecoder, Turn};
 use crate::{Error, Result};
 
@@ -15,8 +18,42 @@ pub struct Ask {
     pub prompt: Prompt,
     /// The picture's projected queries, from [`Blip2::soft_tokens`].
     pub soft_tokens: Tensor,
+    /// What was read of an earlier prompt about the same picture, from [`AnswerBatch::read_picture`].
+    pub read: Option<Arc<ReadPicture>>,
     /// How to answer.
     pub generation: GenerationConfig,
+    /// What the answer has to be, from [`Blip2::grammar`].
+    pub constraint: Option<Box<dyn Constraint>>,
+}
+
+impl Ask {
+    /// Rows of the prompt that were read before and are not read again.
+    pub fn n_known(&self) -> usize {
+        self.known().map_or(0, |read| read.rows.len())
+    }
+
+    /// What was read before, where this prompt begins with it. The answer starts from the row that is read last, so one has to
+    /// be left.
+    fn known(&self) -> Option<&ReadPicture> {
+        let begins_alike =
+            |read: &&ReadPicture| self.prompt.image_at.is_some() && read.ids == self.prompt.before_image();
+        self.read.as_deref().filter(begins_alike).filter(|_| !self.prompt.after_image().is_empty())
+    }
+}
+
+/// What a language model has read of a prompt up to the end of its picture, for the next prompts about that picture.
+#[derive(Debug)]
+pub struct ReadPicture {
+    /// The tokens before the picture.
+    ids: Vec<u32>,
+    rows: Arc<Beginning>,
+}
+
+impl ReadPicture {
+    /// Its memory, in bytes.
+    pub fn n_bytes(&self) -> usize {
+        self.rows.n_bytes()
+    }
 }
 
 /// A token that was just written; with beams there is none before the end.
@@ -105,10 +142,17 @@ impl<'a> AnswerBatch<'a> {
                         reason: reason.into(),
                     });
                 }
+                let known = ask.known();
+                let embeds = match known {
+                    Some(_) => self.stage2.language_model().embed(ask.prompt.after_image())?,
+                    None => self.stage2.embed(&ask.prompt, &ask.soft_tokens)?,
+                };
                 Ok(Newcomer {
-                    embeds: self.stage2.embed(&ask.prompt, &ask.soft_tokens)?,
+                    beginning: known.map(|read| read.rows.clone()),
+                    embeds,
                     config: ask.generation.clone(),
                     seen: self.stage2.seen(&ask.prompt, &ask.generation),
+                    constraint: ask.constraint.clone(),
                 })
             })
             .collect::<Result<Vec<_>>>()?;
@@ -119,6 +163,14 @@ impl<'a> AnswerBatch<'a> {
             self.decoders.push((id, (0..ask.generation.num_return_sequences).map(decoder).collect()));
         }
         Ok(ids)
+    }
+
+    /// What was read for a member up to the end of its picture; `ask` is what it joined with. `None` when it has left, or the
+    /// model reads prompts as a whole.
+    pub fn read_picture(&self, id: usize, ask: &Ask) -> Option<ReadPicture> {
+        let n_rows = ask.prompt.image_at? + ask.soft_tokens.dim(0).ok()?;
+        let rows = Arc::new(self.batch.beginning(id, n_rows)?);
+        Some(ReadPicture { ids: ask.prompt.before_image().to_vec(), rows })
     }
 
     /// Stops an answer that nobody wants any more.

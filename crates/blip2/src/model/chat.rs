@@ -101,14 +101,19 @@ impl Chat<'_> {
         let mut decoder = self.stage2.tokenizer().decode_stream();
         let mut streamed = false;
         let prompts = std::slice::from_ref(&prompt);
-        let mut answers =
-            self.stage2.continue_prompts(&mut session, prompts, generation, &mut |event| match event {
+        let mut answers = self.stage2.continue_prompts(
+            &mut session,
+            prompts,
+            generation,
+            None,
+            &mut |event| match event {
                 Event::Token { token, .. } if !self.stage2.tokenizer().is_control(token) => {
                     streamed = true;
                     on_text(&decoder.push(token))
                 }
                 _ => ControlFlow::Continue(()),
-            })?;
+            },
+        )?;
         let sequence = session.finish().pop().unwrap_or_default();
         self.read = (prompt, sequence);
         let answer = answers.pop().and_then(|mut of_prompt| of_prompt.pop());

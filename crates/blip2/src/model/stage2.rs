@@ -1,6 +1,7 @@
 //! What the Q-Former of stage 2 does with the language model: captions and answers.
 
 use std::path::{Path, PathBuf};
+use std::sync::OnceLock;
 
 use candle_core::Tensor;
 
@@ -8,12 +9,13 @@ use super::preset::FolderGeneration;
 use super::{Blip2, ImageFeatures, ModelConfig, Stage2Config, image_keys, open_language_model};
 use crate::cache::CachedSequence;
 use crate::generate::{
-    Event, FinishReason, Generation, GenerationConfig, Request, Session, StopRules, generate, score,
+    Constraint, Event, FinishReason, Generation, GenerationConfig, Request, Session, StopRules, generate,
+    score,
 };
 use crate::language::LanguageModel;
 use crate::layers::{DropoutRng, FrozenFormat, Linear, Loader};
 use crate::qformer::{QFormer, TextSide};
-use crate::text::{LanguageTokenizer, Prompt, PromptFormat, Turn};
+use crate::text::{AnswerForm, Grammar, Grammars, LanguageTokenizer, Prompt, PromptFormat, Turn};
 use crate::weights::int8::TrainedWeights;
 use crate::{Error, Result};
 
@@ -30,6 +32,8 @@ pub(super) struct Stage2 {
     end_of_answer: Vec<u32>,
     source: Source,
     n_parameters: usize,
+    /// Made when first needed.
+    grammars: OnceLock<Grammars>,
 }
 
 /// What only a checkpoint of Hugging Face says.
@@ -113,6 +117,7 @@ impl Stage2 {
             end_of_answer,
             source,
             n_parameters,
+            grammars: OnceLock::new(),
         })
     }
 
@@ -243,6 +248,7 @@ impl Stage2 {
         features: &[&ImageFeatures],
         prompts: &[Prompt],
         generation: &GenerationConfig,
+        constraint: Option<&dyn Constraint>,
     ) -> Result<Vec<Vec<Answer>>> {
         if features.is_empty() {
             return Ok(Vec::new());
@@ -254,7 +260,8 @@ impl Stage2 {
             .collect::<Result<Vec<_>>>()?;
         let mut cache = self.language_model.new_cache();
         let mut session = Session::new(&self.language_model, &mut cache, rows)?;
-        self.continue_prompts(&mut session, prompts, generation, &mut |_| std::ops::ControlFlow::Continue(()))
+        let on_event = &mut |_: Event<'_>| std::ops::ControlFlow::Continue(());
+        self.continue_prompts(&mut session, prompts, generation, constraint, on_event)
     }
 
     /// Continues the prompts that a session has read.
@@ -263,13 +270,14 @@ impl Stage2 {
         session: &mut Session<'_>,
         prompts: &[Prompt],
         generation: &GenerationConfig,
+        constraint: Option<&dyn Constraint>,
         on_event: &mut dyn FnMut(Event<'_>) -> std::ops::ControlFlow<()>,
     ) -> Result<Vec<Vec<Answer>>> {
         let decode = |ids: &[u32]| Ok(self.tokenizer.decode(ids));
         let end_tokens = self.end_tokens(&generation.eos_token_id);
         let stop = StopRules::new(end_tokens).with_text(&decode);
         let seen: Vec<_> = prompts.iter().map(|prompt| self.seen(prompt, generation)).collect();
-        let request = Request { config: generation, stop: &stop, seen: &seen };
+        let request = Request { config: generation, stop: &stop, seen: &seen, constraint };
         let generated = generate(session, request, on_event)?;
         let answer = |generation: Generation| self.answer(generation, end_tokens);
         Ok(generated.into_iter().map(|of_prompt| of_prompt.into_iter().map(answer).collect()).collect())
@@ -343,7 +351,7 @@ impl Blip2 {
     ) -> Result<Vec<Vec<Answer>>> {
         let stage2 = self.stage2()?;
         let prompt = stage2.instruction(self.instruction())?;
-        stage2.continue_all(features, &vec![prompt; features.len()], generation)
+        stage2.continue_all(features, &vec![prompt; features.len()], generation, None)
     }
 
     /// What is asked for a caption.
@@ -364,7 +372,7 @@ impl Blip2 {
         let stage2 = self.stage2()?;
         let features: Vec<_> = requests.iter().map(|(features, _)| *features).collect();
         let prompts = requests.iter().map(|(_, text)| stage2.raw(text)).collect::<Result<Vec<_>>>()?;
-        stage2.continue_all(&features, &prompts, generation)
+        stage2.continue_all(&features, &prompts, generation, None)
     }
 
     /// Answers a question about each picture; the answers are those that each would get alone.
@@ -376,11 +384,50 @@ impl Blip2 {
         requests: &[(&ImageFeatures, &str)],
         generation: &GenerationConfig,
     ) -> Result<Vec<Vec<Answer>>> {
+        self.ask_for(requests, generation, None)
+    }
+
+    /// As [`ask`](Self::ask), for answers of a form, from [`grammar`](Self::grammar). One that reaches its number of tokens
+    /// is cut off as any other.
+    ///
+    /// # Errors
+    /// As [`ask`](Self::ask), and [`Error::AnswerForm`] when the model cannot keep to the form.
+    pub fn ask_for(
+        &self,
+        requests: &[(&ImageFeatures, &str)],
+        generation: &GenerationConfig,
+        form: Option<&Grammar>,
+    ) -> Result<Vec<Vec<Answer>>> {
         let stage2 = self.stage2()?;
         let features: Vec<_> = requests.iter().map(|(features, _)| *features).collect();
         let prompts =
             requests.iter().map(|(_, question)| stage2.question(question)).collect::<Result<Vec<_>>>()?;
-        stage2.continue_all(&features, &prompts, generation)
+        let constraint = form.map(|form| form as &dyn Constraint);
+        stage2.continue_all(&features, &prompts, generation, constraint)
+    }
+
+    /// Compiles what an answer has to be, for texts that end as `generation` says.
+    ///
+    /// # Errors
+    /// When the model has no stage-2 part; [`Error::AnswerForm`] when its tokenizer is not byte-level (that of T5), or the
+    /// form is not understood or too large.
+    pub fn grammar(&self, form: &AnswerForm, generation: &GenerationConfig) -> Result<Grammar> {
+        let stage2 = self.stage2()?;
+        let grammars = |end_tokens| {
+            Grammars::new(&stage2.tokenizer, end_tokens, stage2.prompt.begins_answers_with_blank())
+        };
+        let own = stage2.end_tokens(&[]);
+        let end_tokens = stage2.end_tokens(&generation.eos_token_id);
+        if end_tokens != own {
+            return grammars(end_tokens)?.compile(form);
+        }
+        match stage2.grammars.get() {
+            Some(grammars) => grammars.compile(form),
+            None => {
+                let made = grammars(own)?;
+                stage2.grammars.get_or_init(|| made).compile(form)
+            }
+        }
     }
 
     /// What the language model reads in a picture's place: for each picture `[Q, L]`, the projected queries.

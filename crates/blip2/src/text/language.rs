@@ -200,6 +200,11 @@ impl LanguageTokenizer {
         self
     }
 
+    /// The bytes that a token stands for, or `None` where they depend on the tokens beside it (SentencePiece).
+    pub(crate) fn token_bytes(&self, id: u32) -> Option<&[u8]> {
+        self.spelling.token(id)
+    }
+
     /// How many ids there are. The model's embedding may have more rows than this.
     pub fn n_tokens(&self) -> usize {
         self.n_tokens

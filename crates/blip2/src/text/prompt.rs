@@ -236,6 +236,14 @@ impl PromptFormat {
         Ok(prompt.answers.iter().cloned().flatten().map(|idx| prompt.ids[idx]).collect())
     }
 
+    /// Whether an answer begins with a blank, as after `Answer:`.
+    pub(crate) fn begins_answers_with_blank(&self) -> bool {
+        match self {
+            Self::ChatMl => false,
+            Self::Plain { template, .. } => !template.ends_with(char::is_whitespace),
+        }
+    }
+
     /// The ids that end an answer.
     ///
     /// # Errors

@@ -64,7 +64,7 @@ pub(crate) fn check_generation(golden: &Golden, model: &LanguageModel, name: &st
         // Twice from one cache: what the first session left behind must not be read by the second.
         for _ in 0..2 {
             let mut session = Session::new(model, &mut cache, prompts(golden, name)).expect("a session");
-            let request = Request { config: &config, stop: &stop, seen: &[] };
+            let request = Request { config: &config, stop: &stop, seen: &[], constraint: None };
             let written = generate(&mut session, request, &mut |_| ControlFlow::Continue(())).expect("texts");
             let ids: Vec<_> = written.iter().map(|best| best[0].token_ids.clone()).collect();
             assert_eq!(&ids, expected, "{name}, {num_beams} beams");
