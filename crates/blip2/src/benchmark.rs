@@ -216,7 +216,8 @@ impl Run<'_> {
                 for beams in self.beams() {
                     // The first token follows from the prompt alone.
                     let config = self.generation(beams, self.settings.tokens + 1);
-                    let request = Request { config: &config, stop: &StopRules::default(), seen: &[] };
+                    let request =
+                        Request { config: &config, stop: &StopRules::default(), seen: &[], constraint: None };
                     let seconds = self.session(&prompts, |session| {
                         self.times(|| {
                             generate(session, request, &mut |_| ControlFlow::Continue(()))?;
