@@ -67,10 +67,11 @@ pub(crate) fn run(args: &PackArgs) -> anyhow::Result<Done> {
             chat_prompt: None,
             instruction: run.instructions.first().cloned().unwrap_or_default(),
             generation: GenerationConfig { num_beams: 5, ..GenerationConfig::default() },
-            // As LAVIS answers questions: where a word is wanted, a long text is not the better one.
+            // Where a word is wanted a long text is not the better one, and names have several words: between the 0 of LAVIS's
+            // answers and the 1 of captions.
             answering: Some(GenerationConfig {
                 num_beams: 5,
-                length_penalty: 0.0,
+                length_penalty: 0.5,
                 ..GenerationConfig::default()
             }),
         });

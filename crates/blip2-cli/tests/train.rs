@@ -59,6 +59,19 @@ impl Work {
     }
 
     /// Runs `fields` as a configuration and gives the last checkpoint; the loss must fall.
+    fn learn(&self, name: &str, data: &str, fields: &str) -> PathBuf {
+        let checkpoint = self.train(name, data, fields);
+        let log = std::fs::read_to_string(self.path(name).join("log.jsonl")).expect("a log");
+        let losses: Vec<f64> = log
+            .lines()
+            .filter_map(|line| serde_json::from_str::<Json>(line).expect("JSON")["loss"].as_f64())
+            .collect();
+        let (first, last) = (&losses[..3], &losses[losses.len() - 3..]);
+        assert!(last.iter().sum::<f64>() < 0.97 * first.iter().sum::<f64>(), "{name}: {losses:?}");
+        checkpoint
+    }
+
+    /// Runs `fields` as a configuration and gives the last checkpoint.
     fn train(&self, name: &str, data: &str, fields: &str) -> PathBuf {
         let config = format!(
             "output = \"{name}\"\nfeatures = \"features\"\nseed = 1\nmicro_batch = 2\ndropout = 0.0\nprecision = \"f32\"\n\
@@ -68,15 +81,7 @@ impl Work {
         );
         let file = self.path(&format!("{name}.toml"));
         std::fs::write(&file, config).expect("written");
-        let checkpoint = PathBuf::from(done(&[&"train", &file]).trim());
-        let log = std::fs::read_to_string(self.path(name).join("log.jsonl")).expect("a log");
-        let losses: Vec<f64> = log
-            .lines()
-            .filter_map(|line| serde_json::from_str::<Json>(line).expect("JSON")["loss"].as_f64())
-            .collect();
-        let (first, last) = (&losses[..3], &losses[losses.len() - 3..]);
-        assert!(last.iter().sum::<f64>() < 0.97 * first.iter().sum::<f64>(), "{name}: {losses:?}");
-        checkpoint
+        PathBuf::from(done(&[&"train", &file]).trim())
     }
 }
 
@@ -159,7 +164,7 @@ fn a_published_model_is_fine_tuned_and_written_back() {
     {
         let published = golden(&format!("blip2_{family}"));
         let fields = stage2(&published, &published, &published, &prompts);
-        let checkpoint = work.train(family, "both.jsonl", &fields);
+        let checkpoint = work.learn(family, "both.jsonl", &fields);
         let proof = std::fs::read_to_string(work.path(family).join("frozen.json")).expect("a proof");
         assert!(proof.contains("model.safetensors"), "{proof}");
 
@@ -214,7 +219,7 @@ fn both_stages_train_on_parts_by_themselves() {
         quoted(&start),
         quoted(&vocabulary),
     );
-    let checkpoint = work.train("stage1", "captions.jsonl", &fields);
+    let checkpoint = work.learn("stage1", "captions.jsonl", &fields);
     let itm = work.path("itm");
     done(&[&"pack", &"--stage1", &checkpoint, &"--out", &itm, &"--hugging-face"]);
     let scores =
@@ -227,7 +232,7 @@ fn both_stages_train_on_parts_by_themselves() {
         name.trim_start_matches("model.").to_owned()
     });
     let fields = stage2(&encoder, &language_model, &itm, OPT_PROMPTS) + "encoder_heads = 3\n";
-    let checkpoint = work.train("stage2", "both.jsonl", &fields);
+    let checkpoint = work.learn("stage2", "both.jsonl", &fields);
     let model = work.path("blip2-mine");
     done(&[&"pack", &"--stage2", &checkpoint, &"--out", &model, &"--hugging-face"]);
     let answer = done(&[&"ask", &work.path("red.png"), &"What?", &"--model", &model]);

@@ -62,6 +62,9 @@ pub(crate) async fn explain(State(app): State<Arc<App>>, request: Request) -> Re
             let message = "a word is part of a caption or an answer: add \"caption\": true or the question";
             return Err(ApiError::invalid("word", message));
         }
+        _ if history.iter().any(|turn| turn.question.trim().is_empty() || turn.answer.trim().is_empty()) => {
+            return Err(ApiError::invalid("history", "an earlier question or answer is empty"));
+        }
         (None, _, _) if !history.is_empty() => {
             let message = "the history of a conversation comes before a question: add the question";
             return Err(ApiError::invalid("history", message));

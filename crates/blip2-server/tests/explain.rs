@@ -89,7 +89,7 @@ fn what_cannot_be_explained_is_said() {
         (
             json!({"question": "who?", "history": [{"question": "a", "answer": " "}]}),
             "invalid_value",
-            "question",
+            "history",
         ),
         (json!({"question": "who?", "history": [{"question": "a"}]}), "invalid_body", ""),
         (json!({"caption": true, "text": " "}), "invalid_value", "text"),

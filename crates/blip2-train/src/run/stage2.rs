@@ -204,6 +204,16 @@ impl<'a> Stage2<'a> {
             let reason = format!("must be the image encoder's {}", features.width());
             return Err(Error::config("qformer.encoder_hidden_size", reason));
         }
+        let is_open = |prompt: &PromptFormat| !matches!(prompt, PromptFormat::Plain { eos: true, .. });
+        if language.model.decoder_start().is_some() {
+            for (field, prompt) in [("prompt", &config.prompt), ("caption_prompt", config.caption_prompt())] {
+                if is_open(prompt) {
+                    let reason = "must be of the kind `plain` with `eos = true`: the language model's encoder reads texts that \
+                                  end with its mark";
+                    return Err(Error::config(field, reason));
+                }
+            }
+        }
         if config.split_captions && language.model.decoder_start().is_none() {
             let reason = "is for encoder-decoder models: this language model reads all of a caption as it is";
             return Err(Error::config("split_captions", reason));
