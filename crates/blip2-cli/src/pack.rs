@@ -66,7 +66,12 @@ pub(crate) fn run(args: &PackArgs) -> anyhow::Result<Done> {
             caption_prompt: run.caption_prompt.clone(),
             chat_prompt: None,
             instruction: run.instructions.first().cloned().unwrap_or_default(),
-            generation: GenerationConfig { num_beams: 5, ..GenerationConfig::default() },
+            // A small language model falls into a rut.
+            generation: GenerationConfig {
+                num_beams: 5,
+                no_repeat_ngram_size: 3,
+                ..GenerationConfig::default()
+            },
             // Where a word is wanted a long text is not the better one, and names have several words: between the 0 of LAVIS's
             // answers and the 1 of captions.
             answering: Some(GenerationConfig {
