@@ -119,7 +119,7 @@ impl EfficientNet {
     /// Takes the weights of a checkpoint with the names of the PyTorch conversions (`_conv_stem.weight`, `_blocks.0.…`).
     ///
     /// # Errors
-    /// [`Error::MissingTensor`], [`Error::TensorShape`], or why a tensor cannot be read.
+    /// [`crate::Error::MissingTensor`], [`crate::Error::TensorShape`], or why a tensor cannot be read.
     pub fn load(config: EfficientNetConfig, source: &dyn TensorSource) -> Result<Self> {
         let weights = Weights { source };
         let stem =
