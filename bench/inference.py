@@ -269,7 +269,7 @@ def compare(shape: str, works: list[str], arguments: argparse.Namespace) -> list
         seconds, captions = rust_times(shape, some, dtype, arguments)
         for work, ours in seconds.items():
             if best.get(work):
-                rows.append(row(work, dtype, best[work], ours, torch_s=by_setting[work]))
+                rows.append(row(work, dtype, best[work], ours, peer_settings_s=by_setting[work]))
         if captions is not None:
             rows.append({
                 "work": f"peak memory, {shape}", "dtype": dtype, "torch_bytes": memory,
