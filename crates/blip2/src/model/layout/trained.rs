@@ -76,7 +76,7 @@ pub fn trained_to_hugging_face(
         ..FrozenParts::default()
     };
     small_files::write(&new, &model, text.as_ref(), &parts, output::widest_dtype(&outputs))?;
-    if encoder.checkpoint_is_folder {
+    if encoder.json.is_some() {
         small_files::copy_existing(&new, trained.encoder, &["preprocessor_config.json"])?;
     }
     if let Some(folder) =
@@ -99,7 +99,6 @@ struct Encoder {
     checkpoint: Checkpoint,
     /// The configuration of the folder that it is in.
     json: Option<Json>,
-    checkpoint_is_folder: bool,
 }
 
 impl Encoder {
@@ -112,7 +111,7 @@ impl Encoder {
                 path.display()
             )));
         }
-        Ok(Self { checkpoint, json, checkpoint_is_folder: path.is_dir() })
+        Ok(Self { checkpoint, json })
     }
 
     /// Its sizes and its tensors, which are checked.
