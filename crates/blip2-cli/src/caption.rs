@@ -1,7 +1,6 @@
 //! `blip2 caption`.
 
 mod destination;
-mod folder;
 
 use std::path::{Path, PathBuf};
 
@@ -25,12 +24,13 @@ pub(crate) fn run(args: &CaptionArgs) -> anyhow::Result<Done> {
     }
     let mut pictures = args.pictures.clone();
     for folder in &args.folder {
-        let before = pictures.len();
-        folder::find(folder, args.recursive, &mut pictures)?;
-        if pictures.len() == before {
+        let found = blip2_train::data::pictures(folder, args.recursive)
+            .with_context(|| format!("cannot list {}", folder.display()))?;
+        if found.is_empty() {
             let where_else = if args.recursive { "" } else { " (--recursive looks in the folders below it)" };
             bail!("{} holds no pictures{where_else}", folder.display());
         }
+        pictures.extend(found);
     }
     // Everything that can be wrong with where they go is said before a model is loaded.
     let mut destination = Destination::open(args, &pictures)?;

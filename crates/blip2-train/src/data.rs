@@ -11,7 +11,7 @@ mod loader;
 mod manifest;
 mod webdataset;
 
-pub use folder::is_picture;
+pub use folder::pictures;
 pub use loader::{Batch, Item, Loader, LoaderConfig, LoaderState};
 pub use manifest::{Row, read_rows};
 

@@ -7,41 +7,50 @@ use std::path::{Path, PathBuf};
 /// Extensions that are taken for pictures, in folders and in tar shards.
 pub(super) const PICTURE_EXTENSIONS: [&str; 8] = ["jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff"];
 
-/// Whether a file's name is that of a picture.
-pub fn is_picture(path: &Path) -> bool {
-    PICTURE_EXTENSIONS.contains(&extension(path).as_str())
-}
-
 /// The extension in lower case.
 pub(super) fn extension(path: &Path) -> String {
     path.extension().map(|e| e.to_string_lossy().to_ascii_lowercase()).unwrap_or_default()
 }
 
-/// Reads a folder and its subfolders in the order of names; links to folders are not followed.
-pub(super) fn read(path: &Path, builder: &mut Builder) -> Result<()> {
+/// The pictures of a folder and, where `recursive`, of its subfolders, in the order of names; links to folders are not followed.
+///
+/// # Errors
+/// [`Error::Io`] when a folder cannot be listed.
+pub fn pictures(path: &Path, recursive: bool) -> Result<Vec<PathBuf>> {
     let mut entries: Vec<(PathBuf, std::fs::FileType)> = Vec::new();
     for entry in std::fs::read_dir(path).map_err(Error::io(path))? {
         let entry = entry.map_err(Error::io(path))?;
         entries.push((entry.path(), entry.file_type().map_err(Error::io(path))?));
     }
     entries.sort_by(|a, b| a.0.cmp(&b.0));
+    let mut found = Vec::new();
     for (path, kind) in entries {
         if kind.is_dir() {
-            read(&path, builder)?;
-        } else if is_picture(&path) {
-            let text_path = path.with_extension("txt");
-            match std::fs::read(&text_path) {
-                Ok(bytes) => match captions(&bytes) {
-                    Ok(captions) => {
-                        builder.add(ImageSource::File(path), None, Text::Captions(captions), Vec::new())
-                    }
-                    Err(reason) => return Err(Error::file(&text_path, reason)),
-                },
-                Err(error) if error.kind() == std::io::ErrorKind::NotFound => {
-                    builder.skip(path.display().to_string(), "has no .txt beside it");
-                }
-                Err(source) => return Err(Error::Io { path: text_path, source }),
+            if recursive {
+                found.extend(pictures(&path, true)?);
             }
+        } else if PICTURE_EXTENSIONS.contains(&extension(&path).as_str()) {
+            found.push(path);
+        }
+    }
+    Ok(found)
+}
+
+/// Reads a folder and its subfolders.
+pub(super) fn read(path: &Path, builder: &mut Builder) -> Result<()> {
+    for path in pictures(path, true)? {
+        let text_path = path.with_extension("txt");
+        match std::fs::read(&text_path) {
+            Ok(bytes) => match captions(&bytes) {
+                Ok(captions) => {
+                    builder.add(ImageSource::File(path), None, Text::Captions(captions), Vec::new())
+                }
+                Err(reason) => return Err(Error::file(&text_path, reason)),
+            },
+            Err(error) if error.kind() == std::io::ErrorKind::NotFound => {
+                builder.skip(path.display().to_string(), "has no .txt beside it");
+            }
+            Err(source) => return Err(Error::Io { path: text_path, source }),
         }
     }
     Ok(())
