@@ -3,7 +3,7 @@
 use rayon::prelude::*;
 
 use crate::isa::{Isa, with_isa};
-use crate::lanes::{exp, max, sum, sum_by};
+use crate::lanes::{exp_of_negative, max, sum, sum_by};
 
 /// The loss of each row: `(1 - s) * -log p[target] + s * mean over classes of -log p`.
 ///
@@ -19,7 +19,7 @@ pub fn cross_entropy(logits: &[f32], n_classes: usize, targets: &[u32], smoothin
             #[inline(always)]
             || {
                 let max = max(row);
-                let log_sum = max + sum_by(row.len(), |i| exp(row[i] - max)).ln();
+                let log_sum = max + sum_by(row.len(), |i| exp_of_negative(row[i] - max)).ln();
                 let nll = log_sum - row[target as usize];
                 let uniform = if smoothing == 0.0 { 0.0 } else { log_sum - sum(row) / n_classes as f32 };
                 *loss = (1.0 - smoothing) * nll + smoothing * uniform;
@@ -54,7 +54,7 @@ pub fn cross_entropy_backward(
                 #[inline(always)]
                 || {
                     let max = max(row);
-                    d_row.iter_mut().zip(row).for_each(|(d, x)| *d = exp(x - max));
+                    d_row.iter_mut().zip(row).for_each(|(d, x)| *d = exp_of_negative(x - max));
                     let scale = d_loss / sum(d_row);
                     let floor = d_loss * smoothing / n_classes as f32;
                     d_row.iter_mut().for_each(|d| *d = *d * scale - floor);

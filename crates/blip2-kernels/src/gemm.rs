@@ -9,6 +9,7 @@ mod micro;
 mod pack;
 
 use std::cell::RefCell;
+use std::ops::Range;
 
 use rayon::prelude::*;
 
@@ -67,8 +68,10 @@ const MR: usize = 12;
 pub(crate) const KW: usize = 256;
 /// Words between rows of packed `A`: not a power of two, so that twelve rows do not share cache sets.
 const A_STRIDE: usize = KW + 16;
-/// Rows of `A` that a task packs at once.
-const ROWS_A_TASK: usize = 8 * MR;
+/// Tiles of rows of `A` that a task packs at most.
+const TILES_A_TASK: usize = 8;
+/// From so many tasks a thread on, it does not matter how evenly they are divided.
+const MANY_TASKS: usize = 8;
 
 /// What a product is added to.
 #[derive(Debug, Clone, Copy)]
@@ -80,6 +83,12 @@ pub enum Start<'a> {
     /// What the result holds.
     Result,
 }
+
+/// A rectangle of a product: its rows and its columns.
+pub(crate) type Part = (Range<usize>, Range<usize>);
+
+/// What is done with a part of a product once its sums are complete, while it is in the cache.
+pub(crate) type Finish<'a> = &'a (dyn Fn(Part) + Sync);
 
 /// `c = a b`, or added to what `start` says; `a`: `m × k`, `b`: `k × n`, `c`: `m × n` row-major.
 ///
@@ -170,12 +179,47 @@ unsafe fn gemm_to(
         let a_block = MatrixRef { data: &a.data[(k_start * a.col_stride).min(a.data.len())..], ..a };
         let start = if k_start == 0 { start } else { Start::Result };
         // SAFETY: the caller's promise; from the second block on the first has written all of `c`.
-        unsafe { multiply(isa, m, a_block, panels, start, c) };
+        unsafe { multiply(isa, m, a_block, panels, start, c, None) };
     }
     keep(&PANELS, buffer);
 }
 
-/// `c = a * panels` for one block of `k`, added to what `start` says.
+/// How a product is cut into tasks: blocks of rows times groups of panels, each as even as it can be.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+struct Cuts {
+    n_tiles: usize,
+    row_blocks: usize,
+    n_panels: usize,
+    groups: usize,
+}
+
+impl Cuts {
+    /// Few rows are cut along the columns too, until the tasks are as many for each thread: rows are packed once a group.
+    fn new(m: usize, n: usize, n_threads: usize) -> Self {
+        let (n_tiles, n_panels) = (m.div_ceil(MR), n.div_ceil(NR));
+        let row_blocks = n_tiles.div_ceil(TILES_A_TASK);
+        let is_even = |groups: &usize| {
+            let tasks = row_blocks * groups;
+            tasks >= MANY_TASKS * n_threads || (tasks >= 2 * n_threads && tasks.is_multiple_of(n_threads))
+        };
+        let groups = (1..=n_panels).find(is_even).unwrap_or(n_panels);
+        Self { n_tiles, row_blocks, n_panels, groups }
+    }
+
+    fn n(&self) -> usize {
+        self.row_blocks * self.groups
+    }
+
+    /// The tiles of rows and the panels of a task. Those of one group follow each other, so that a thread that takes tasks in
+    /// turn reads its panels again from the cache.
+    fn task(&self, task: usize) -> Part {
+        let (group, block) = (task / self.row_blocks, task % self.row_blocks);
+        let share = |n: usize, i: usize, of: usize| i * n / of..(i + 1) * n / of;
+        (share(self.n_tiles, block, self.row_blocks), share(self.n_panels, group, self.groups))
+    }
+}
+
+/// `c = a * panels` for one block of `k`, added to what `start` says; then `finish` of every part of it.
 ///
 /// # Safety
 /// `c` must point to `m * panels.n` elements; they are read where `start` is `Result`, and all written otherwise.
@@ -186,29 +230,24 @@ pub(crate) unsafe fn multiply(
     panels: Panels<'_>,
     start: Start<'_>,
     out: Output,
+    finish: Option<Finish<'_>>,
 ) {
     static ZEROS: [f32; NR] = [0.0; NR];
     let n = panels.n;
     if let Start::Row(row) = start {
         assert_eq!(row.len(), n, "the row that is added must have n elements");
     }
-    let n_panels = n.div_ceil(NR);
-    // Enough tasks for the threads: few rows are cut along the columns.
-    let row_blocks = m.div_ceil(ROWS_A_TASK);
-    let wanted = 2 * rayon::current_num_threads();
-    let column_groups = if row_blocks >= wanted { 1 } else { wanted.div_ceil(row_blocks).min(n_panels) };
-    let panels_a_group = n_panels.div_ceil(column_groups);
-    let column_groups = n_panels.div_ceil(panels_a_group);
-    (0..row_blocks * column_groups).into_par_iter().for_each(|task| {
+    let cuts = Cuts::new(m, n, rayon::current_num_threads());
+    (0..cuts.n()).into_par_iter().for_each(|task| {
         thread_local! {
             static ROWS: RefCell<Vec<u32>> = const { RefCell::new(Vec::new()) };
             static WIDE: RefCell<Vec<u32>> = const { RefCell::new(Vec::new()) };
         }
-        let (row_block, group) = (task / column_groups, task % column_groups);
-        let rows = row_block * ROWS_A_TASK..((row_block + 1) * ROWS_A_TASK).min(m);
+        let (tiles, some_panels) = cuts.task(task);
+        let rows = tiles.start * MR..(tiles.end * MR).min(m);
         let (mut packed, mut wide) = (ROWS.take(), WIDE.take());
         let precision = panels.format.precision();
-        packed.resize(ROWS_A_TASK * A_STRIDE, 0);
+        packed.resize(TILES_A_TASK * MR * A_STRIDE, 0);
         let data = &a.data[(rows.start * a.row_stride).min(a.data.len())..];
         pack::pack_rows(
             isa,
@@ -219,26 +258,30 @@ pub(crate) unsafe fn multiply(
             A_STRIDE,
             &mut packed,
         );
-        for panel in group * panels_a_group..((group + 1) * panels_a_group).min(n_panels) {
+        for panel in some_panels {
             let words = panels.panel(isa, panel, &mut wide);
-            let width = NR.min(n - panel * NR);
+            let columns = panel * NR..n.min((panel + 1) * NR);
             for tile in (0..rows.len()).step_by(MR) {
                 let n_rows = MR.min(rows.len() - tile);
-                // SAFETY: rows `rows.start + tile ..+ n_rows` and columns `panel * NR ..+ width` lie in `c`, which is
-                // m * n; no other task has this row block and column group.
-                let c = unsafe { out.at((rows.start + tile) * n + panel * NR) };
+                // SAFETY: rows `rows.start + tile ..+ n_rows` and these columns lie in `c`, which is m * n; no other task has
+                // this row block and panel.
+                let c = unsafe { out.at((rows.start + tile) * n + columns.start) };
                 let (from, from_stride) = match start {
                     Start::Zero => (ZEROS.as_ptr(), 0),
-                    Start::Row(row) => (row[panel * NR..].as_ptr(), 0),
+                    Start::Row(row) => (row[columns.start..].as_ptr(), 0),
                     Start::Result => (c.cast_const(), n),
                 };
                 let a = &packed[tile * A_STRIDE..];
-                // SAFETY: as above; `a` holds `n_rows` rows of A_STRIDE words and `words` is a whole panel; `from` has `width`
-                // elements, in the same row again or in the rows of `c`, which hold something where `start` is `Result`.
+                // SAFETY: as above; `a` holds `n_rows` rows of A_STRIDE words and `words` is a whole panel; `from` has as many
+                // elements as there are columns, in the same row again or in the rows of `c`, which hold something where
+                // `start` is `Result`.
                 unsafe {
-                    let tile = micro::Tile { n_rows, width, from, from_stride, c, c_stride: n };
+                    let tile = micro::Tile { n_rows, width: columns.len(), from, from_stride, c, c_stride: n };
                     micro::tile(isa, precision, a, A_STRIDE, words, tile);
                 }
+            }
+            if let Some(finish) = finish {
+                finish((rows.clone(), columns));
             }
         }
         keep(&ROWS, packed);
@@ -353,6 +396,29 @@ mod tests {
                     check(n % 13 + 1, n, n / 2 + 1, (false, false), precision, isa);
                 }
             }
+        }
+    }
+
+    #[test]
+    fn tasks_are_the_whole_product_once_and_even() {
+        for (m, n, n_threads) in [(1, 32, 2), (1, 2560, 2), (257, 1408, 2), (257, 6144, 4), (1028, 1408, 2), (25, 70, 3)] {
+            let cuts = Cuts::new(m, n, n_threads);
+            let mut is_taken = vec![false; cuts.n_tiles * cuts.n_panels];
+            for (tiles, panels) in (0..cuts.n()).map(|task| cuts.task(task)) {
+                assert!(tiles.len() <= TILES_A_TASK && !panels.is_empty());
+                for (tile, panel) in tiles.flat_map(|tile| panels.clone().map(move |panel| (tile, panel))) {
+                    assert!(!std::mem::replace(&mut is_taken[tile * cuts.n_panels + panel], true));
+                }
+            }
+            assert!(is_taken.iter().all(|&taken| taken), "{m} x {n}");
+        }
+        let of_half = |m, n, half: usize| -> usize {
+            let cuts = Cuts::new(m, n, 2);
+            let tasks = half * cuts.n() / 2..(half + 1) * cuts.n() / 2;
+            tasks.map(|task| cuts.task(task)).map(|(tiles, panels)| tiles.len() * panels.len()).sum()
+        };
+        for (m, n) in [(257, 1408), (257, 4224), (257, 6144), (1028, 1408), (40, 2560), (1, 10240)] {
+            assert_eq!(of_half(m, n, 0), of_half(m, n, 1), "{m} x {n}");
         }
     }
 

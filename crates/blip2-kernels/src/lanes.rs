@@ -56,11 +56,11 @@ pub(crate) fn dot(x: &[f32], y: &[f32]) -> f32 {
     let ((xs, x_rest), (ys, y_rest)) = (x.as_chunks::<LANES>(), y.as_chunks::<LANES>());
     for (x, y) in xs.iter().zip(ys) {
         for i in 0..LANES {
-            lanes[i] += x[i] * y[i];
+            lanes[i] = x[i].mul_add(y[i], lanes[i]);
         }
     }
     for (i, (x, y)) in x_rest.iter().zip(y_rest).enumerate() {
-        lanes[i] += x * y;
+        lanes[i] = x.mul_add(*y, lanes[i]);
     }
     fold(lanes, |a, b| a + b)
 }
@@ -86,30 +86,41 @@ pub(crate) fn max(x: &[f32]) -> f32 {
 #[inline(always)]
 pub(crate) fn axpy(a: f32, x: &[f32], y: &mut [f32]) {
     for (y, x) in y.iter_mut().zip(x) {
-        *y += a * x;
+        *y = x.mul_add(a, *y);
     }
+}
+
+/// What `e^x` is made of: `value * 2^n`. Where `x` is so large or small that there is no such `n`, it is any number.
+#[inline(always)]
+fn exp_parts(x: f32) -> (f32, i32) {
+    // Cody-Waite reduction and the minimax polynomial of Cephes' expf.
+    const ROUND: f32 = 12_582_912.0; // 1.5 * 2^23: adding it rounds to the nearest integer, in the lowest bits
+    let rounded = x.mul_add(std::f32::consts::LOG2_E, ROUND);
+    let n = rounded.to_bits().wrapping_sub(ROUND.to_bits()) as i32;
+    let whole = rounded - ROUND;
+    let r = whole.mul_add(2.121_944_4e-4, whole.mul_add(-0.693_359_4, x));
+    let mut p = 1.987_569_1e-4f32;
+    p = p.mul_add(r, 1.398_199_9e-3);
+    p = p.mul_add(r, 8.333_452e-3);
+    p = p.mul_add(r, 4.166_579_6e-2);
+    p = p.mul_add(r, 1.666_666_6e-1);
+    p = p.mul_add(r, 5e-1);
+    ((p * r).mul_add(r, r) + 1.0, n)
+}
+
+/// `2^n` for -126 to 127; any number for others.
+#[inline(always)]
+fn power_of_two(n: i32) -> f32 {
+    f32::from_bits((n.wrapping_add(127) as u32).wrapping_shl(23))
 }
 
 /// `e^x` to about 2 ulp; 0 below -87.3, infinite above 88.7, NaN for NaN.
 #[inline(always)]
 pub(crate) fn exp(x: f32) -> f32 {
-    // Cody-Waite reduction and the minimax polynomial of Cephes' expf.
-    const ROUND: f32 = 12_582_912.0; // 1.5 * 2^23: adding it rounds to the nearest integer
-    let clamped = x.clamp(-87.3, 88.72);
-    let n = (clamped * std::f32::consts::LOG2_E + ROUND) - ROUND;
-    let r = (clamped - n * 0.693_359_4) + n * 2.121_944_4e-4;
-    let mut p = 1.987_569_1e-4;
-    p = p * r + 1.398_199_9e-3;
-    p = p * r + 8.333_452e-3;
-    p = p * r + 4.166_579_6e-2;
-    p = p * r + 1.666_666_6e-1;
-    p = p * r + 5e-1;
-    let value = (p * r * r + r) + 1.0;
-    // 2^n in two halves: n may be 128, whose power alone is infinite.
-    let half = (n * 0.5) as i32;
-    let rest = n as i32 - half;
-    let power = |n: i32| f32::from_bits(((n + 127) as u32) << 23);
-    let value = value * power(half) * power(rest);
+    let (value, n) = exp_parts(x);
+    // In two halves: n may be 128, whose power alone is infinite.
+    let half = n >> 1;
+    let value = value * power_of_two(half) * power_of_two(n.wrapping_sub(half));
     if x < -87.3 {
         0.0
     } else if x > 88.72 {
@@ -117,6 +128,14 @@ pub(crate) fn exp(x: f32) -> f32 {
     } else {
         value
     }
+}
+
+/// [`exp`] where `x` is not above zero, or NaN.
+#[inline(always)]
+pub(crate) fn exp_of_negative(x: f32) -> f32 {
+    let (value, n) = exp_parts(x);
+    let value = value * power_of_two(n);
+    if x < -87.3 { 0.0 } else { value }
 }
 
 /// `1 / (1 + e^-x)`.
@@ -129,13 +148,13 @@ pub(crate) fn sigmoid(x: f32) -> f32 {
 #[inline(always)]
 pub(crate) fn erf(x: f32) -> f32 {
     let a = x.abs();
-    let t = 1.0 / (1.0 + 0.327_591_1 * a);
-    let mut p = 1.061_405_4;
-    p = p * t - 1.453_152;
-    p = p * t + 1.421_413_7;
-    p = p * t - 0.284_496_74;
-    p = p * t + 0.254_829_6;
-    let value = 1.0 - p * t * exp(-a * a);
+    let t = 1.0 / a.mul_add(0.327_591_1, 1.0);
+    let mut p = 1.061_405_4f32;
+    p = p.mul_add(t, -1.453_152);
+    p = p.mul_add(t, 1.421_413_7);
+    p = p.mul_add(t, -0.284_496_74);
+    p = p.mul_add(t, 0.254_829_6);
+    let value = (-p * t).mul_add(exp_of_negative(-a * a), 1.0);
     if x < 0.0 { -value } else { value }
 }
 
@@ -152,6 +171,17 @@ mod tests {
             worst = worst.max((f64::from(exp(x)) / expected - 1.0).abs());
         }
         assert!(worst < 3.0 * f64::from(f32::EPSILON), "{worst:e}");
+        for i in -870_000..=0 {
+            let x = i as f32 * 1e-4;
+            assert_eq!(exp_of_negative(x).to_bits(), exp(x).to_bits(), "{x}");
+        }
+        for x in [-87.4, -1e4, f32::MIN, f32::NEG_INFINITY] {
+            assert_eq!((exp(x), exp_of_negative(x)), (0.0, 0.0), "{x}");
+        }
+        for x in [88.8, 1e4, f32::MAX] {
+            assert_eq!(exp(x), f32::INFINITY, "{x}");
+        }
+        assert!(exp_of_negative(f32::NAN).is_nan() && exp_of_negative(-f32::NAN).is_nan());
         assert_eq!(exp(0.0), 1.0);
         assert_eq!(exp(f32::NEG_INFINITY), 0.0);
         assert_eq!(exp(f32::INFINITY), f32::INFINITY);

@@ -5,9 +5,11 @@ mod words;
 
 use rayon::prelude::*;
 
-use crate::activation::{Activation, activate_in_place};
-use crate::gemm::{KW, MatrixRef, NR, Output, Panels, Precision, Start, gemm, multiply, pack_panels};
-use crate::isa::Isa;
+use crate::activation::{Activation, activate_few};
+use crate::gemm::{
+    Finish, KW, MatrixRef, NR, Output, Panels, Part, Precision, Start, gemm, multiply, pack_panels,
+};
+use crate::isa::{Isa, with_isa};
 
 pub use format::Format;
 use words::Words;
@@ -17,8 +19,6 @@ const ROWS_A_GRADIENT_BLOCK: usize = 1024;
 
 /// Panels packed in parallel before they are put in their places.
 const PANELS_AT_A_TIME: usize = 64;
-/// Elements of a residual that a task adds: large enough to outweigh handing it out.
-const ADDED_AT_A_TIME: usize = 1 << 14;
 
 /// What is done with a product before it is given out: `activation(x Wᵀ + bias) + residual`.
 #[derive(Debug, Clone, Copy)]
@@ -35,6 +35,15 @@ impl<'a> Epilogue<'a> {
     /// The bias alone.
     pub fn bias(bias: Option<&'a [f32]>) -> Self {
         Self { bias, activation: Activation::Identity, residual: None }
+    }
+
+    /// Activation and residual of some results of one row, the first of which is element `at` of the whole. Inside `with_isa`.
+    #[inline(always)]
+    pub(crate) fn finish(&self, y: &mut [f32], at: usize) {
+        activate_few(y, self.activation);
+        if let Some(residual) = self.residual {
+            y.iter_mut().zip(&residual[at..]).for_each(|(y, x)| *y += x);
+        }
     }
 }
 
@@ -110,19 +119,15 @@ impl PackedWeight {
     /// When the lengths do not fit.
     pub fn forward(&self, x: &[f32], n_rows: usize, epilogue: Epilogue<'_>) -> Vec<f32> {
         let n = n_rows * self.out_features;
-        let Epilogue { bias, activation, residual } = epilogue;
-        assert!(residual.is_none_or(|residual| residual.len() == n), "the residual must be [n_rows, out]");
+        assert!(
+            epilogue.residual.is_none_or(|residual| residual.len() == n),
+            "the residual must be [n_rows, out]"
+        );
         let mut y = Vec::with_capacity(n);
         // SAFETY: the capacity is n_rows * out, and all of it is written.
         unsafe {
-            self.affine(x, n_rows, bias, Output(y.as_mut_ptr()));
+            self.forward_to(x, n_rows, epilogue, Output(y.as_mut_ptr()));
             y.set_len(n);
-        }
-        activate_in_place(&mut y, activation);
-        if let Some(residual) = residual {
-            y.par_chunks_mut(ADDED_AT_A_TIME)
-                .zip(residual.par_chunks(ADDED_AT_A_TIME))
-                .for_each(|(y, residual)| y.iter_mut().zip(residual).for_each(|(y, x)| *y += x));
         }
         y
     }
@@ -134,22 +139,40 @@ impl PackedWeight {
     pub fn forward_into(&self, x: &[f32], n_rows: usize, bias: Option<&[f32]>, y: &mut [f32]) {
         assert_eq!(y.len(), n_rows * self.out_features, "y must be [n_rows, out]");
         // SAFETY: `y` has n_rows * out elements.
-        unsafe { self.affine(x, n_rows, bias, Output(y.as_mut_ptr())) };
+        unsafe { self.forward_to(x, n_rows, Epilogue::bias(bias), Output(y.as_mut_ptr())) };
     }
 
     /// # Safety
     /// `y` must point to `n_rows * out_features` elements, which are all written.
-    unsafe fn affine(&self, x: &[f32], n_rows: usize, bias: Option<&[f32]>, y: Output) {
+    unsafe fn forward_to(&self, x: &[f32], n_rows: usize, epilogue: Epilogue<'_>, y: Output) {
         assert_eq!(x.len(), n_rows * self.in_features, "x must be [n_rows, in]");
         if n_rows == 0 {
             return;
         }
-        let mut start = bias.map_or(Start::Zero, Start::Row);
+        let (isa, n_out) = (Isa::detect(), self.out_features);
+        let finish = |(rows, columns): Part| {
+            with_isa(
+                isa,
+                #[inline(always)]
+                || {
+                    for row in rows {
+                        let at = row * n_out + columns.start;
+                        // SAFETY: `multiply` has written this part of `y`, and no other task has it.
+                        let y = unsafe { std::slice::from_raw_parts_mut(y.at(at), columns.len()) };
+                        epilogue.finish(y, at);
+                    }
+                },
+            );
+        };
+        let is_finished = epilogue.activation == Activation::Identity && epilogue.residual.is_none();
+        let mut start = epilogue.bias.map_or(Start::Zero, Start::Row);
         for i in 0..self.n_blocks() {
             let a =
                 MatrixRef { data: &x[i * self.block_len()..], row_stride: self.in_features, col_stride: 1 };
+            let is_last = i + 1 == self.n_blocks();
+            let finish = (is_last && !is_finished).then_some(&finish as Finish<'_>);
             // SAFETY: the caller's promise; from the second block on the first has written all of `y`.
-            unsafe { multiply(Isa::detect(), n_rows, a, self.panels(i), start, y) };
+            unsafe { multiply(isa, n_rows, a, self.panels(i), start, y, finish) };
             start = Start::Result;
         }
     }

@@ -26,7 +26,6 @@ mod tests;
 
 use rayon::prelude::*;
 
-use crate::activation::activate_few;
 use crate::gemm::{Output, Precision};
 use crate::isa::{Isa, with_isa};
 use crate::linear::{Epilogue, input_gradient};
@@ -253,12 +252,11 @@ impl QuantizedWeight {
         // where there are not panels enough for the threads.
         let rows_a_tile = self.format.rows_a_tile();
         let wanted = (TASKS_A_THREAD * rayon::current_num_threads()).div_ceil(n_weights);
-        let panels_a_task = n_panels.div_ceil(wanted);
-        let n_groups = n_panels.div_ceil(panels_a_task);
+        let n_groups = wanted.min(n_panels);
         let n_tiles = n_rows.div_ceil(rows_a_tile);
         let tiles_a_task = n_tiles.div_ceil((wanted / n_groups).max(1));
         let rows_a_task = tiles_a_task * rows_a_tile;
-        Tasks { panels_a_task, n_groups, rows_a_task, n_row_groups: n_rows.div_ceil(rows_a_task) }
+        Tasks { n_panels, n_groups, rows_a_task, n_row_groups: n_rows.div_ceil(rows_a_task) }
     }
 
     /// One of the [`tasks`](Self::tasks).
@@ -277,13 +275,12 @@ impl QuantizedWeight {
         task: usize,
     ) {
         let (n_out, bytes) = (self.out_features, self.bytes());
-        let n_panels = n_out.div_ceil(WIDTH);
+        let Tasks { n_panels, n_groups, rows_a_task, n_row_groups } = *tasks;
         let panel_bytes = bytes.len() / n_panels;
         let rows_a_tile = self.format.rows_a_tile();
-        let Tasks { panels_a_task, rows_a_task, n_row_groups, .. } = *tasks;
         let (group, row_group) = (task / n_row_groups, task % n_row_groups);
         let last_row = n_rows.min((row_group + 1) * rows_a_task);
-        for p in group * panels_a_task..n_panels.min((group + 1) * panels_a_task) {
+        for p in group * n_panels / n_groups..(group + 1) * n_panels / n_groups {
             let panel = &bytes[p * panel_bytes..(p + 1) * panel_bytes];
             for first in (row_group * rows_a_task..last_row).step_by(rows_a_tile) {
                 let x = Activations::of(rows, first, rows_a_tile.min(last_row - first));
@@ -293,7 +290,12 @@ impl QuantizedWeight {
                     // SAFETY: row `first + r` and columns `p * WIDTH ..+ width` lie in `y`; no other task has them.
                     unsafe {
                         let y = y.at((first + r) * n_out + p * WIDTH);
-                        std::ptr::copy_nonoverlapping(row.as_ptr(), y, width);
+                        if width == WIDTH {
+                            // Of a length that the compiler knows.
+                            y.cast::<[f32; WIDTH]>().write_unaligned(*row);
+                        } else {
+                            std::ptr::copy_nonoverlapping(row.as_ptr(), y, width);
+                        }
                     }
                 }
             }
@@ -311,7 +313,6 @@ impl QuantizedWeight {
         first_out: usize,
     ) -> Tile<f32> {
         let n_out = self.out_features;
-        let width = WIDTH.min(n_out - first_out);
         let mut tile: Tile<f32> = [[0.0; WIDTH]; MAX_ROWS];
         let mut integers: Tile<i32> = [[0; WIDTH]; MAX_ROWS];
         if self.format == Format::Int8 {
@@ -338,11 +339,7 @@ impl QuantizedWeight {
                     if let Some(bias) = epilogue.bias {
                         row.iter_mut().zip(&bias[first_out..]).for_each(|(y, bias)| *y += bias);
                     }
-                    activate_few(row, epilogue.activation);
-                    if let Some(residual) = epilogue.residual {
-                        let residual = &residual[(first_row + r) * n_out + first_out..][..width];
-                        row.iter_mut().zip(residual).for_each(|(y, residual)| *y += residual);
-                    }
+                    epilogue.finish(row, (first_row + r) * n_out + first_out);
                 }
             },
         );
@@ -375,7 +372,7 @@ impl QuantizedWeight {
 /// How a product is divided: groups of panels times groups of rows.
 #[derive(Debug, Clone, Copy)]
 struct Tasks {
-    panels_a_task: usize,
+    n_panels: usize,
     n_groups: usize,
     rows_a_task: usize,
     n_row_groups: usize,

@@ -143,6 +143,7 @@ impl Stage1 {
                 step: 0,
                 decoder_start: serde_json::from_str(&file.metadata()["dec_token_id"])?,
                 matching: true,
+                hard_negatives: true,
             },
         })
     }

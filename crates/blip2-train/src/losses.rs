@@ -70,7 +70,7 @@ pub struct HardNegatives {
 /// Draws hard negatives with probability proportional to the softmax of the similarities; never the pair
 /// itself nor another caption of the same picture.
 ///
-/// `similarities` is `[B, B]` row-major, picture by text.
+/// `similarities` is `[B, B]` row-major, picture by text. At an infinite temperature all are equally likely.
 ///
 /// # Errors
 /// When a batch holds one picture only: there is no negative.
@@ -156,6 +156,20 @@ mod tests {
             hits += usize::from(negatives.image_for_text[1] == 0);
         }
         assert!(hits > 390, "{hits} of 400");
+    }
+
+    #[test]
+    fn negatives_at_infinite_temperature_are_any() {
+        let mut similarities = vec![0.0; 16];
+        similarities[1] = 1.0; // picture 0, text 1
+        let mut hits = [0; 4];
+        for step in 0..600 {
+            let random = &mut Random::new(&[1, step]);
+            let negatives = sample_negatives(&similarities, f32::INFINITY, &[1, 2, 3, 4], random).unwrap();
+            hits[negatives.text_for_image[0]] += 1;
+        }
+        assert_eq!(hits[0], 0);
+        assert!(hits[1..].iter().all(|&n| (150..250).contains(&n)), "{hits:?}");
     }
 
     #[test]

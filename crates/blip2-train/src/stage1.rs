@@ -46,6 +46,8 @@ pub struct StepOptions {
     pub decoder_start: u32,
     /// Whether the step learns matching too; it is half of the work.
     pub matching: bool,
+    /// Whether matching's negatives are drawn by similarity, or any of the batch.
+    pub hard_negatives: bool,
 }
 
 /// The values a step reports.
@@ -308,7 +310,8 @@ impl Step<'_> {
         let mut random = Random::new(&[self.options.seed, self.options.step, Purpose::Negatives as u64]);
         let negatives = match self.negatives {
             Some(given) => given.clone(),
-            None => sample_negatives(&sims, temperature, ids, &mut random)?,
+            None if self.options.hard_negatives => sample_negatives(&sims, temperature, ids, &mut random)?,
+            None => sample_negatives(&sims, f32::INFINITY, ids, &mut random)?,
         };
         let values = Values {
             itc: itc.to_scalar()?,

@@ -57,6 +57,7 @@ impl Stage1 {
             step: 0,
             decoder_start: self.dec,
             matching: true,
+            hard_negatives: true,
         })
     }
 
@@ -79,6 +80,7 @@ fn matching_can_wait() {
             step: 0,
             decoder_start: stage1.dec,
             matching: false,
+            hard_negatives: true,
         });
         assert_eq!((without.itc, without.itg, without.itm), (with.itc, with.itg, 0.0));
         assert_eq!(gradients.missing(&stage1.variables), ["itm_head.bias", "itm_head.weight"]);

@@ -10,7 +10,7 @@ use super::{AttentionShape, RelativeBias, Rows, Sequence, count, rows};
 use crate::buffer::keep;
 use crate::dropout::Dropout;
 use crate::isa::Isa;
-use crate::lanes::{LANES, axpy, dot, exp, max, sum};
+use crate::lanes::{LANES, axpy, dot, exp_of_negative, max, sum};
 
 /// One sequence and head.
 pub(super) struct Head<'a> {
@@ -174,9 +174,9 @@ impl<'a> Head<'a> {
                 axpy(1.0, &bias.values[from..][..seen.len()], seen);
             }
             let max = max(seen);
-            seen.iter_mut().for_each(|p| *p = exp(*p - max));
-            let total = sum(seen);
-            seen.iter_mut().for_each(|p| *p /= total);
+            seen.iter_mut().for_each(|p| *p = exp_of_negative(*p - max));
+            let share = 1.0 / sum(seen);
+            seen.iter_mut().for_each(|p| *p *= share);
             unseen.fill(0.0);
         }
         let Some(dropout) = self.dropout else { return };

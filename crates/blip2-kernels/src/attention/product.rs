@@ -68,7 +68,7 @@ fn panel<const R: usize, const W: usize>(
         for (r, sums) in sums.iter_mut().enumerate() {
             let a = a.values[(first + r) * a.row + k * a.column];
             for (sum, b) in sums.iter_mut().zip(b) {
-                *sum += a * b;
+                *sum = b.mul_add(a, *sum);
             }
         }
     }

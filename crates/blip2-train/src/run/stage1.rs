@@ -59,6 +59,10 @@ pub struct Stage1Config {
     /// nothing before contrast has told pictures apart (some hundred steps).
     #[serde(default)]
     pub matching_from_step: u64,
+    /// The first step whose negatives are drawn by similarity; 0 for all, as in the paper. Before it they are any other
+    /// pictures and texts of the batch: a head that knows nothing learns from those first.
+    #[serde(default)]
+    pub hard_negatives_from_step: u64,
     /// The loop's settings.
     pub run: LoopConfig,
     /// The Q-Former's sizes; a file that does not say them has those of the Hugging Face folder that it starts from.
@@ -219,6 +223,7 @@ impl Objective for Stage1<'_> {
             // [DEC] is the last entry of the vocabulary (BLIP-2 adds it to BERT's).
             decoder_start: self.config.qformer.vocab_size as u32 - 1,
             matching: self.learns_matching(step),
+            hard_negatives: step >= self.config.hard_negatives_from_step,
         };
         let (gradients, values) =
             stage1::gradients(&self.qformer, &self.variables, &self.batch(batch)?, options)?;
