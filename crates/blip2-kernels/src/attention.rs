@@ -4,8 +4,12 @@
 //! for a query row runs over its own keys in order, so it does not depend on what else is in the batch.
 
 mod columns;
+mod decode;
+mod element;
 mod head;
 mod product;
+
+use std::ops::Range;
 
 use rayon::prelude::*;
 
@@ -13,6 +17,8 @@ use crate::dropout::Dropout;
 use crate::gemm::Output;
 use crate::isa::{Isa, with_isa};
 use crate::lanes::axpy;
+use decode::decode;
+pub use element::Element;
 use head::{Head, Scratch, padded};
 
 /// Consecutive rows.
@@ -76,24 +82,24 @@ impl RelativeBias<'_> {
 
 /// Rows of queries, keys or values, `stride` numbers from one to the next.
 #[derive(Debug, Clone, Copy)]
-struct Rows<'a> {
-    values: &'a [f32],
+struct Rows<'a, E> {
+    values: &'a [E],
     stride: usize,
 }
 
 /// `softmax(q kᵀ * scale + bias) v` for each sequence and head; rows of `out` that no sequence names are left alone.
 ///
-/// `q` and `out` are `[Nq, n_heads * head_dim]`, `k` and `v` `[Nk, n_kv_heads * head_dim]`. Dropout acts on the
-/// probabilities.
+/// `q` and `out` are `[Nq, n_heads * head_dim]`, `k` and `v` `[Nk, n_kv_heads * head_dim]`, in f32 or, as a cache may keep
+/// them, in bf16. Dropout acts on the probabilities.
 ///
 /// # Panics
 /// When a span lies outside its rows, a query row belongs to two sequences, or a causal sequence has more queries than
 /// keys.
 #[allow(clippy::too_many_arguments, reason = "the operands of attention")]
-pub fn attention(
+pub fn attention<E: Element>(
     q: &[f32],
-    k: &[f32],
-    v: &[f32],
+    k: &[E],
+    v: &[E],
     sequences: &[Sequence],
     shape: AttentionShape,
     bias: Option<RelativeBias<'_>>,
@@ -104,7 +110,7 @@ pub fn attention(
     assert_eq!(out.len(), q.len(), "out must have the shape of q");
     let (width, kv_width) = (shape.n_heads * shape.head_dim, shape.n_kv_heads * shape.head_dim);
     let [k, v] = [k, v].map(|values| Rows { values, stride: kv_width });
-    mix([Rows { values: q, stride: width }, k, v], sequences, &offsets, shape, bias, dropout, out);
+    mix(Rows { values: q, stride: width }, [k, v], sequences, &offsets, shape, bias, dropout, out);
 }
 
 /// [`attention`] of queries, keys and values that stand side by side in each row, as one product gives them:
@@ -121,12 +127,14 @@ pub fn attention_joint(qkv: &[f32], sequences: &[Sequence], shape: AttentionShap
     let offsets = check(out.len(), out.len(), out.len(), sequences, shape);
     assert_eq!(qkv.len(), 3 * out.len(), "qkv must be [N, 3 * width]");
     let part = |i: usize| Rows { values: &qkv[(i * width).min(qkv.len())..], stride: 3 * width };
-    mix([part(0), part(1), part(2)], sequences, &offsets, shape, None, None, out);
+    mix(part(0), [part(1), part(2)], sequences, &offsets, shape, None, None, out);
 }
 
 /// The result of sequences that were checked against the rows.
-fn mix(
-    [q, k, v]: [Rows<'_>; 3],
+#[allow(clippy::too_many_arguments, reason = "the operands of attention")]
+fn mix<E: Element>(
+    q: Rows<'_, f32>,
+    [k, v]: [Rows<'_, E>; 2],
     sequences: &[Sequence],
     offsets: &[u64],
     shape: AttentionShape,
@@ -141,25 +149,49 @@ fn mix(
     let d = shape.head_dim;
     let width = shape.n_heads * d;
     let out = Output(out.as_mut_ptr());
-    (0..sequences.len() * shape.n_heads).into_par_iter().for_each(|unit| {
-        let (number, head) = (unit / shape.n_heads, unit % shape.n_heads);
+    // One query reads the keys of several heads in one go, where there are other tasks enough for the threads.
+    let wanted = (2 * rayon::current_num_threads()).div_ceil(sequences.len().max(1)).min(shape.n_heads);
+    let n_groups = |sequence: &Sequence| {
+        if count(&sequence.queries) == 1 && dropout.is_none() { wanted } else { shape.n_heads }
+    };
+    let tasks: Vec<(usize, Range<usize>)> = sequences
+        .iter()
+        .enumerate()
+        .flat_map(|(number, sequence)| {
+            let n = n_groups(sequence);
+            (0..n).map(move |i| (number, i * shape.n_heads / n..(i + 1) * shape.n_heads / n))
+        })
+        .collect();
+    tasks.into_par_iter().for_each(|(number, heads)| {
+        let sequence = &sequences[number];
         let mut scratch = Scratch::take();
         with_isa(
             isa,
             #[inline(always)]
             || {
-                let sequence = &sequences[number];
-                Head::new(isa, sequence, shape, head, bias, offsets[number], dropout).forward(
-                    q,
-                    k,
-                    v,
-                    &mut scratch,
-                );
-                for (row, query) in scratch.out.chunks_exact(padded(d)).zip(rows(&sequence.queries)) {
-                    // SAFETY: `check` made sure that `query` is a row of q, hence of out, and that no other sequence has it;
-                    // other heads write other columns.
-                    unsafe {
-                        std::ptr::copy_nonoverlapping(row.as_ptr(), out.at(query * width + head * d), d);
+                if count(&sequence.queries) == 1 && dropout.is_none() {
+                    decode(isa, sequence, shape, heads.clone(), bias, q, [k, v], &mut scratch);
+                    let query = rows(&sequence.queries).next().unwrap_or_default();
+                    for (head, row) in heads.zip(scratch.out.chunks_exact(padded(d))) {
+                        // SAFETY: `check` made sure that `query` is a row of q, hence of out, and that no other sequence has it;
+                        // other tasks write the columns of other heads.
+                        unsafe {
+                            std::ptr::copy_nonoverlapping(row.as_ptr(), out.at(query * width + head * d), d);
+                        }
+                    }
+                    return;
+                }
+                for head in heads {
+                    Head::new(isa, sequence, shape, head, bias, offsets[number], dropout).forward(
+                        q,
+                        [k, v],
+                        &mut scratch,
+                    );
+                    for (row, query) in scratch.out.chunks_exact(padded(d)).zip(rows(&sequence.queries)) {
+                        // SAFETY: as above.
+                        unsafe {
+                            std::ptr::copy_nonoverlapping(row.as_ptr(), out.at(query * width + head * d), d);
+                        }
                     }
                 }
             },

@@ -15,7 +15,7 @@ use rayon::prelude::*;
 
 use crate::buffer::keep;
 use crate::isa::Isa;
-pub(crate) use pack::{Panels, pack_panels};
+pub(crate) use pack::{Panels, bf16_bits, pack_panels};
 
 /// Precision of the products; sums are always f32.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]

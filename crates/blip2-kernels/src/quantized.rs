@@ -63,12 +63,17 @@ impl QuantizedWeight {
         format: Format,
         row: &(dyn Fn(usize, &mut [f32]) + Sync),
     ) -> Self {
+        let isa = Isa::detect();
         Self::fill(out_features, in_features, format, |panel, first, n| {
             rounding::clear(format, panel);
             let mut values = vec![0.0; in_features];
             for o in 0..n {
                 row(first + o, &mut values);
-                rounding::write_row(format, panel, o, &values);
+                with_isa(
+                    isa,
+                    #[inline(always)]
+                    || rounding::write_row(format, panel, o, &values),
+                );
             }
         })
     }

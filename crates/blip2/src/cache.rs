@@ -4,30 +4,47 @@
 //! sequences can share them: the beams of a search share their prompt, and reordering beams copies a few spans, never
 //! keys or values. A conversation keeps its [`CachedSequence`] from turn to turn and may cut its end off.
 //!
+//! A model in few bits keeps keys and values in bf16: their reading takes as much time a token as the weights' where a text
+//! is long.
+//!
 //! An encoder-decoder model also keeps what its decoder reads of the encoder's output, the *memory*: its rows come when a
 //! prompt is read, and all continuations of the prompt share them.
 
 use std::sync::Arc;
 
+use blip2_kernels::attention::Element;
+use blip2_kernels::gemm::Precision;
+use candle_core::Tensor;
+use half::bf16;
+
+use crate::layers::view::with_slices;
 use crate::layers::{Plan, Sequence, Span};
 use crate::{Error, Result};
 
 /// Keys and values of every token the model has read, one row a token and layer.
-#[derive(Debug, Default, Clone)]
+#[derive(Debug, Clone)]
 pub struct KvCache {
     layers: Vec<LayerRows>,
     /// Keys and values of encoded prompts, for each decoder layer; empty for decoder-only models.
     memory: Vec<LayerRows>,
     width: usize,
+    precision: Precision,
     n_rows: usize,
     n_memory_rows: usize,
 }
 
-/// One layer's rows, `[n_rows, n_kv_heads * head_dim]` each.
-#[derive(Debug, Default, Clone)]
-pub(crate) struct LayerRows {
-    pub(crate) keys: Vec<f32>,
-    pub(crate) values: Vec<f32>,
+/// One layer's rows in the cache's precision.
+#[derive(Debug, Clone)]
+pub(crate) enum LayerRows {
+    F32(KeysAndValues<f32>),
+    Bf16(KeysAndValues<bf16>),
+}
+
+/// Rows of keys and of values, `[n_rows, n_kv_heads * head_dim]` each.
+#[derive(Debug, Clone)]
+pub(crate) struct KeysAndValues<E> {
+    pub(crate) keys: Vec<E>,
+    pub(crate) values: Vec<E>,
 }
 
 /// The rows of a [`KvCache`] that make up one text. Belongs to the cache it was made with.
@@ -87,15 +104,104 @@ impl CachedSequence {
     }
 }
 
-impl LayerRows {
-    /// These rows, in this order.
+impl<E: Element> KeysAndValues<E> {
+    fn new() -> Self {
+        Self { keys: Vec::new(), values: Vec::new() }
+    }
+
+    fn both(&mut self) -> [&mut Vec<E>; 2] {
+        [&mut self.keys, &mut self.values]
+    }
+
+    fn push(&mut self, keys: &[f32], values: &[f32]) {
+        self.keys.extend(keys.iter().map(|&x| E::narrow(x)));
+        self.values.extend(values.iter().map(|&x| E::narrow(x)));
+    }
+
+    fn append(&mut self, other: &Self) {
+        self.keys.extend_from_slice(&other.keys);
+        self.values.extend_from_slice(&other.values);
+    }
+
     fn copy(&self, rows: &[usize], width: usize) -> Self {
-        let copy = |buffer: &[f32]| {
+        let copy = |buffer: &[E]| {
             let mut copied = Vec::with_capacity(rows.len() * width);
             rows.iter().for_each(|row| copied.extend_from_slice(&buffer[row * width..(row + 1) * width]));
             copied
         };
         Self { keys: copy(&self.keys), values: copy(&self.values) }
+    }
+}
+
+/// Calls `$body` with the rows, whatever their precision.
+macro_rules! with_rows {
+    ($layer:expr, $rows:ident => $body:expr) => {
+        match $layer {
+            LayerRows::F32($rows) => $body,
+            LayerRows::Bf16($rows) => $body,
+        }
+    };
+}
+
+impl LayerRows {
+    fn new(precision: Precision) -> Self {
+        match precision {
+            Precision::F32 => Self::F32(KeysAndValues::new()),
+            Precision::Bf16 => Self::Bf16(KeysAndValues::new()),
+        }
+    }
+
+    /// Appends rows of keys and values.
+    pub(crate) fn push(&mut self, keys: &[f32], values: &[f32]) {
+        with_rows!(self, rows => rows.push(keys, values));
+    }
+
+    /// Appends rows of another cache; false, and nothing is done, where they are of another precision.
+    fn append(&mut self, other: &Self) -> bool {
+        match (self, other) {
+            (Self::F32(rows), Self::F32(other)) => rows.append(other),
+            (Self::Bf16(rows), Self::Bf16(other)) => rows.append(other),
+            _ => return false,
+        }
+        true
+    }
+
+    /// These rows, in this order.
+    fn copy(&self, rows: &[usize], width: usize) -> Self {
+        match self {
+            Self::F32(from) => Self::F32(from.copy(rows, width)),
+            Self::Bf16(from) => Self::Bf16(from.copy(rows, width)),
+        }
+    }
+
+    fn truncate(&mut self, n_values: usize) {
+        with_rows!(self, rows => rows.both().into_iter().for_each(|buffer| buffer.truncate(n_values)));
+    }
+
+    fn holds(&self, n_values: usize) -> bool {
+        with_rows!(self, rows => rows.keys.len() == n_values && rows.values.len() == n_values)
+    }
+
+    fn capacity(&self) -> usize {
+        with_rows!(self, rows => rows.keys.capacity() + rows.values.capacity())
+    }
+
+    /// Grows to hold `needed` numbers by whole chunks, so that a decode step as good as never copies what is already there.
+    fn reserve(&mut self, needed: usize, chunk: usize) {
+        with_rows!(self, rows => for buffer in rows.both() {
+            if buffer.capacity() < needed {
+                let wanted = needed.max(buffer.capacity() * 3 / 2).next_multiple_of(chunk);
+                buffer.reserve_exact(wanted - buffer.len());
+            }
+        });
+    }
+}
+
+/// Of a number.
+fn n_bytes(precision: Precision) -> usize {
+    match precision {
+        Precision::F32 => size_of::<f32>(),
+        Precision::Bf16 => size_of::<bf16>(),
     }
 }
 
@@ -130,6 +236,7 @@ impl Places {
 pub struct Beginning {
     layers: Vec<LayerRows>,
     width: usize,
+    precision: Precision,
     n_rows: usize,
 }
 
@@ -146,7 +253,7 @@ impl Beginning {
 
     /// Its memory, in bytes.
     pub fn n_bytes(&self) -> usize {
-        self.layers.len() * self.n_rows * self.width * 2 * size_of::<f32>()
+        self.layers.len() * self.n_rows * self.width * 2 * n_bytes(self.precision)
     }
 }
 
@@ -162,14 +269,16 @@ pub(crate) struct Appended {
 }
 
 impl KvCache {
-    /// An empty cache for a model of `n_layers` layers with keys of `width` values.
-    pub fn new(n_layers: usize, width: usize) -> Self {
-        Self { layers: vec![LayerRows::default(); n_layers], width, ..Self::default() }
+    /// An empty cache for a model of `n_layers` layers with keys of `width` values, which it keeps in `precision`.
+    pub fn new(n_layers: usize, width: usize, precision: Precision) -> Self {
+        let layers = vec![LayerRows::new(precision); n_layers];
+        Self { layers, memory: Vec::new(), width, precision, n_rows: 0, n_memory_rows: 0 }
     }
 
     /// An empty cache with memory for the decoder of an encoder-decoder model.
-    pub(crate) fn with_memory(n_layers: usize, width: usize) -> Self {
-        Self { memory: vec![LayerRows::default(); n_layers], ..Self::new(n_layers, width) }
+    pub(crate) fn with_memory(n_layers: usize, width: usize, precision: Precision) -> Self {
+        let memory = vec![LayerRows::new(precision); n_layers];
+        Self { memory, ..Self::new(n_layers, width, precision) }
     }
 
     /// Keeps encoded prompts of `lengths` rows, whose keys and values in every layer are `layers`, as what `sequences`
@@ -178,17 +287,17 @@ impl KvCache {
         &mut self,
         sequences: &mut [CachedSequence],
         lengths: &[usize],
-        layers: Vec<LayerRows>,
-    ) {
+        layers: &[[Tensor; 2]],
+    ) -> Result<()> {
         assert_eq!(layers.len(), self.memory.len(), "one memory a layer");
-        for (memory, new) in self.memory.iter_mut().zip(layers) {
-            memory.keys.extend(new.keys);
-            memory.values.extend(new.values);
+        for (memory, [keys, values]) in self.memory.iter_mut().zip(layers) {
+            with_slices([keys, values], |[keys, values]| memory.push(keys, values))?;
         }
         for (sequence, &len) in sequences.iter_mut().zip(lengths) {
             sequence.memory = Some(Span { start: self.n_memory_rows, len });
             self.n_memory_rows += len;
         }
+        Ok(())
     }
 
     /// Copies the rows of the first `n_rows` tokens of a text; `None` when it has fewer, or attends to a memory, which
@@ -199,7 +308,7 @@ impl KvCache {
         }
         let rows: Vec<usize> = sequence.rows().take(n_rows).collect();
         let layers = self.layers.iter().map(|layer| layer.copy(&rows, self.width)).collect();
-        Some(Beginning { layers, width: self.width, n_rows })
+        Some(Beginning { layers, width: self.width, precision: self.precision, n_rows })
     }
 
     /// Begins a text with what was read before.
@@ -207,14 +316,16 @@ impl KvCache {
     /// # Errors
     /// When that was read by a model of another size.
     pub(crate) fn begin(&mut self, beginning: &Beginning) -> Result<CachedSequence> {
-        if beginning.width != self.width || beginning.layers.len() != self.layers.len() {
+        let is_alike = beginning.width == self.width
+            && beginning.precision == self.precision
+            && beginning.layers.len() == self.layers.len();
+        if !is_alike {
             let reason = "the beginning of the text was read by another language model";
             return Err(Error::Request(reason.into()));
         }
         self.reserve(beginning.n_rows);
         for (layer, read) in self.layers.iter_mut().zip(&beginning.layers) {
-            layer.keys.extend_from_slice(&read.keys);
-            layer.values.extend_from_slice(&read.values);
+            assert!(layer.append(read), "layers of one precision");
         }
         let mut sequence = CachedSequence::new();
         sequence.push(Span { start: self.n_rows, len: beginning.n_rows });
@@ -231,8 +342,7 @@ impl KvCache {
     pub(crate) fn rewind_memory(&mut self, n_rows: usize) {
         self.n_memory_rows = self.n_memory_rows.min(n_rows);
         for memory in &mut self.memory {
-            memory.keys.truncate(self.n_memory_rows * self.width);
-            memory.values.truncate(self.n_memory_rows * self.width);
+            memory.truncate(self.n_memory_rows * self.width);
         }
     }
 
@@ -243,14 +353,13 @@ impl KvCache {
 
     /// Bytes of a row in all layers.
     pub fn row_bytes(&self) -> usize {
-        self.layers.len().max(self.memory.len()) * self.width * 2 * size_of::<f32>()
+        self.layers.len().max(self.memory.len()) * self.width * 2 * n_bytes(self.precision)
     }
 
     /// Memory held, in bytes.
     pub fn n_bytes(&self) -> usize {
         let all = self.layers.iter().chain(&self.memory);
-        let n_values: usize = all.map(|l| l.keys.capacity() + l.values.capacity()).sum();
-        n_values * size_of::<f32>()
+        all.map(LayerRows::capacity).sum::<usize>() * n_bytes(self.precision)
     }
 
     /// Forgets the rows that none of `sequences` needs any more, where they are the last ones. Every other
@@ -337,9 +446,7 @@ impl KvCache {
         let result = compute(&mut self.layers, &self.memory, &appended);
         if result.is_ok() {
             let n_values = (self.n_rows + row) * self.width;
-            let is_complete =
-                |layer: &LayerRows| layer.keys.len() == n_values && layer.values.len() == n_values;
-            assert!(self.layers.iter().all(is_complete), "a layer did not append its rows");
+            assert!(self.layers.iter().all(|layer| layer.holds(n_values)), "a layer did not append its rows");
             self.n_rows += row;
             sequences.clone_from_slice(&longer);
         } else {
@@ -348,23 +455,15 @@ impl KvCache {
         result
     }
 
-    /// Grows by whole chunks, so that a decode step as good as never copies what is already there.
     fn reserve(&mut self, n_rows: usize) {
         const CHUNK: usize = 64;
         let needed = (self.n_rows + n_rows) * self.width;
-        for buffer in self.layers.iter_mut().flat_map(|layer| [&mut layer.keys, &mut layer.values]) {
-            if buffer.capacity() < needed {
-                let wanted =
-                    needed.max(buffer.capacity() * 3 / 2).next_multiple_of(CHUNK * self.width.max(1));
-                buffer.reserve_exact(wanted - buffer.len());
-            }
-        }
+        self.layers.iter_mut().for_each(|layer| layer.reserve(needed, CHUNK * self.width.max(1)));
     }
 
     fn discard_unfinished(&mut self) {
         for layer in &mut self.layers {
-            layer.keys.truncate(self.n_rows * self.width);
-            layer.values.truncate(self.n_rows * self.width);
+            layer.truncate(self.n_rows * self.width);
         }
     }
 }
@@ -380,9 +479,8 @@ mod tests {
         cache
             .append(sequences, lengths, |layers, _, appended| {
                 for layer in layers {
-                    let rows = (first..first + n).map(|row| row as f32);
-                    layer.keys.extend(rows.clone());
-                    layer.values.extend(rows);
+                    let rows: Vec<f32> = (first..first + n).map(|row| row as f32).collect();
+                    layer.push(&rows, &rows);
                 }
                 Ok(Appended {
                     positions: appended.positions.clone(),
@@ -393,13 +491,18 @@ mod tests {
             .unwrap()
     }
 
+    fn numbers(layer: &LayerRows) -> &KeysAndValues<f32> {
+        let LayerRows::F32(rows) = layer else { panic!("it is in f32") };
+        rows
+    }
+
     fn rows(sequence: &CachedSequence) -> Vec<usize> {
         sequence.rows().collect()
     }
 
     #[test]
     fn beams_share_their_prompt_and_part_ways() {
-        let mut cache = KvCache::new(2, 1);
+        let mut cache = KvCache::new(2, 1, Precision::F32);
         let mut prompts = [CachedSequence::new(), CachedSequence::new()];
         let first = append(&mut cache, &mut prompts, &[3, 2]);
         assert_eq!(*first.positions, [0, 1, 2, 0, 1]);
@@ -440,24 +543,24 @@ mod tests {
 
     #[test]
     fn a_failed_pass_leaves_no_trace() {
-        let mut cache = KvCache::new(2, 1);
+        let mut cache = KvCache::new(2, 1, Precision::F32);
         let mut sequences = [CachedSequence::new()];
         append(&mut cache, &mut sequences, &[2]);
         let before = sequences.clone();
         let failed: Result<()> = cache.append(&mut sequences, &[1], |layers, _, _| {
-            layers[0].keys.push(9.0);
+            layers[0].push(&[9.0], &[9.0]);
             Err(Error::Request("cancelled".into()))
         });
         assert!(failed.is_err());
         assert_eq!(sequences, before);
         append(&mut cache, &mut sequences, &[1]);
-        assert_eq!(cache.layers[0].keys, [0.0, 1.0, 2.0]);
+        assert_eq!(numbers(&cache.layers[0]).keys, [0.0, 1.0, 2.0]);
         assert_eq!(rows(&sequences[0]), [0, 1, 2]);
     }
 
     #[test]
     fn compaction_keeps_what_is_used_and_puts_it_side_by_side() {
-        let mut cache = KvCache::new(2, 1);
+        let mut cache = KvCache::new(2, 1, Precision::F32);
         let mut prompts = [CachedSequence::new(), CachedSequence::new()];
         append(&mut cache, &mut prompts, &[2, 3]);
         // Two texts take turns; one forks.
@@ -467,7 +570,7 @@ mod tests {
         assert_eq!(texts.each_ref().map(rows), [vec![2, 3, 4, 6, 7], vec![2, 3, 4, 6, 8]]);
         assert_eq!((cache.n_rows(), cache.n_rows_of(&texts)), (9, 6));
         let values = |cache: &KvCache, text: &CachedSequence| -> Vec<f32> {
-            text.rows().map(|row| cache.layers[1].values[row]).collect()
+            text.rows().map(|row| numbers(&cache.layers[1]).values[row]).collect()
         };
         let before = texts.each_ref().map(|text| values(&cache, text));
         cache.compact(&mut texts);
@@ -481,7 +584,7 @@ mod tests {
 
     #[test]
     fn a_beginning_is_copied_out_and_in() {
-        let mut cache = KvCache::new(2, 1);
+        let mut cache = KvCache::new(2, 1, Precision::F32);
         let mut texts = [CachedSequence::new(), CachedSequence::new()];
         append(&mut cache, &mut texts, &[2, 3]);
         append(&mut cache, &mut texts, &[2, 0]);
@@ -490,31 +593,45 @@ mod tests {
         assert_eq!((beginning.len(), beginning.n_bytes()), (3, 3 * 2 * 2 * 4));
         assert!(cache.beginning(&texts[0], 5).is_none(), "it has four tokens");
 
-        let mut other = KvCache::new(2, 1);
+        let mut other = KvCache::new(2, 1, Precision::F32);
         append(&mut other, &mut [CachedSequence::new()], &[1]);
         let mut text = [other.begin(&beginning).unwrap()];
         assert_eq!((rows(&text[0]), other.n_rows()), (vec![1, 2, 3], 4));
-        assert_eq!(other.layers[1].keys, [0.0, 0.0, 1.0, 5.0]);
+        assert_eq!(numbers(&other.layers[1]).keys, [0.0, 0.0, 1.0, 5.0]);
         let next = append(&mut other, &mut text, &[1]);
         assert_eq!((*next.positions).to_vec(), [3]);
         assert_eq!(rows(&text[0]), [1, 2, 3, 4]);
-        assert!(KvCache::new(3, 1).begin(&beginning).is_err());
+        assert!(KvCache::new(3, 1, Precision::F32).begin(&beginning).is_err());
+        assert!(KvCache::new(2, 1, Precision::Bf16).begin(&beginning).is_err());
+    }
+
+    #[test]
+    fn a_cache_in_bf16_takes_half_the_memory() {
+        let mut cache = KvCache::new(2, 1, Precision::Bf16);
+        let mut texts = [CachedSequence::new()];
+        append(&mut cache, &mut texts, &[3]);
+        let LayerRows::Bf16(rows) = &cache.layers[1] else { panic!("it is in bf16") };
+        assert_eq!(rows.keys, [0.0, 1.0, 2.0].map(bf16::from_f32));
+        assert_eq!((cache.row_bytes(), KvCache::new(2, 1, Precision::F32).row_bytes()), (8, 16));
+        let beginning = cache.beginning(&texts[0], 2).expect("two tokens");
+        assert_eq!(beginning.n_bytes(), 2 * 8);
+        let mut other = KvCache::new(2, 1, Precision::Bf16);
+        assert_eq!(other.begin(&beginning).expect("a like cache").len(), 2);
     }
 
     #[test]
     fn growing_rarely_moves_the_rows() {
-        let mut cache = KvCache::new(1, 4);
+        let mut cache = KvCache::new(1, 4, Precision::F32);
         let mut sequences = [CachedSequence::new()];
         let mut n_moves = 0;
         for _ in 0..1000 {
-            let before = cache.layers[0].keys.capacity();
+            let before = cache.layers[0].capacity();
             let grow = |layers: &mut [LayerRows], _: &[LayerRows], _: &Appended| {
-                layers[0].keys.extend([0.0; 4]);
-                layers[0].values.extend([0.0; 4]);
+                layers[0].push(&[0.0; 4], &[0.0; 4]);
                 Ok(())
             };
             cache.append(&mut sequences, &[1], grow).unwrap();
-            n_moves += usize::from(cache.layers[0].keys.capacity() != before);
+            n_moves += usize::from(cache.layers[0].capacity() != before);
         }
         assert!(n_moves <= 8, "{n_moves}");
         assert_eq!((sequences[0].len(), sequences[0].spans.len()), (1000, 1));

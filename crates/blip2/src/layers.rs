@@ -19,7 +19,7 @@ mod loss;
 mod norm;
 mod parameters;
 mod rope;
-mod view;
+pub(crate) mod view;
 
 pub use activation::{activate, gated};
 pub use attention::{AttentionShape, Plan, RelativeBias, Sequence, Span, attention, attention_biased};

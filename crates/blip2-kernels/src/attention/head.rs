@@ -5,6 +5,7 @@
 use std::cell::RefCell;
 
 use super::columns::columns;
+use super::element::Element;
 use super::product::{Strided, product};
 use super::{AttentionShape, RelativeBias, Rows, Sequence, count, rows};
 use crate::buffer::keep;
@@ -31,17 +32,17 @@ pub(super) struct Head<'a> {
 #[derive(Default)]
 pub(super) struct Scratch {
     /// `[n, d']`, times the scale.
-    q: Vec<f32>,
+    pub q: Vec<f32>,
     /// `[d, m']`: keys as columns.
-    k_t: Vec<f32>,
+    pub k_t: Vec<f32>,
     /// `[m, d']`.
-    k: Vec<f32>,
+    pub k: Vec<f32>,
     /// `[m, d']`.
     v: Vec<f32>,
     /// `[d, m']`.
     v_t: Vec<f32>,
     /// `[n, m']`: probabilities, 0 where a key is not seen.
-    p: Vec<f32>,
+    pub p: Vec<f32>,
     /// `[n, m']`: probabilities after dropout; unused without.
     dropped: Vec<f32>,
     /// `[n, d']`.
@@ -78,10 +79,19 @@ pub(super) fn padded(n: usize) -> usize {
 }
 
 #[inline(always)]
-fn resize(buffer: &mut Vec<f32>, len: usize) {
+pub(super) fn resize(buffer: &mut Vec<f32>, len: usize) {
     if buffer.len() < len {
         buffer.resize(len, 0.0);
     }
+}
+
+/// Scores to probabilities.
+#[inline(always)]
+pub(super) fn softmax(scores: &mut [f32]) {
+    let max = max(scores);
+    scores.iter_mut().for_each(|p| *p = exp_of_negative(*p - max));
+    let share = 1.0 / sum(scores);
+    scores.iter_mut().for_each(|p| *p *= share);
 }
 
 impl<'a> Head<'a> {
@@ -106,21 +116,21 @@ impl<'a> Head<'a> {
 
     /// This head's part of a query row.
     #[inline(always)]
-    fn of_query<'r>(&self, values: Rows<'r>, row: usize) -> &'r [f32] {
+    fn of_query<'r>(&self, values: Rows<'r, f32>, row: usize) -> &'r [f32] {
         let d = self.shape.head_dim;
         &values.values[row * values.stride + self.head * d..][..d]
     }
 
     /// This head's part of a row of k or v.
     #[inline(always)]
-    fn of_key<'r>(&self, values: Rows<'r>, row: usize) -> &'r [f32] {
+    fn of_key<'r, E>(&self, values: Rows<'r, E>, row: usize) -> &'r [E] {
         let AttentionShape { n_heads, n_kv_heads, head_dim: d, .. } = self.shape;
         &values.values[row * values.stride + self.head * n_kv_heads / n_heads * d..][..d]
     }
 
     /// Rows of queries into `to`, `[n, d']`.
     #[inline(always)]
-    fn gather_queries(&self, values: Rows<'_>, factor: f32, to: &mut Vec<f32>) {
+    fn gather_queries(&self, values: Rows<'_, f32>, factor: f32, to: &mut Vec<f32>) {
         let d = padded(self.shape.head_dim);
         resize(to, self.n_queries * d);
         for (to, row) in to.chunks_exact_mut(d).zip(rows(&self.sequence.queries)) {
@@ -134,34 +144,44 @@ impl<'a> Head<'a> {
 
     /// Rows of keys or values into `to`, `[m, d']`.
     #[inline(always)]
-    fn gather_keys(&self, values: Rows<'_>, to: &mut Vec<f32>) {
+    fn gather_keys<E: Element>(&self, values: Rows<'_, E>, to: &mut Vec<f32>) {
         let d = padded(self.shape.head_dim);
         resize(to, self.n_keys * d);
         for (to, row) in to.chunks_exact_mut(d).zip(rows(&self.sequence.keys)) {
             let (head, rest) = to.split_at_mut(self.shape.head_dim);
-            head.copy_from_slice(self.of_key(values, row));
+            head.iter_mut().zip(self.of_key(values, row)).for_each(|(to, x)| *to = x.widen());
             rest.fill(0.0);
         }
     }
 
-    /// Rows of keys or values as columns into `to`, `[d, m']`.
+    /// Rows of keys or values as columns into `to`, `[d, m']`; `wide` is for rows on their way that are not f32.
     #[inline(always)]
-    fn gather_columns(&self, values: Rows<'_>, to: &mut Vec<f32>) {
+    fn gather_columns<E: Element>(&self, values: Rows<'_, E>, wide: &mut Vec<f32>, to: &mut Vec<f32>) {
         let (d, m) = (self.shape.head_dim, padded(self.n_keys));
         resize(to, d * m);
         let mut rows = rows(&self.sequence.keys).map(|row| self.of_key(values, row));
         for first in (0..m).step_by(LANES) {
-            let some: [&[f32]; LANES] = std::array::from_fn(|_| rows.next().unwrap_or_default());
+            let some: [&[E]; LANES] = std::array::from_fn(|_| rows.next().unwrap_or_default());
+            if E::as_f32(&[]).is_none() {
+                resize(wide, LANES * d);
+                for (wide, row) in wide.chunks_exact_mut(d).zip(some) {
+                    wide.iter_mut().zip(row).for_each(|(wide, x)| *wide = x.widen());
+                }
+            }
+            let some: [&[f32]; LANES] = std::array::from_fn(|j| match E::as_f32(some[j]) {
+                Some(row) => row,
+                None => &wide[j * d..][..some[j].len()],
+            });
             columns(self.isa, &some, d, &mut to[first..], m);
         }
     }
 
     /// The probabilities into `p`, and after dropout into `dropped` where there is dropout.
     #[inline(always)]
-    fn probabilities(&self, q: Rows<'_>, k: Rows<'_>, scratch: &mut Scratch) {
+    fn probabilities<E: Element>(&self, q: Rows<'_, f32>, k: Rows<'_, E>, scratch: &mut Scratch) {
         let (d, m) = (self.shape.head_dim, padded(self.n_keys));
         self.gather_queries(q, self.shape.scale, &mut scratch.q);
-        self.gather_columns(k, &mut scratch.k_t);
+        self.gather_columns(k, &mut scratch.k, &mut scratch.k_t);
         resize(&mut scratch.p, self.n_queries * m);
         let a = Strided { values: &scratch.q, row: padded(d), column: 1 };
         product(self.n_queries, |_| d, m, a, &scratch.k_t, &mut scratch.p);
@@ -173,10 +193,7 @@ impl<'a> Head<'a> {
                 let from = self.head * width + bias.n_before - query;
                 axpy(1.0, &bias.values[from..][..seen.len()], seen);
             }
-            let max = max(seen);
-            seen.iter_mut().for_each(|p| *p = exp_of_negative(*p - max));
-            let share = 1.0 / sum(seen);
-            seen.iter_mut().for_each(|p| *p *= share);
+            softmax(seen);
             unseen.fill(0.0);
         }
         let Some(dropout) = self.dropout else { return };
@@ -198,7 +215,12 @@ impl<'a> Head<'a> {
 
     /// The result into `scratch.out`.
     #[inline(always)]
-    pub(super) fn forward(&self, q: Rows<'_>, k: Rows<'_>, v: Rows<'_>, scratch: &mut Scratch) {
+    pub(super) fn forward<E: Element>(
+        &self,
+        q: Rows<'_, f32>,
+        [k, v]: [Rows<'_, E>; 2],
+        scratch: &mut Scratch,
+    ) {
         self.probabilities(q, k, scratch);
         self.gather_keys(v, &mut scratch.v);
         let (d, m) = (padded(self.shape.head_dim), padded(self.n_keys));
@@ -210,10 +232,10 @@ impl<'a> Head<'a> {
 
     /// The gradients into `d_q`, `d_k` and `d_v` of the scratch.
     #[inline(always)]
-    pub(super) fn backward(&self, [q, k, v, d_out]: [Rows<'_>; 4], scratch: &mut Scratch) {
+    pub(super) fn backward(&self, [q, k, v, d_out]: [Rows<'_, f32>; 4], scratch: &mut Scratch) {
         self.probabilities(q, k, scratch);
         self.gather_keys(k, &mut scratch.k);
-        self.gather_columns(v, &mut scratch.v_t);
+        self.gather_columns(v, &mut scratch.v, &mut scratch.v_t);
         self.gather_queries(d_out, 1.0, &mut scratch.d_out);
         let (n, d, m) = (self.n_queries, padded(self.shape.head_dim), padded(self.n_keys));
         for (buffer, len) in [(&mut scratch.d_p, n * m), (&mut scratch.d_q, n * d)] {

@@ -113,6 +113,46 @@ fn decoding_the_last_row_equals_the_whole_causal_pass() {
     assert_eq!(whole[6 * 24..], last[6 * 24..]);
 }
 
+/// A step of generation has code of its own; its sums run in the order of the whole pass.
+#[test]
+fn decoding_equals_the_whole_pass_for_every_number_of_keys() {
+    for (m, head_dim) in (1..=70).map(|m| (m, 6)).chain((1..=40).map(|d| (9, d))).chain([(200, 64), (130, 80)]) {
+        let shape = AttentionShape { n_heads: 6, n_kv_heads: 3, head_dim, scale: 0.3 };
+        let (q, k, v) = (random(m * 6 * head_dim, 1), random(m * 3 * head_dim, 2), random(m * 3 * head_dim, 3));
+        let values = random(6 * (m + 3), 4);
+        for bias in [None, Some(RelativeBias { values: &values, n_before: m })] {
+            let run = |queries: Span, dropout| {
+                let mut out = vec![0.0; q.len()];
+                let plan = [sequence(&[queries], &[span(0, 1.min(m)), span(1, m - 1)], true)];
+                attention(&q, &k, &v, &plan, shape, bias, dropout, &mut out);
+                out
+            };
+            let (whole, last) = (run(span(0, m), None), run(span(m - 1, 1), None));
+            let row = (m - 1) * 6 * head_dim;
+            assert_eq!(whole[row..], last[row..], "{m} {head_dim}");
+            // Dropout of nothing takes the other way.
+            let nothing = Some(Dropout { p: 0.0, seed: 1 });
+            assert_eq!(run(span(m - 1, 1), nothing)[row..], last[row..], "{m} {head_dim}");
+        }
+    }
+}
+
+#[test]
+fn keys_and_values_in_bf16_are_read_as_their_numbers() {
+    let shape = AttentionShape { n_heads: 4, n_kv_heads: 2, head_dim: 20, scale: 0.3 };
+    let round = |x: &[f32]| -> Vec<half::bf16> { x.iter().map(|&x| half::bf16::from_f32(x)).collect() };
+    let (q, k, v) = (random(37 * 80, 1), round(&random(90 * 40, 2)), round(&random(90 * 40, 3)));
+    let wide = |x: &[half::bf16]| -> Vec<f32> { x.iter().map(|x| x.to_f32()).collect() };
+    assert_eq!(k, wide(&k).into_iter().map(half::bf16::narrow).collect::<Vec<_>>());
+    for queries in [span(0, 37), span(36, 1)] {
+        let plan = [sequence(&[queries], &[span(0, 50), span(53, 37)], true)];
+        let (mut narrow, mut as_f32) = (vec![0.0; q.len()], vec![0.0; q.len()]);
+        attention(&q, &k, &v, &plan, shape, None, None, &mut narrow);
+        attention(&q, &wide(&k), &wide(&v), &plan, shape, None, None, &mut as_f32);
+        assert_eq!(narrow, as_f32);
+    }
+}
+
 #[test]
 fn gradients_match_the_masks_of_the_forward_pass() {
     // With dropout the output is linear in v: its slope along a direction is exact.

@@ -1,6 +1,8 @@
-//! Rounding weights to few bits.
+//! Rounding weights to few bits; for use inside `with_isa`.
 
 use half::f16;
+
+use crate::lanes::dot;
 
 use super::format::{BLOCK, Format, Int4, Int4Offset, Int8Blocks, Layout, QUAD, SCALES, WIDTH};
 
@@ -21,6 +23,7 @@ pub(super) fn clear(format: Format, panel: &mut [u8]) {
 ///
 /// # Panics
 /// When the format is none of [`Format::ROUNDED`].
+#[inline(always)]
 pub(super) fn write_row(format: Format, panel: &mut [u8], o: usize, row: &[f32]) {
     match format {
         Format::Int8 => write_whole(panel, o, row),
@@ -32,6 +35,7 @@ pub(super) fn write_row(format: Format, panel: &mut [u8], o: usize, row: &[f32])
 }
 
 /// A row with one scale.
+#[inline(always)]
 fn write_whole(panel: &mut [u8], o: usize, row: &[f32]) {
     let (scales, quads) = panel.split_at_mut(4 * WIDTH);
     let largest = largest(row);
@@ -45,6 +49,7 @@ fn write_whole(panel: &mut [u8], o: usize, row: &[f32]) {
     }
 }
 
+#[inline(always)]
 fn write_blocks<L: Layout>(format: Format, panel: &mut [u8], o: usize, row: &[f32]) {
     for (values, block) in row.chunks(BLOCK).zip(panel.chunks_exact_mut(L::GROUP)) {
         let mut padded = [0.0; BLOCK];
@@ -66,6 +71,7 @@ struct Block {
 }
 
 /// Rounds 32 weights, of which the first `len` are there and the rest are zero.
+#[inline(always)]
 fn round_block(format: Format, x: &[f32; BLOCK], len: usize) -> Block {
     let largest = largest(x);
     let zero_point = format.zero_point();
@@ -91,6 +97,7 @@ fn round_block(format: Format, x: &[f32; BLOCK], len: usize) -> Block {
 
 /// The scale of -8 to 7 with the smallest squared error of a few: the weight that is largest either way keeps its place at an
 /// end of the range or a little beyond, and the scale then is the least-squares one for the rounded values.
+#[inline(always)]
 fn best_scale(x: &[f32; BLOCK]) -> f32 {
     let extreme = x.iter().fold(0.0f32, |extreme, &x| if x.abs() > extreme.abs() { x } else { extreme });
     if extreme == 0.0 {
@@ -100,11 +107,8 @@ fn best_scale(x: &[f32; BLOCK]) -> f32 {
     for end in [-8.5, -8.0, -7.5, -7.0, 6.5, 7.0, 7.5, 8.0] {
         let scale = extreme / end;
         let inverse = inverse(scale);
-        let (mut x_q, mut q_q) = (0.0, 0.0);
-        for &x in x {
-            let q = round(x * inverse).clamp(-8, 7) as f32;
-            (x_q, q_q) = (x_q + x * q, q_q + q * q);
-        }
+        let q = x.map(|x| round(x * inverse).clamp(-8, 7) as f32);
+        let (x_q, q_q) = (dot(x, &q), dot(&q, &q));
         // The error is Σx² - (Σxq)² / Σq² with the scale Σxq / Σq².
         let explained = x_q * x_q / q_q;
         if explained > most {
@@ -115,16 +119,21 @@ fn best_scale(x: &[f32; BLOCK]) -> f32 {
 }
 
 /// The largest magnitude; not finite where an element is not.
+#[inline(always)]
 fn largest(x: &[f32]) -> f32 {
-    f32::from_bits(x.iter().fold(0, |largest, x| largest.max(x.abs().to_bits())))
+    f32::from_bits(x.iter().fold(0, |largest, x| largest.max(x.to_bits() & 0x7fff_ffff)))
 }
 
 /// What to multiply by instead of dividing by `scale`; everything is zero where the scale is.
+#[inline(always)]
 fn inverse(scale: f32) -> f32 {
     let inverse = 1.0 / scale;
     if inverse.is_finite() { inverse } else { 0.0 }
 }
 
+#[inline(always)]
 fn round(x: f32) -> i32 {
-    x.round_ties_even() as i32
+    // Adding it rounds to the nearest integer, in the lowest bits, for all that a scale leaves of a weight.
+    const ROUND: f32 = 12_582_912.0; // 1.5 * 2^23
+    (x + ROUND).to_bits().wrapping_sub(ROUND.to_bits()) as i32
 }

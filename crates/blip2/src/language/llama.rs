@@ -3,6 +3,7 @@
 
 use std::sync::Arc;
 
+use blip2_kernels::gemm::Precision;
 use candle_core::Tensor;
 
 use super::LlamaConfig;
@@ -27,6 +28,7 @@ pub struct Llama {
     lm_head: Linear,
     n_parameters: usize,
     n_bytes: usize,
+    cache_precision: Precision,
 }
 
 #[derive(Debug)]
@@ -118,6 +120,7 @@ impl Llama {
             norm,
             n_parameters: loader.n_parameters,
             n_bytes: loader.n_bytes,
+            cache_precision: format.cache_precision(),
             config,
         })
     }
@@ -153,7 +156,8 @@ impl Llama {
 
     /// An empty cache for this model.
     pub fn new_cache(&self) -> KvCache {
-        KvCache::new(self.layers.len(), self.config.num_key_value_heads * self.config.head_dim)
+        let width = self.config.num_key_value_heads * self.config.head_dim;
+        KvCache::new(self.layers.len(), width, self.cache_precision)
     }
 
     /// The embeddings of tokens, `[ids.len(), hidden_size]`.

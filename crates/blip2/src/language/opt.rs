@@ -3,6 +3,7 @@
 
 use std::sync::Arc;
 
+use blip2_kernels::gemm::Precision;
 use candle_core::{Device, Tensor};
 use serde_json::Value as Json;
 
@@ -123,6 +124,7 @@ pub struct Opt {
     lm_head: Linear,
     n_parameters: usize,
     n_bytes: usize,
+    cache_precision: Precision,
 }
 
 #[derive(Debug)]
@@ -211,6 +213,7 @@ impl Opt {
             lm_head: Linear::new(Weight::Frozen(lm_head), None),
             n_parameters: loader.n_parameters,
             n_bytes: loader.n_bytes,
+            cache_precision: format.cache_precision(),
             config,
         })
     }
@@ -245,7 +248,7 @@ impl Opt {
 
     /// An empty cache for this model.
     pub fn new_cache(&self) -> KvCache {
-        KvCache::new(self.layers.len(), self.config.hidden_size)
+        KvCache::new(self.layers.len(), self.config.hidden_size, self.cache_precision)
     }
 
     /// The embeddings of tokens, `[ids.len(), word_embed_proj_dim]`.

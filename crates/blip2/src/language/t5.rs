@@ -6,12 +6,13 @@ mod config;
 
 use std::sync::Arc;
 
+use blip2_kernels::gemm::Precision;
 use candle_core::{Device, Tensor};
 
 pub use self::config::T5Config;
 use super::Branched;
 use super::loading::{File, Loader, Table, on_a_worker};
-use crate::cache::{CachedSequence, KvCache, LayerRows};
+use crate::cache::{CachedSequence, KvCache};
 use crate::layers::{
     Activation, AttentionShape, FrozenFormat, Linear, MatrixSize, Plan, RelativeBias, RmsNorm, Sequence,
     Span, Weight, attention, attention_biased, attention_cached, attention_to, gated,
@@ -33,6 +34,7 @@ pub struct T5 {
     lm_head: Linear,
     n_parameters: usize,
     n_bytes: usize,
+    cache_precision: Precision,
 }
 
 /// The layers of encoder or decoder.
@@ -109,6 +111,7 @@ impl T5 {
             lm_head: Linear::new(Weight::Frozen(lm_head), None),
             n_parameters: loader.n_parameters,
             n_bytes: loader.n_bytes,
+            cache_precision: format.cache_precision(),
             config,
         })
     }
@@ -154,7 +157,8 @@ impl T5 {
 
     /// An empty cache for this model.
     pub fn new_cache(&self) -> KvCache {
-        KvCache::with_memory(self.decoder.layers.len(), self.config.num_heads * self.config.d_kv)
+        let width = self.config.num_heads * self.config.d_kv;
+        KvCache::with_memory(self.decoder.layers.len(), width, self.cache_precision)
     }
 
     /// The embeddings of tokens, `[ids.len(), d_model]`.
@@ -286,13 +290,9 @@ impl T5 {
             return Err(Error::Request("an encoder-decoder model reads a prompt as a whole".into()));
         }
         let encoded = self.encode(embeds, lengths)?;
-        let keep = |layer: &Layer| -> Result<LayerRows> {
-            let Some(cross) = &layer.cross_attention else { return Ok(LayerRows::default()) };
-            let rows = |linear: &Linear| linear.forward(&encoded)?.flatten_all()?.to_vec1::<f32>();
-            Ok(LayerRows { keys: rows(&cross.k)?, values: rows(&cross.v)? })
-        };
-        let layers = self.decoder.layers.iter().map(keep).collect::<Result<Vec<_>>>()?;
-        cache.remember(sequences, lengths, layers);
+        let crosses = self.decoder.layers.iter().filter_map(|layer| layer.cross_attention.as_ref());
+        let keep = |cross: &Attention| Ok([cross.k.forward(&encoded)?, cross.v.forward(&encoded)?]);
+        cache.remember(sequences, lengths, &crosses.map(keep).collect::<Result<Vec<_>>>()?)?;
         let starts = vec![self.config.decoder_start_token_id; sequences.len()];
         self.forward_cached(&self.embed(&starts)?, cache, sequences, &vec![1; sequences.len()])
     }

@@ -95,10 +95,7 @@ pub(crate) fn attention_cached(
     shape: AttentionShape,
     bias: Option<&RelativeBias>,
 ) -> Result<Tensor> {
-    with_slices([&k.contiguous()?, &v.contiguous()?], |[k, v]| {
-        cached.keys.extend_from_slice(k);
-        cached.values.extend_from_slice(v);
-    })?;
+    with_slices([&k.contiguous()?, &v.contiguous()?], |[k, v]| cached.push(k, v))?;
     attention_to(q, cached, plan, shape, bias)
 }
 
@@ -116,7 +113,14 @@ pub(crate) fn attention_to(
     let out = with_slices([&q.contiguous()?], |[q]| {
         let mut out = vec![0.0; q.len()];
         let bias = bias.map(RelativeBias::view);
-        kernels::attention(q, &rows.keys, &rows.values, plan, shape, bias, None, &mut out);
+        match rows {
+            LayerRows::F32(rows) => {
+                kernels::attention(q, &rows.keys, &rows.values, plan, shape, bias, None, &mut out);
+            }
+            LayerRows::Bf16(rows) => {
+                kernels::attention(q, &rows.keys, &rows.values, plan, shape, bias, None, &mut out);
+            }
+        }
         out
     })?;
     tensor(out, q)

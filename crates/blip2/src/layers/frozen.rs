@@ -53,6 +53,14 @@ pub struct FrozenFormat {
     pub quantization: Option<Quantization>,
 }
 
+impl FrozenFormat {
+    /// The precision of the keys and values that a language model keeps: a model in few bits rounds its activations to eight
+    /// anyway.
+    pub(crate) fn cache_precision(self) -> Precision {
+        if self.quantization.is_some() { Precision::Bf16 } else { Precision::F32 }
+    }
+}
+
 impl From<Precision> for FrozenFormat {
     fn from(precision: Precision) -> Self {
         Self { precision, quantization: None }
