@@ -1,16 +1,21 @@
 #!/usr/bin/env python3
-"""Times one training step of the default model's two stages, in PyTorch and in this project, and prints JSON.
+"""Times one training step of the two stages, in PyTorch and in this project, and prints JSON.
 
-    python bench/train_step.py                                       # both stages, f32 and bf16, 2 threads
+    python bench/train_step.py                                       # the default model's size, f32 and bf16, 2 threads
+    python bench/train_step.py --size base                           # a published Q-Former's size
     python bench/train_step.py --stage 1 --precision f32 --steps 2   # a quick look
     python bench/train_step.py --engine torch                        # PyTorch alone
 
 A step is: forward, backward, clipping by the global norm, AdamW. The picture encoder is not part of it (its
 output is cached in training), the weights are random (the time does not depend on them), there is no dropout.
-- stage 1: batch 64, Q-Former of 6 layers x 384, cross-attention in layers 0, 2, 4 to 49 x 1280 image tokens,
-  32 queries, captions of 14 tokens on average and 24 at most; ITC + ITM + ITG.
-- stage 2: batch 32 through a frozen Llama of SmolLM2-135M's size, soft tokens in a chat prompt, loss on the
-  answers; logits are computed for the rows that predict an answer token only.
+- stage 1: 32 queries, captions of 14 tokens on average and 24 at most; ITC + ITM + ITG.
+- stage 2: soft tokens in a chat prompt of a frozen language model, loss on the answers; logits are computed for the rows that
+  predict an answer token only.
+Sizes:
+- default: Q-Former of 6 layers x 384, cross-attention in layers 0, 2, 4 to 49 x 1280 image tokens, 64 pairs; stage 2 through a
+  Llama of SmolLM2-135M's size, 32 pictures.
+- base: Q-Former of 12 layers x 768 (BERT-base), cross-attention in every other layer to ViT-g's 257 x 1408 image tokens, 16
+  pairs; stage 2 through four layers of OPT-2.7B with its vocabulary, 8 pictures.
 
 PyTorch runs its usual way, on padded batches. bf16 is autocast; the frozen language model is then held in bf16.
 Both engines start from the same weights and see the same batch: the first losses must agree, or the comparison
@@ -31,6 +36,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Callable
 
@@ -47,36 +53,79 @@ from reference.qformer import QFormerConfig  # noqa: E402
 from reference.stage1 import Stage1, Stage1Batch, sample_negatives  # noqa: E402
 from reference.stage2 import IMAGE_ROW, Stage2, Stage2Batch  # noqa: E402
 
-CONFIG = QFormerConfig(
-    vocab_size=30523,
-    hidden_size=384,
-    num_hidden_layers=6,
-    num_attention_heads=12,
-    intermediate_size=1536,
-    max_position_embeddings=512,
-    encoder_hidden_size=1280,
-    num_query_tokens=32,
-    image_text_hidden_size=256,
-)
+@dataclass(frozen=True)
+class Size:
+    qformer: QFormerConfig
+    n_image_tokens: int
+    stage1_batch: int
+    stage2_batch: int
+    language: dict
+    """The configuration of the language model, as its config.json has it."""
+
+
+SIZES = {
+    "default": Size(
+        QFormerConfig(
+            vocab_size=30523,
+            hidden_size=384,
+            num_hidden_layers=6,
+            num_attention_heads=12,
+            intermediate_size=1536,
+            max_position_embeddings=512,
+            encoder_hidden_size=1280,
+            num_query_tokens=32,
+            image_text_hidden_size=256,
+        ),
+        n_image_tokens=49,
+        stage1_batch=64,
+        stage2_batch=32,
+        language=dict(
+            model_type="llama",
+            vocab_size=49152,
+            hidden_size=576,
+            intermediate_size=1536,
+            num_hidden_layers=30,
+            num_attention_heads=9,
+            num_key_value_heads=3,
+            max_position_embeddings=8192,
+            rms_norm_eps=1e-5,
+            rope_theta=100000.0,
+            tie_word_embeddings=True,
+        ),
+    ),
+    "base": Size(
+        QFormerConfig(
+            vocab_size=30523,
+            hidden_size=768,
+            num_hidden_layers=12,
+            num_attention_heads=12,
+            intermediate_size=3072,
+            max_position_embeddings=512,
+            encoder_hidden_size=1408,
+            num_query_tokens=32,
+            image_text_hidden_size=256,
+        ),
+        n_image_tokens=257,
+        stage1_batch=16,
+        stage2_batch=8,
+        language=dict(
+            model_type="opt",
+            vocab_size=50272,
+            hidden_size=2560,
+            word_embed_proj_dim=2560,
+            ffn_dim=10240,
+            num_hidden_layers=4,
+            num_attention_heads=32,
+            max_position_embeddings=2048,
+            do_layer_norm_before=True,
+        ),
+    ),
+}
 LOSS_AGREES = {"f32": 1e-4, "bf16": 1e-2}
 """How far the first losses of the two engines may differ, relatively."""
-N_IMAGE_TOKENS = 49
 CLS, SEP, DEC = 101, 102, 30522
-STAGE1_BATCH, STAGE2_BATCH = 64, 32
 TEXT_TOKENS_MEAN, TEXT_TOKENS_MIN, TEXT_TOKENS_MAX = 14, 7, 24
 
-LANGUAGE = dict(
-    vocab_size=49152,
-    hidden_size=576,
-    intermediate_size=1536,
-    num_hidden_layers=30,
-    num_attention_heads=9,
-    num_key_value_heads=3,
-    max_position_embeddings=8192,
-    rms_norm_eps=1e-5,
-    rope_theta=100000.0,
-    tie_word_embeddings=True,
-)
 # `<|im_start|>user\n` IMAGE `\n{instruction}<|im_end|>\n<|im_start|>assistant\n` {answer} `<|im_end|>`
 TOKENS_BEFORE_IMAGE, TOKENS_OF_TURN, INSTRUCTION_TOKENS = 3, 6, (4, 8)
 
@@ -119,16 +168,17 @@ class Workload:
         save_file(tensors, path, {k: json.dumps(v) for k, v in self.metadata.items()})
 
 
-def stage1() -> Workload:
+def stage1(size: Size) -> Workload:
     generator = torch.Generator().manual_seed(1)
-    model = Stage1(CONFIG, DEC)
+    n, config = size.stage1_batch, size.qformer
+    model = Stage1(config, DEC)
     initialise(model)
-    lengths = text_lengths(STAGE1_BATCH, generator)
-    ids, mask = padded([[CLS] + words(n - 2, DEC, generator) + [SEP] for n in lengths])
-    image_embeds = torch.randn(STAGE1_BATCH, N_IMAGE_TOKENS, CONFIG.encoder_hidden_size, generator=generator)
-    image_ids = torch.arange(STAGE1_BATCH)
-    # Given, not drawn at each step: drawing them is a softmax of 64 x 64 numbers, and the engines must agree.
-    negatives = sample_negatives(torch.zeros(STAGE1_BATCH, STAGE1_BATCH), image_ids, generator)
+    lengths = text_lengths(n, generator)
+    ids, mask = padded([[CLS] + words(length - 2, DEC, generator) + [SEP] for length in lengths])
+    image_embeds = torch.randn(n, size.n_image_tokens, config.encoder_hidden_size, generator=generator)
+    image_ids = torch.arange(n)
+    # Given, not drawn at each step: drawing them is a softmax of n x n numbers, and the engines must agree.
+    negatives = sample_negatives(torch.zeros(n, n), image_ids, generator)
     batch = Stage1Batch(image_embeds, ids, mask, image_ids, negatives, negatives)
     inputs = {
         "in.image_embeds": image_embeds,
@@ -138,29 +188,35 @@ def stage1() -> Workload:
         "in.negative_images": negatives,
         "in.negative_texts": negatives,
     }
-    return Workload(
-        model, lambda: model(batch).total, inputs, {"config": CONFIG.to_dict(), "dec_token_id": DEC}
-    )
+    return Workload(model, lambda: model(batch).total, inputs, {"config": config.to_dict(), "dec_token_id": DEC})
 
 
-def stage2(precision: str) -> Workload:
+def language_model(config: dict) -> nn.Module:
+    settings = {name: value for name, value in config.items() if name != "model_type"}
+    if config["model_type"] == "opt":
+        return transformers.OPTForCausalLM(transformers.OPTConfig(**settings)).eval()
+    return transformers.LlamaForCausalLM(transformers.LlamaConfig(**settings)).eval()
+
+
+def stage2(size: Size, precision: str) -> Workload:
     generator = torch.Generator().manual_seed(1)
-    language = transformers.LlamaForCausalLM(transformers.LlamaConfig(**LANGUAGE)).eval()
-    model = Stage2(CONFIG, language)
+    n, config, vocab_size = size.stage2_batch, size.qformer, size.language["vocab_size"]
+    language = language_model(size.language)
+    model = Stage2(config, language)
     initialise(model)
     if precision == "bf16":
         language.to(torch.bfloat16)
     rows, targets = [], []
-    for n in text_lengths(STAGE2_BATCH, generator):
+    for length in text_lengths(n, generator):
         n_instruction = int(torch.randint(*INSTRUCTION_TOKENS, (1,), generator=generator))
-        prompt = words(TOKENS_BEFORE_IMAGE, LANGUAGE["vocab_size"], generator) + [IMAGE_ROW] * CONFIG.num_query_tokens
-        prompt += words(n_instruction + TOKENS_OF_TURN, LANGUAGE["vocab_size"], generator)
+        prompt = words(TOKENS_BEFORE_IMAGE, vocab_size, generator) + [IMAGE_ROW] * config.num_query_tokens
+        prompt += words(n_instruction + TOKENS_OF_TURN, vocab_size, generator)
         # Captions are counted with [CLS] and [SEP]; an answer has its words and one end token.
-        answer = words(n - 1, LANGUAGE["vocab_size"], generator)
+        answer = words(length - 1, vocab_size, generator)
         rows.append(prompt + answer)
         targets.append([0] * len(prompt) + [1] * len(answer))
     ids, mask = padded(rows)
-    image_embeds = torch.randn(STAGE2_BATCH, N_IMAGE_TOKENS, CONFIG.encoder_hidden_size, generator=generator)
+    image_embeds = torch.randn(n, size.n_image_tokens, config.encoder_hidden_size, generator=generator)
     batch = Stage2Batch(image_embeds, ids, mask, padded(targets)[0].bool())
     inputs = {
         "in.image_embeds": image_embeds,
@@ -168,18 +224,16 @@ def stage2(precision: str) -> Workload:
         "in.lengths": mask.sum(dim=1),
         "in.is_target": batch.is_target[mask],
     }
-    return Workload(
-        model,
-        lambda: model(batch, all_logits=False).loss,
-        inputs,
-        {"config": CONFIG.to_dict(), "language_config": {"model_type": "llama", **LANGUAGE}},
-    )
+    metadata = {"config": config.to_dict(), "language_config": size.language}
+    return Workload(model, lambda: model(batch, all_logits=False).loss, inputs, metadata)
 
 
-def measure_torch(stage: int, precision: str, n_threads: int, n_warmup: int, n_steps: int, export: Path | None) -> dict:
+def measure_torch(
+    size: str, stage: int, precision: str, n_threads: int, n_warmup: int, n_steps: int, export: Path | None
+) -> dict:
     torch.set_num_threads(n_threads)
     torch.manual_seed(1)
-    workload = stage1() if stage == 1 else stage2(precision)
+    workload = stage1(SIZES[size]) if stage == 1 else stage2(SIZES[size], precision)
     if export is not None:
         workload.write(export)
     parameters = [p for p in workload.model.parameters() if p.requires_grad]
@@ -216,14 +270,16 @@ def measure_rust(stage: int, precision: str, n_threads: int, n_warmup: int, n_st
 
 
 def compare(stage: int, precision: str, arguments: argparse.Namespace) -> dict:
-    result = {"stage": stage, "precision": precision, "batch": STAGE1_BATCH if stage == 1 else STAGE2_BATCH}
+    size = SIZES[arguments.size]
+    batch = size.stage1_batch if stage == 1 else size.stage2_batch
+    result = {"size": arguments.size, "stage": stage, "precision": precision, "batch": batch}
     settings = (stage, precision, arguments.threads, arguments.warmup, arguments.steps)
     with tempfile.TemporaryDirectory() as folder:
         both = arguments.engine == "both"
         export = Path(folder, "batch.safetensors") if both else None
         # A fresh process, so that its peak memory is its own and its memory is free again afterwards.
         with multiprocessing.get_context("spawn").Pool(1) as pool:
-            result["torch"] = pool.apply(measure_torch, (*settings, export))
+            result["torch"] = pool.apply(measure_torch, (arguments.size, *settings, export))
         if export is not None:
             result["rust"] = measure_rust(*settings, export)
             result["speedup"] = result["torch"]["median_s"] / result["rust"]["median_s"]
@@ -240,6 +296,7 @@ def rounded(value):
 
 def main() -> int:
     parser = argparse.ArgumentParser(description="Time training steps of both stages, in PyTorch and here.")
+    parser.add_argument("--size", choices=tuple(SIZES), default="default")
     parser.add_argument("--stage", type=int, choices=(1, 2), help="default: both")
     parser.add_argument("--precision", choices=("f32", "bf16"), help="default: both")
     parser.add_argument("--engine", choices=("both", "torch"), default="both")

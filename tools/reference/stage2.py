@@ -37,7 +37,7 @@ class Stage2Output:
 
 
 class Stage2(nn.Module):
-    """`language_model` is a transformers `LlamaForCausalLM`; it is frozen here."""
+    """`language_model` is a decoder-only model of transformers (`LlamaForCausalLM`, `OPTForCausalLM`); it is frozen here."""
 
     def __init__(self, config: QFormerConfig, language_model: nn.Module):
         super().__init__()

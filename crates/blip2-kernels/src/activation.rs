@@ -63,7 +63,8 @@ fn derivative(x: f32, activation: Activation) -> f32 {
         Activation::Relu6 => f32::from(u8::from(x > 0.0 && x < 6.0)),
         Activation::GeluErf => {
             const DENSITY: f32 = 0.398_942_3; // 1 / sqrt(2 pi)
-            0.5 * (1.0 + erf(x * std::f32::consts::FRAC_1_SQRT_2)) + x * DENSITY * exp_of_negative(-0.5 * x * x)
+            0.5 * (1.0 + erf(x * std::f32::consts::FRAC_1_SQRT_2))
+                + x * DENSITY * exp_of_negative(-0.5 * x * x)
         }
         Activation::GeluTanh => {
             let s = sigmoid(2.0 * TANH_SCALE * (x + 0.044_715 * x * x * x));

@@ -1,6 +1,6 @@
 //! Fused scaled-dot-product attention over packed rows, with its gradient.
 //!
-//! Scores are never held for more than one sequence and head. The gradient computes the probabilities again. The work
+//! Scores are never held for more than one sequence and head, or one query and some heads. The gradient computes the probabilities again. The work
 //! for a query row runs over its own keys in order, so it does not depend on what else is in the batch.
 
 mod columns;
@@ -93,8 +93,8 @@ struct Rows<'a, E> {
 /// them, in bf16. Dropout acts on the probabilities.
 ///
 /// # Panics
-/// When a span lies outside its rows, a query row belongs to two sequences, or a causal sequence has more queries than
-/// keys.
+/// When a span lies outside its rows, a query row belongs to two sequences, a sequence has queries and no keys, or a causal one
+/// more queries than keys.
 #[allow(clippy::too_many_arguments, reason = "the operands of attention")]
 pub fn attention<E: Element>(
     q: &[f32],
@@ -149,55 +149,60 @@ fn mix<E: Element>(
     let d = shape.head_dim;
     let width = shape.n_heads * d;
     let out = Output(out.as_mut_ptr());
-    // One query reads the keys of several heads in one go, where there are other tasks enough for the threads.
-    let wanted = (2 * rayon::current_num_threads()).div_ceil(sequences.len().max(1)).min(shape.n_heads);
-    let n_groups = |sequence: &Sequence| {
-        if count(&sequence.queries) == 1 && dropout.is_none() { wanted } else { shape.n_heads }
-    };
+    let is_step = |sequence: &Sequence| count(&sequence.queries) == 1 && dropout.is_none();
+    // A step reads the keys of several heads in one go, where there are tasks enough for the threads.
+    let groups_of_a_step = head_groups(sequences.len(), shape, rayon::current_num_threads());
     let tasks: Vec<(usize, Range<usize>)> = sequences
         .iter()
         .enumerate()
+        .filter(|(_, sequence)| count(&sequence.queries) > 0)
         .flat_map(|(number, sequence)| {
-            let n = n_groups(sequence);
+            let n = if is_step(sequence) { groups_of_a_step } else { shape.n_heads };
             (0..n).map(move |i| (number, i * shape.n_heads / n..(i + 1) * shape.n_heads / n))
         })
         .collect();
     tasks.into_par_iter().for_each(|(number, heads)| {
         let sequence = &sequences[number];
         let mut scratch = Scratch::take();
+        // SAFETY (of both uses): `check` made sure that `query` is a row of q, hence of out, and that no other sequence has it;
+        // other tasks write the columns of other heads. A result has `d` numbers.
+        let put = |query: usize, head: usize, result: &[f32]| unsafe {
+            std::ptr::copy_nonoverlapping(result.as_ptr(), out.at(query * width + head * d), d);
+        };
         with_isa(
             isa,
             #[inline(always)]
             || {
-                if count(&sequence.queries) == 1 && dropout.is_none() {
+                if is_step(sequence) {
                     decode(isa, sequence, shape, heads.clone(), bias, q, [k, v], &mut scratch);
-                    let query = rows(&sequence.queries).next().unwrap_or_default();
+                    let query = rows(&sequence.queries).next().expect("one query");
                     for (head, row) in heads.zip(scratch.out.chunks_exact(padded(d))) {
-                        // SAFETY: `check` made sure that `query` is a row of q, hence of out, and that no other sequence has it;
-                        // other tasks write the columns of other heads.
-                        unsafe {
-                            std::ptr::copy_nonoverlapping(row.as_ptr(), out.at(query * width + head * d), d);
-                        }
+                        put(query, head, row);
                     }
                     return;
                 }
                 for head in heads {
-                    Head::new(isa, sequence, shape, head, bias, offsets[number], dropout).forward(
-                        q,
-                        [k, v],
-                        &mut scratch,
-                    );
+                    let work = Head::new(isa, sequence, shape, head, bias, offsets[number], dropout);
+                    work.forward(q, [k, v], &mut scratch);
                     for (row, query) in scratch.out.chunks_exact(padded(d)).zip(rows(&sequence.queries)) {
-                        // SAFETY: as above.
-                        unsafe {
-                            std::ptr::copy_nonoverlapping(row.as_ptr(), out.at(query * width + head * d), d);
-                        }
+                        put(query, head, row);
                     }
                 }
             },
         );
         scratch.give_back();
     });
+}
+
+/// How many groups of neighbouring heads each of `n_sequences` steps is cut into: the fewest that give every thread as many
+/// tasks, of whole key heads where there are enough of these.
+fn head_groups(n_sequences: usize, shape: AttentionShape, n_threads: usize) -> usize {
+    let is_even = |groups: &usize| {
+        let tasks = n_sequences * groups;
+        tasks >= 8 * n_threads || tasks.is_multiple_of(n_threads)
+    };
+    let whole_key_heads = (1..=shape.n_kv_heads).filter(|n| shape.n_kv_heads.is_multiple_of(*n));
+    whole_key_heads.filter(is_even).chain((1..=shape.n_heads).filter(is_even)).next().unwrap_or(shape.n_heads)
 }
 
 /// The gradients of [`attention`], but for the bias, which is frozen wherever there is one: `d_q`, `d_k` and `d_v` are overwritten; keys that sequences share get the sum.
@@ -316,6 +321,7 @@ fn check(q: usize, k: usize, v: usize, sequences: &[Sequence], shape: AttentionS
     let mut offsets = Vec::with_capacity(sequences.len());
     for sequence in sequences {
         let (n, m) = (count(&sequence.queries), count(&sequence.keys));
+        assert!(n == 0 || m > 0, "a sequence has {n} queries and no keys");
         assert!(!sequence.causal || n <= m, "a causal sequence has {n} queries for {m} keys");
         assert!(sequence.keys.iter().all(|span| span.start + span.len <= n_keys), "a key span is outside k");
         for span in &sequence.queries {

@@ -212,7 +212,7 @@ impl Cuts {
 
     /// The tiles of rows and the panels of a task. Those of one group follow each other, so that a thread that takes tasks in
     /// turn reads its panels again from the cache.
-    fn task(&self, task: usize) -> Part {
+    fn task(&self, task: usize) -> (Range<usize>, Range<usize>) {
         let (group, block) = (task / self.row_blocks, task % self.row_blocks);
         let share = |n: usize, i: usize, of: usize| i * n / of..(i + 1) * n / of;
         (share(self.n_tiles, block, self.row_blocks), share(self.n_panels, group, self.groups))
@@ -276,7 +276,8 @@ pub(crate) unsafe fn multiply(
                 // elements as there are columns, in the same row again or in the rows of `c`, which hold something where
                 // `start` is `Result`.
                 unsafe {
-                    let tile = micro::Tile { n_rows, width: columns.len(), from, from_stride, c, c_stride: n };
+                    let tile =
+                        micro::Tile { n_rows, width: columns.len(), from, from_stride, c, c_stride: n };
                     micro::tile(isa, precision, a, A_STRIDE, words, tile);
                 }
             }
@@ -401,7 +402,9 @@ mod tests {
 
     #[test]
     fn tasks_are_the_whole_product_once_and_even() {
-        for (m, n, n_threads) in [(1, 32, 2), (1, 2560, 2), (257, 1408, 2), (257, 6144, 4), (1028, 1408, 2), (25, 70, 3)] {
+        for (m, n, n_threads) in
+            [(1, 32, 2), (1, 2560, 2), (257, 1408, 2), (257, 6144, 4), (1028, 1408, 2), (25, 70, 3)]
+        {
             let cuts = Cuts::new(m, n, n_threads);
             let mut is_taken = vec![false; cuts.n_tiles * cuts.n_panels];
             for (tiles, panels) in (0..cuts.n()).map(|task| cuts.task(task)) {

@@ -1,4 +1,7 @@
 //! Reductions in a fixed order of lanes, and functions that vectorise; all `#[inline(always)]` for `with_isa`.
+//!
+//! Multiply-adds are fused, which is one instruction wherever there are wide registers, and so equal on all instruction sets.
+//! Processors without it pay with a function call; they are older than AVX2.
 
 pub(crate) const LANES: usize = 16;
 
@@ -90,11 +93,19 @@ pub(crate) fn axpy(a: f32, x: &[f32], y: &mut [f32]) {
     }
 }
 
+/// 1.5 * 2^23: adding it to a number below 2^22 rounds that to the nearest integer, which then stands in the lowest bits.
+const ROUND: f32 = 12_582_912.0;
+
+/// The nearest integer to `x`, ties to even; any number where `x` is not below 2^22 in magnitude.
+#[inline(always)]
+pub(crate) fn round(x: f32) -> i32 {
+    (x + ROUND).to_bits().wrapping_sub(ROUND.to_bits()) as i32
+}
+
 /// What `e^x` is made of: `value * 2^n`. Where `x` is so large or small that there is no such `n`, it is any number.
 #[inline(always)]
 fn exp_parts(x: f32) -> (f32, i32) {
     // Cody-Waite reduction and the minimax polynomial of Cephes' expf.
-    const ROUND: f32 = 12_582_912.0; // 1.5 * 2^23: adding it rounds to the nearest integer, in the lowest bits
     let rounded = x.mul_add(std::f32::consts::LOG2_E, ROUND);
     let n = rounded.to_bits().wrapping_sub(ROUND.to_bits()) as i32;
     let whole = rounded - ROUND;
@@ -165,13 +176,13 @@ mod tests {
     #[test]
     fn exp_is_within_three_ulp_and_keeps_the_special_values() {
         let mut worst = 0.0f64;
-        for i in -870_000..880_000 {
+        for i in -873_000..887_200 {
             let x = i as f32 * 1e-4;
             let expected = f64::from(x).exp();
             worst = worst.max((f64::from(exp(x)) / expected - 1.0).abs());
         }
         assert!(worst < 3.0 * f64::from(f32::EPSILON), "{worst:e}");
-        for i in -870_000..=0 {
+        for i in -873_000..=0 {
             let x = i as f32 * 1e-4;
             assert_eq!(exp_of_negative(x).to_bits(), exp(x).to_bits(), "{x}");
         }

@@ -119,10 +119,6 @@ impl PackedWeight {
     /// When the lengths do not fit.
     pub fn forward(&self, x: &[f32], n_rows: usize, epilogue: Epilogue<'_>) -> Vec<f32> {
         let n = n_rows * self.out_features;
-        assert!(
-            epilogue.residual.is_none_or(|residual| residual.len() == n),
-            "the residual must be [n_rows, out]"
-        );
         let mut y = Vec::with_capacity(n);
         // SAFETY: the capacity is n_rows * out, and all of it is written.
         unsafe {
@@ -150,6 +146,8 @@ impl PackedWeight {
             return;
         }
         let (isa, n_out) = (Isa::detect(), self.out_features);
+        let is_whole = |residual: &[f32]| residual.len() == n_rows * n_out;
+        assert!(epilogue.residual.is_none_or(is_whole), "the residual must be [n_rows, out]");
         let finish = |(rows, columns): Part| {
             with_isa(
                 isa,
@@ -164,13 +162,13 @@ impl PackedWeight {
                 },
             );
         };
-        let is_finished = epilogue.activation == Activation::Identity && epilogue.residual.is_none();
+        let needs_finish = epilogue.activation != Activation::Identity || epilogue.residual.is_some();
         let mut start = epilogue.bias.map_or(Start::Zero, Start::Row);
         for i in 0..self.n_blocks() {
             let a =
                 MatrixRef { data: &x[i * self.block_len()..], row_stride: self.in_features, col_stride: 1 };
             let is_last = i + 1 == self.n_blocks();
-            let finish = (is_last && !is_finished).then_some(&finish as Finish<'_>);
+            let finish = (is_last && needs_finish).then_some(&finish as Finish<'_>);
             // SAFETY: the caller's promise; from the second block on the first has written all of `y`.
             unsafe { multiply(isa, n_rows, a, self.panels(i), start, y, finish) };
             start = Start::Result;

@@ -63,7 +63,16 @@ impl QuantizedWeight {
         format: Format,
         row: &(dyn Fn(usize, &mut [f32]) + Sync),
     ) -> Self {
-        let isa = Isa::detect();
+        Self::quantize_with(Isa::detect(), out_features, in_features, format, row)
+    }
+
+    fn quantize_with(
+        isa: Isa,
+        out_features: usize,
+        in_features: usize,
+        format: Format,
+        row: &(dyn Fn(usize, &mut [f32]) + Sync),
+    ) -> Self {
         Self::fill(out_features, in_features, format, |panel, first, n| {
             rounding::clear(format, panel);
             let mut values = vec![0.0; in_features];
@@ -259,7 +268,7 @@ impl QuantizedWeight {
         let wanted = (TASKS_A_THREAD * rayon::current_num_threads()).div_ceil(n_weights);
         let n_groups = wanted.min(n_panels);
         let n_tiles = n_rows.div_ceil(rows_a_tile);
-        let tiles_a_task = n_tiles.div_ceil((wanted / n_groups).max(1));
+        let tiles_a_task = n_tiles.div_ceil(wanted / n_groups);
         let rows_a_task = tiles_a_task * rows_a_tile;
         Tasks { n_panels, n_groups, rows_a_task, n_row_groups: n_rows.div_ceil(rows_a_task) }
     }

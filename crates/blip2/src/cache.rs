@@ -12,13 +12,10 @@
 
 use std::sync::Arc;
 
-use blip2_kernels::attention::Element;
-use blip2_kernels::gemm::Precision;
 use candle_core::Tensor;
 use half::bf16;
 
-use crate::layers::view::with_slices;
-use crate::layers::{Plan, Sequence, Span};
+use crate::layers::{Element, Plan, Precision, Sequence, Span, keep_rows};
 use crate::{Error, Result};
 
 /// Keys and values of every token the model has read, one row a token and layer.
@@ -197,7 +194,7 @@ impl LayerRows {
     }
 }
 
-/// Of a number.
+/// Bytes of a number in `precision`.
 fn n_bytes(precision: Precision) -> usize {
     match precision {
         Precision::F32 => size_of::<f32>(),
@@ -290,9 +287,17 @@ impl KvCache {
         layers: &[[Tensor; 2]],
     ) -> Result<()> {
         assert_eq!(layers.len(), self.memory.len(), "one memory a layer");
-        for (memory, [keys, values]) in self.memory.iter_mut().zip(layers) {
-            with_slices([keys, values], |[keys, values]| memory.push(keys, values))?;
+        let kept: Result<()> = self
+            .memory
+            .iter_mut()
+            .zip(layers)
+            .try_for_each(|(memory, [keys, values])| Ok(keep_rows(memory, keys, values)?));
+        if let Err(error) = kept {
+            self.rewind_memory(self.n_memory_rows);
+            return Err(error);
         }
+        let n_values = (self.n_memory_rows + lengths.iter().sum::<usize>()) * self.width;
+        assert!(self.memory.iter().all(|layer| layer.holds(n_values)), "a layer did not keep its rows");
         for (sequence, &len) in sequences.iter_mut().zip(lengths) {
             sequence.memory = Some(Span { start: self.n_memory_rows, len });
             self.n_memory_rows += len;
@@ -314,7 +319,7 @@ impl KvCache {
     /// Begins a text with what was read before.
     ///
     /// # Errors
-    /// When that was read by a model of another size.
+    /// When that was read by a model of another size or precision.
     pub(crate) fn begin(&mut self, beginning: &Beginning) -> Result<CachedSequence> {
         let is_alike = beginning.width == self.width
             && beginning.precision == self.precision

@@ -19,11 +19,11 @@ mod loss;
 mod norm;
 mod parameters;
 mod rope;
-pub(crate) mod view;
+mod view;
 
 pub use activation::{activate, gated};
 pub use attention::{AttentionShape, Plan, RelativeBias, Sequence, Span, attention, attention_biased};
-pub(crate) use attention::{attention_cached, attention_joint, attention_to};
+pub(crate) use attention::{Element, attention_cached, attention_joint, attention_to, keep_rows};
 pub use blip2_kernels::activation::Activation;
 pub use blip2_kernels::gemm::Precision;
 pub use dropout::DropoutRng;

@@ -213,6 +213,45 @@ fn decoder_is_near(outlier: Option<f32>, expected: &[(Quantization, [f64; 3], f6
     }
 }
 
+/// Keys and values are rounded before any query attends to them, so it does not matter how a text was cut.
+#[test]
+fn a_cache_in_bf16_is_near_the_pass_without_and_the_same_for_every_cut() {
+    let (mut random, config) = random_opt(None);
+    let (_dir, file) = random.store();
+    let embeds = Tensor::from_vec(random.numbers(19 * 256), (19, 256), &Device::Cpu).expect("rows");
+    let open = |quantization| {
+        LanguageModel::from_safetensors(&config, &file, "", format(quantization)).expect("a model")
+    };
+    let row_bytes = open(None).new_cache().row_bytes();
+    for quantization in [Quantization::Int8, Quantization::Int4] {
+        let model = open(Some(quantization));
+        assert_eq!(2 * model.new_cache().row_bytes(), row_bytes);
+        let cut = |step: usize| {
+            let (mut cache, mut text) = (model.new_cache(), [CachedSequence::new()]);
+            let parts: Vec<Tensor> = (0..19)
+                .step_by(step)
+                .map(|start| {
+                    let len = step.min(19 - start);
+                    let rows = embeds.narrow(0, start, len).expect("rows");
+                    model.forward_cached(&rows, &mut cache, &mut text, &[len]).expect("hidden states")
+                })
+                .collect();
+            Tensor::cat(&parts, 0).expect("hidden states")
+        };
+        let whole = cut(19);
+        for step in [1, 3] {
+            let (found, expected) = (cut(step), &whole);
+            assert_eq!(
+                found.to_vec2::<f32>().expect("rows"),
+                expected.to_vec2::<f32>().expect("rows"),
+                "{step}"
+            );
+        }
+        let cosine = cosine(&whole, &model.forward(&embeds, &[19]).expect("hidden states"));
+        assert!((0.999..0.999_999_99).contains(&cosine), "{quantization:?}: {cosine}");
+    }
+}
+
 #[test]
 fn an_encoder_decoder_in_few_bits_is_near_its_f32() {
     let config = json!({

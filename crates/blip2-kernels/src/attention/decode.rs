@@ -1,7 +1,7 @@
 //! One query and all keys of its text: a step of generation, which reads each key and each value once.
 //!
 //! Neighbouring heads are worked on together: of a row of keys they read neighbouring numbers, as memory likes it. Sums run
-//! in the order of [`Head`](super::head::Head), so results are equal, bit for bit.
+//! in the order of [`Head`](super::head::Head), so results are equal, bit for bit, where all numbers are finite.
 
 use std::ops::Range;
 
@@ -33,11 +33,15 @@ pub(super) fn decode<E: Element>(
     let query = rows(&sequence.queries).next().expect("a query");
     let key_head = |head: usize| head * shape.n_kv_heads / shape.n_heads;
     resize(&mut scratch.q, heads.len() * d);
-    for (to, x) in scratch.q.iter_mut().zip(&q.values[query * q.stride + heads.start * d..][..heads.len() * d]) {
+    for (to, x) in
+        scratch.q.iter_mut().zip(&q.values[query * q.stride + heads.start * d..][..heads.len() * d])
+    {
         *to = x * shape.scale;
     }
     resize(&mut scratch.p, heads.len() * m);
-    resize(&mut scratch.k, KEYS * d);
+    if !E::IS_F32 {
+        resize(&mut scratch.k, LANES * d);
+    }
     resize(&mut scratch.k_t, KEYS * d);
     let mut keys = rows(&sequence.keys);
     for first in (0..n_keys).step_by(KEYS) {
@@ -94,17 +98,19 @@ fn keys_as_columns<E: Element>(
 ) {
     for (first, rows) in rows.chunks(LANES).enumerate() {
         let part = |row: usize| &keys.values[row * keys.stride + at..][..d];
-        let is_wide = E::as_f32(&[]).is_some();
-        if !is_wide {
+        if !E::IS_F32 {
             for (wide, &row) in wide.chunks_exact_mut(d).zip(rows) {
                 wide.iter_mut().zip(part(row)).for_each(|(wide, key)| *wide = key.widen());
             }
         }
         let wide = &*wide;
-        let some: [&[f32]; LANES] = std::array::from_fn(|j| match rows.get(j) {
-            Some(&row) => E::as_f32(part(row)).unwrap_or_else(|| &wide[j * d..][..d]),
-            None => &[],
-        });
+        let some: [&[f32]; LANES] = std::array::from_fn(
+            #[inline(always)]
+            |j| match rows.get(j) {
+                Some(&row) => E::as_f32(part(row)).unwrap_or_else(|| &wide[j * d..][..d]),
+                None => &[],
+            },
+        );
         columns(isa, &some, d, &mut to[first * LANES..], KEYS);
     }
 }

@@ -10,11 +10,16 @@ pub trait Element: Copy + Send + Sync + 'static {
     /// The nearest number to `x`.
     fn narrow(x: f32) -> Self;
 
-    /// The same numbers where they are f32, so that they need not be copied to be read.
+    /// Whether they are f32, and need not be copied to be read.
+    const IS_F32: bool;
+
+    /// The same numbers where they are f32.
     fn as_f32(values: &[Self]) -> Option<&[f32]>;
 }
 
 impl Element for f32 {
+    const IS_F32: bool = true;
+
     #[inline(always)]
     fn widen(self) -> f32 {
         self
@@ -32,6 +37,8 @@ impl Element for f32 {
 }
 
 impl Element for bf16 {
+    const IS_F32: bool = false;
+
     #[inline(always)]
     fn widen(self) -> f32 {
         f32::from_bits(u32::from(self.to_bits()) << 16)

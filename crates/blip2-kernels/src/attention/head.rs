@@ -27,15 +27,16 @@ pub(super) struct Head<'a> {
     n_keys: usize,
 }
 
-/// Buffers of one head's work, kept by each thread. `n` queries, `m` keys, `d` the head's width, `m'` and `d'` rounded up
-/// to lanes.
+/// Buffers of one task's work, kept by each thread. `n` queries, `m` keys, `d` the head's width, `m'` and `d'` rounded up
+/// to lanes. A step of generation has its shapes from [`decode`](super::decode): of some heads `q` `[heads, d]`, `p`
+/// `[heads, m'']` with `m''` rounded up to 64, `out` `[heads, d']`, and `k_t` `[d, 64]`.
 #[derive(Default)]
 pub(super) struct Scratch {
     /// `[n, d']`, times the scale.
     pub q: Vec<f32>,
     /// `[d, m']`: keys as columns.
     pub k_t: Vec<f32>,
-    /// `[m, d']`.
+    /// `[m, d']`; or rows of keys in f32 on their way to `k_t`.
     pub k: Vec<f32>,
     /// `[m, d']`.
     v: Vec<f32>,
@@ -62,7 +63,7 @@ pub(super) struct Scratch {
 thread_local!(static SCRATCH: RefCell<Scratch> = RefCell::default());
 
 impl Scratch {
-    // Taken, not borrowed: a thread never works on two heads at once, but the compiler cannot know.
+    // Taken, not borrowed: a thread never works on two tasks at once, but the compiler cannot know.
     pub(super) fn take() -> Self {
         SCRATCH.take()
     }
@@ -161,17 +162,23 @@ impl<'a> Head<'a> {
         resize(to, d * m);
         let mut rows = rows(&self.sequence.keys).map(|row| self.of_key(values, row));
         for first in (0..m).step_by(LANES) {
-            let some: [&[E]; LANES] = std::array::from_fn(|_| rows.next().unwrap_or_default());
-            if E::as_f32(&[]).is_none() {
+            let some: [&[E]; LANES] = std::array::from_fn(
+                #[inline(always)]
+                |_| rows.next().unwrap_or_default(),
+            );
+            if !E::IS_F32 {
                 resize(wide, LANES * d);
                 for (wide, row) in wide.chunks_exact_mut(d).zip(some) {
                     wide.iter_mut().zip(row).for_each(|(wide, x)| *wide = x.widen());
                 }
             }
-            let some: [&[f32]; LANES] = std::array::from_fn(|j| match E::as_f32(some[j]) {
-                Some(row) => row,
-                None => &wide[j * d..][..some[j].len()],
-            });
+            let some: [&[f32]; LANES] = std::array::from_fn(
+                #[inline(always)]
+                |j| match E::as_f32(some[j]) {
+                    Some(row) => row,
+                    None => &wide[j * d..][..some[j].len()],
+                },
+            );
             columns(self.isa, &some, d, &mut to[first..], m);
         }
     }

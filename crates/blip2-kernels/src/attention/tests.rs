@@ -116,14 +116,17 @@ fn decoding_the_last_row_equals_the_whole_causal_pass() {
 /// A step of generation has code of its own; its sums run in the order of the whole pass.
 #[test]
 fn decoding_equals_the_whole_pass_for_every_number_of_keys() {
-    for (m, head_dim) in (1..=70).map(|m| (m, 6)).chain((1..=40).map(|d| (9, d))).chain([(200, 64), (130, 80)]) {
+    for (m, head_dim) in
+        (1..=70).map(|m| (m, 6)).chain((1..=40).map(|d| (9, d))).chain([(200, 64), (130, 80)])
+    {
         let shape = AttentionShape { n_heads: 6, n_kv_heads: 3, head_dim, scale: 0.3 };
-        let (q, k, v) = (random(m * 6 * head_dim, 1), random(m * 3 * head_dim, 2), random(m * 3 * head_dim, 3));
+        let (q, k, v) =
+            (random(m * 6 * head_dim, 1), random(m * 3 * head_dim, 2), random(m * 3 * head_dim, 3));
         let values = random(6 * (m + 3), 4);
         for bias in [None, Some(RelativeBias { values: &values, n_before: m })] {
             let run = |queries: Span, dropout| {
                 let mut out = vec![0.0; q.len()];
-                let plan = [sequence(&[queries], &[span(0, 1.min(m)), span(1, m - 1)], true)];
+                let plan = [sequence(&[queries], &[span(0, 1), span(1, m - 1)], true)];
                 attention(&q, &k, &v, &plan, shape, bias, dropout, &mut out);
                 out
             };
@@ -135,6 +138,58 @@ fn decoding_equals_the_whole_pass_for_every_number_of_keys() {
             assert_eq!(run(span(m - 1, 1), nothing)[row..], last[row..], "{m} {head_dim}");
         }
     }
+}
+
+#[test]
+fn steps_depend_neither_on_each_other_nor_on_the_number_of_threads() {
+    let shape = AttentionShape { n_heads: 9, n_kv_heads: 3, head_dim: 10, scale: 0.3 };
+    let (q, k, v) = (random(40 * 90, 1), random(90 * 30, 2), random(90 * 30, 3));
+    let step = |i: usize| sequence(&[span(i, 1)], &[span(i, 3), span(45, i + 1)], true);
+    let run = |sequences: &[Sequence]| {
+        let mut out = vec![0.0; q.len()];
+        attention(&q, &k, &v, sequences, shape, None, None, &mut out);
+        out
+    };
+    let alone: Vec<Vec<f32>> = (0..40).map(|i| run(&[step(i)])[i * 90..][..90].to_vec()).collect();
+    for n_threads in [1, 2, 3, 16] {
+        let pool = rayon::ThreadPoolBuilder::new().num_threads(n_threads).build().expect("threads");
+        for n in [1, 3, 5, 40] {
+            let steps: Vec<Sequence> = (0..n).map(step).collect();
+            let together = pool.install(|| run(&steps));
+            assert!(together.chunks(90).zip(&alone).take(n).all(|(a, b)| a == b), "{n_threads} {n}");
+        }
+    }
+}
+
+#[test]
+fn a_step_is_spoilt_by_what_it_sees_only() {
+    let shape = AttentionShape { head_dim: 20, ..SHAPE };
+    let (q, k, v) = (random(80, 1), random(100 * 40, 2), random(100 * 40, 3));
+    // Key 7, in the first of two blocks, is not seen.
+    let plan = [sequence(&[span(0, 1)], &[span(0, 7), span(8, 92)], true)];
+    let run = |k: &[f32], v: &[f32]| {
+        let mut out = vec![0.0; 80];
+        attention(&q, k, v, &plan, shape, None, None, &mut out);
+        out
+    };
+    let clean = run(&k, &v);
+    for special in [f32::NAN, f32::INFINITY] {
+        for (key, is_seen) in [(7, false), (3, true), (99, true)] {
+            let spoilt = |seed| random(100 * 40, seed).with(key * 40, special);
+            for out in [run(&spoilt(2), &v), run(&k, &spoilt(3))] {
+                assert_eq!(out[..40].iter().any(|x| !x.is_finite()), is_seen, "{special} {key}");
+                assert_eq!(out[40..], clean[40..], "{special} {key}");
+                assert!(is_seen || out == clean);
+            }
+        }
+    }
+}
+
+#[test]
+#[should_panic(expected = "no keys")]
+fn queries_without_keys_are_refused() {
+    let plan = [sequence(&[span(0, 1)], &[], false)];
+    attention(&[0.0; 24], &[0.0; 12], &[0.0; 12], &plan, SHAPE, None, None, &mut [0.0; 24]);
 }
 
 #[test]

@@ -2,7 +2,7 @@
 
 use half::f16;
 
-use crate::lanes::dot;
+use crate::lanes::{dot, round};
 
 use super::format::{BLOCK, Format, Int4, Int4Offset, Int8Blocks, Layout, QUAD, SCALES, WIDTH};
 
@@ -75,8 +75,9 @@ struct Block {
 fn round_block(format: Format, x: &[f32; BLOCK], len: usize) -> Block {
     let largest = largest(x);
     let zero_point = format.zero_point();
+    let none = Block { scale: f16::NAN, minimum: f16::ZERO, values: [zero_point as u8; BLOCK] };
     if !largest.is_finite() {
-        return Block { scale: f16::NAN, minimum: f16::ZERO, values: [zero_point as u8; BLOCK] };
+        return none;
     }
     let (scale, minimum) = match format {
         Format::Int4 => (f16::from_f32(best_scale(x)), f16::ZERO),
@@ -89,9 +90,15 @@ fn round_block(format: Format, x: &[f32; BLOCK], len: usize) -> Block {
     };
     let inverse = inverse(scale.to_f32());
     let (first, last) = if format == Format::Int8Blocks { (1, 255) } else { (0, 15) };
-    let values = x.map(|x| {
-        (round((x - minimum.to_f32()) * inverse).saturating_add(zero_point)).clamp(first, last) as u8
-    });
+    // Beyond half precision.
+    if !scale.is_finite() || !minimum.is_finite() {
+        return none;
+    }
+    let minimum_f32 = minimum.to_f32();
+    let values = x.map(
+        #[inline(always)]
+        |x| round((x - minimum_f32) * inverse).wrapping_add(zero_point).clamp(first, last) as u8,
+    );
     Block { scale, minimum, values }
 }
 
@@ -107,7 +114,10 @@ fn best_scale(x: &[f32; BLOCK]) -> f32 {
     for end in [-8.5, -8.0, -7.5, -7.0, 6.5, 7.0, 7.5, 8.0] {
         let scale = extreme / end;
         let inverse = inverse(scale);
-        let q = x.map(|x| round(x * inverse).clamp(-8, 7) as f32);
+        let q = x.map(
+            #[inline(always)]
+            |x| round(x * inverse).clamp(-8, 7) as f32,
+        );
         let (x_q, q_q) = (dot(x, &q), dot(&q, &q));
         // The error is Σx² - (Σxq)² / Σq² with the scale Σxq / Σq².
         let explained = x_q * x_q / q_q;
@@ -129,11 +139,4 @@ fn largest(x: &[f32]) -> f32 {
 fn inverse(scale: f32) -> f32 {
     let inverse = 1.0 / scale;
     if inverse.is_finite() { inverse } else { 0.0 }
-}
-
-#[inline(always)]
-fn round(x: f32) -> i32 {
-    // Adding it rounds to the nearest integer, in the lowest bits, for all that a scale leaves of a weight.
-    const ROUND: f32 = 12_582_912.0; // 1.5 * 2^23
-    (x + ROUND).to_bits().wrapping_sub(ROUND.to_bits()) as i32
 }

@@ -6,6 +6,7 @@ use rayon::prelude::*;
 
 use crate::buffer::keep;
 use crate::isa::{Isa, with_isa};
+use crate::lanes::round;
 
 /// Below this no scale can be inverted; such activations are zero.
 const SMALLEST: f32 = 1e-36;
@@ -98,11 +99,10 @@ fn round_block(x: &[f32], values: &mut [i8]) -> (f32, i32) {
         values[..x.len()].fill(0);
         return (if largest.is_finite() { 0.0 } else { f32::NAN }, 0);
     }
-    const ROUND: f32 = 12_582_912.0; // 1.5 * 2^23: adding it rounds to the nearest integer, in the lowest bits
     let inverse = 127.0 / largest;
     let mut sum = 0i32;
     for (x, value) in x.iter().zip(values) {
-        let rounded = (x * inverse + ROUND).to_bits().wrapping_sub(ROUND.to_bits()) as i32;
+        let rounded = round(x * inverse);
         *value = rounded as i8;
         sum += rounded;
     }

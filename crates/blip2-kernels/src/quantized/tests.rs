@@ -413,3 +413,25 @@ fn weights_that_share_their_input_give_what_each_gives_alone() {
         }
     }
 }
+
+#[test]
+fn every_instruction_set_rounds_to_the_same_bytes() {
+    for format in Format::ROUNDED {
+        for n_in in [1, 31, 32, 33, 200] {
+            let mut w = numbers(35 * n_in, 5);
+            // A row of subnormal numbers, one beyond half precision, one of zeros and a block that is not a number.
+            w[..n_in].iter_mut().for_each(|x| *x *= 1e-40);
+            w[n_in..2 * n_in].iter_mut().for_each(|x| *x = (*x - 3.0) * 1e7);
+            w[2 * n_in..3 * n_in].fill(0.0);
+            w[4 * n_in - 1] = f32::NAN;
+            let bytes = |isa| {
+                let row = |i: usize, row: &mut [f32]| row.copy_from_slice(&w[i * n_in..(i + 1) * n_in]);
+                QuantizedWeight::quantize_with(isa, 35, n_in, format, &row).bytes().to_vec()
+            };
+            let expected = bytes(Isa::Scalar);
+            for isa in Isa::all_available() {
+                assert_eq!(bytes(isa), expected, "{isa:?} {format:?} {n_in}");
+            }
+        }
+    }
+}

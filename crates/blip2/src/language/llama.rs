@@ -3,7 +3,6 @@
 
 use std::sync::Arc;
 
-use blip2_kernels::gemm::Precision;
 use candle_core::Tensor;
 
 use super::LlamaConfig;
@@ -12,7 +11,7 @@ use super::loading::{File, Loader, Table};
 use crate::Result;
 use crate::cache::KvCache;
 use crate::layers::{
-    Activation, AttentionShape, FrozenFormat, Linear, MatrixSize, RmsNorm, Weight, gated, rope,
+    Activation, AttentionShape, FrozenFormat, Linear, MatrixSize, Precision, RmsNorm, Weight, gated, rope,
 };
 use crate::weights::gguf::Gguf;
 use crate::weights::safetensors::Safetensors;

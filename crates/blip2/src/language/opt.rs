@@ -3,7 +3,6 @@
 
 use std::sync::Arc;
 
-use blip2_kernels::gemm::Precision;
 use candle_core::{Device, Tensor};
 use serde_json::Value as Json;
 
@@ -12,7 +11,9 @@ use super::config::{boolean_or, check_sizes, number, size, size_or, text, unsupp
 use super::loading::{File, Loader, Table};
 use crate::Result;
 use crate::cache::KvCache;
-use crate::layers::{Activation, AttentionShape, FrozenFormat, LayerNorm, Linear, MatrixSize, Weight};
+use crate::layers::{
+    Activation, AttentionShape, FrozenFormat, LayerNorm, Linear, MatrixSize, Precision, Weight,
+};
 use crate::weights::safetensors::Safetensors;
 
 /// Rows of the position table before position 0.

@@ -6,7 +6,6 @@ mod config;
 
 use std::sync::Arc;
 
-use blip2_kernels::gemm::Precision;
 use candle_core::{Device, Tensor};
 
 pub use self::config::T5Config;
@@ -14,8 +13,8 @@ use super::Branched;
 use super::loading::{File, Loader, Table, on_a_worker};
 use crate::cache::{CachedSequence, KvCache};
 use crate::layers::{
-    Activation, AttentionShape, FrozenFormat, Linear, MatrixSize, Plan, RelativeBias, RmsNorm, Sequence,
-    Span, Weight, attention, attention_biased, attention_cached, attention_to, gated,
+    Activation, AttentionShape, FrozenFormat, Linear, MatrixSize, Plan, Precision, RelativeBias, RmsNorm,
+    Sequence, Span, Weight, attention, attention_biased, attention_cached, attention_to, gated,
 };
 use crate::weights::safetensors::Safetensors;
 use crate::{Error, Result};

@@ -3,6 +3,7 @@
 use std::sync::Arc;
 
 use blip2_kernels::attention as kernels;
+pub(crate) use blip2_kernels::attention::Element;
 pub use blip2_kernels::attention::{AttentionShape, Sequence, Span};
 use blip2_kernels::dropout::Dropout;
 use candle_core::{CpuStorage, CustomOp3, Layout, Result, Shape, Tensor};
@@ -95,8 +96,16 @@ pub(crate) fn attention_cached(
     shape: AttentionShape,
     bias: Option<&RelativeBias>,
 ) -> Result<Tensor> {
-    with_slices([&k.contiguous()?, &v.contiguous()?], |[k, v]| cached.push(k, v))?;
+    keep_rows(cached, k, v)?;
     attention_to(q, cached, plan, shape, bias)
+}
+
+/// Appends rows to those that are kept.
+///
+/// # Errors
+/// Those of the tensor engine; then nothing was appended.
+pub(crate) fn keep_rows(kept: &mut LayerRows, k: &Tensor, v: &Tensor) -> Result<()> {
+    with_slices([&k.contiguous()?, &v.contiguous()?], |[k, v]| kept.push(k, v))
 }
 
 /// [`attention`] to rows that are kept elsewhere. No gradient.

@@ -11,7 +11,7 @@ pub(super) fn slice<'a>(storage: &'a CpuStorage, layout: &Layout) -> Result<&'a 
 }
 
 /// Calls `f` with the elements of contiguous CPU tensors.
-pub(crate) fn with_slices<const N: usize, R>(
+pub(super) fn with_slices<const N: usize, R>(
     tensors: [&Tensor; N],
     f: impl FnOnce([&[f32]; N]) -> R,
 ) -> Result<R> {
