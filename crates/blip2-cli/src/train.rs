@@ -1,6 +1,7 @@
 //! `blip2 train`.
 
 use std::ops::ControlFlow;
+use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
@@ -10,24 +11,27 @@ use blip2::model::{open_encoder, open_language_model, open_trained};
 use blip2::text::BertTokenizer;
 use blip2_train::data::Dataset;
 use blip2_train::features::{Computed, Progress};
-use blip2_train::health::Limits;
+use blip2_train::health::Watch;
 use blip2_train::plot::{Style, plot_log};
 use blip2_train::run::stage1::Stage1Init;
 use blip2_train::run::stage2::Language;
-use blip2_train::run::{Observer, RunConfig, Stage1Config, Stage2Config, train_stage1, train_stage2};
+use blip2_train::run::{
+    Observer, RunConfig, SKIPPED_FILE, Stage1Config, Stage2Config, train_stage1, train_stage2,
+};
 use blip2_train::trainer::{Outcome, Report};
 use indicatif::{ProgressBar, ProgressStyle};
 
 use crate::args::TrainArgs;
 
-/// Pictures that are named one by one when they cannot be used; the rest is counted.
+/// Pictures that are named one by one when they cannot be used; the rest is counted, and named in a file.
 const N_NAMED: usize = 20;
 
 /// Values of a step that the progress line shows, with their labels and scale.
-const SHOWN: [(&str, &str, f64); 6] = [
+const SHOWN: [(&str, &str, f64); 7] = [
     ("loss", "loss", 1.0),
     ("itc", "itc", 1.0),
     ("itm", "itm", 1.0),
+    ("itm_accuracy", "acc %", 100.0),
     ("itg", "itg", 1.0),
     ("recall_at_1", "R@1 %", 100.0),
     ("temperature", "temp", 1.0),
@@ -42,20 +46,24 @@ pub(crate) fn run(args: &TrainArgs) -> anyhow::Result<()> {
     let asked = stop.clone();
     ctrlc::set_handler(move || asked.store(true, Ordering::Relaxed))
         .context("cannot listen for Ctrl-C and SIGTERM")?;
-    let mut terminal = Terminal { bar: ProgressBar::hidden(), stop, texts_per_step: 0 };
-    let (outcome, output, title, curves): (_, _, _, &[&str]) = match &config {
-        RunConfig::Stage1(config) => {
-            terminal.texts_per_step = config.batch_size;
-            let outcome = run_stage1(config, args.resume, &mut terminal)?;
-            (outcome, &config.output, "Stage 1", &["loss", "itc", "itm", "itg"])
-        }
-        RunConfig::Stage2(config) => {
-            terminal.texts_per_step = config.batch_size * config.texts_per_picture;
-            let outcome = run_stage2(config, args.resume, &mut terminal)?;
-            (outcome, &config.output, "Stage 2", &["loss"])
-        }
+    let (output, title, curves): (_, _, &[&str]) = match &config {
+        RunConfig::Stage1(config) => (&config.output, "Stage 1", &["loss", "itc", "itm", "itg"]),
+        RunConfig::Stage2(config) => (&config.output, "Stage 2", &["loss"]),
     };
-    terminal.bar.finish_and_clear();
+    let mut terminal = Terminal {
+        bar: ProgressBar::hidden(),
+        stop,
+        n_skipped: 0,
+        skipped_file: output.join(SKIPPED_FILE),
+        health: Watch::default(),
+    };
+    let outcome = match &config {
+        RunConfig::Stage1(config) => run_stage1(config, args.resume, &mut terminal),
+        RunConfig::Stage2(config) => run_stage2(config, args.resume, &mut terminal),
+    };
+    // After a failure too: it may be what was warned of.
+    terminal.finish();
+    let outcome = outcome?;
 
     let plot = output.join("loss.svg");
     let log = output.join(blip2_train::log::FILE_NAME);
@@ -104,7 +112,10 @@ fn run_stage2(config: &Stage2Config, resume: bool, terminal: &mut Terminal) -> a
 struct Terminal {
     bar: ProgressBar,
     stop: Arc<AtomicBool>,
-    texts_per_step: usize,
+    n_skipped: usize,
+    /// Where all that was skipped is named.
+    skipped_file: PathBuf,
+    health: Watch,
 }
 
 impl Terminal {
@@ -117,6 +128,26 @@ impl Terminal {
         self.bar = ProgressBar::new(total).with_prefix(what.to_owned());
         self.bar.set_style(style.unwrap_or_else(|_| ProgressStyle::default_bar()));
     }
+
+    /// Repeats what has scrolled away since it was said.
+    fn finish(&self) {
+        self.bar.finish_and_clear();
+        if self.n_skipped > 0 {
+            eprintln!("{} pictures could not be used: {}", self.n_skipped, self.skipped_file.display());
+        }
+        self.health.episodes().iter().for_each(|episode| eprintln!("warning: {episode}"));
+    }
+}
+
+/// What the progress line says of a step.
+fn message(report: &Report) -> String {
+    let mut message = String::new();
+    for (name, label, scale) in SHOWN {
+        if let Some((_, value)) = report.values.iter().find(|(own, _)| *own == name) {
+            message += &format!("{label} {:.3} ", value * scale);
+        }
+    }
+    format!("{message}lr {:.1e} {:.1} images/s", report.learning_rate, report.images_per_second)
 }
 
 impl Observer for Terminal {
@@ -138,11 +169,13 @@ impl Observer for Terminal {
             computed.n_reused,
         );
         let skipped = dataset.skipped();
+        self.n_skipped = skipped.len();
         if !skipped.is_empty() {
             eprintln!("{} pictures cannot be used:", skipped.len());
             skipped.iter().take(N_NAMED).for_each(|picture| eprintln!("  {picture}"));
             if skipped.len() > N_NAMED {
-                eprintln!("  and {} more", skipped.len() - N_NAMED);
+                let (n, file) = (skipped.len() - N_NAMED, self.skipped_file.display());
+                eprintln!("  and {n} more, all of them in {file}");
             }
         }
     }
@@ -153,30 +186,33 @@ impl Observer for Terminal {
             self.bar.set_position(report.step - 1);
             self.bar.reset_eta();
         }
-        let value = |name: &str| report.values.iter().find(|(n, _)| *n == name).map(|(_, v)| *v);
-        let mut message = String::new();
-        for (name, label, scale) in SHOWN {
-            if let Some(value) = value(name) {
-                message += &format!("{label} {:.3} ", value * scale);
-            }
-        }
-        let texts_per_second = self.bar.per_sec() * self.texts_per_step as f64;
-        self.bar
-            .set_message(format!("{message}lr {:.1e} {texts_per_second:.0} texts/s", report.learning_rate));
+        self.bar.set_message(message(report));
         self.bar.set_position(report.step);
-        let limits = Limits::default();
-        let warnings = [
-            value("query_cosine").map(|v| limits.check_queries(v)),
-            value("temperature").map(|v| limits.check_temperature(v)),
-        ];
-        // Once in a while is enough: a collapse does not go away by being repeated.
-        if report.step.is_multiple_of(100) {
-            warnings
-                .iter()
-                .flatten()
-                .flatten()
-                .for_each(|warning| self.bar.println(format!("warning: {warning}")));
+        for warning in self.health.step(report.step, &report.values) {
+            // Not the bar's own `println`, which says nothing where there is no terminal.
+            self.bar.suspend(|| eprintln!("step {}: warning: {warning}", report.step));
         }
         self.flow()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_progress_line_has_the_values_of_its_stage_and_pictures_a_second() {
+        let report = |values: &[(&'static str, f64)]| Report {
+            step: 3,
+            n_steps: 9,
+            epoch: 0,
+            values: values.to_vec(),
+            learning_rate: 1e-4,
+            gradient_norm: 1.0,
+            images_per_second: 9.54,
+        };
+        let stage1 = [("loss", 2.5), ("itm", 0.5), ("itm_accuracy", 0.75), ("query_cosine", 0.1)];
+        assert_eq!(message(&report(&stage1)), "loss 2.500 itm 0.500 acc % 75.000 lr 1.0e-4 9.5 images/s");
+        assert_eq!(message(&report(&[("loss", 2.5)])), "loss 2.500 lr 1.0e-4 9.5 images/s");
     }
 }

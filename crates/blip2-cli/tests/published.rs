@@ -3,6 +3,7 @@
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
+use blip2::weights::safetensors::Safetensors;
 use serde_json::Value as Json;
 
 fn golden(name: &str) -> PathBuf {
@@ -62,6 +63,23 @@ fn a_match_has_the_scores_of_transformers_and_bf16_is_near_them() {
             assert!((number(&row["itm_probability"]) - probability).abs() < tolerance, "{row} {text}");
         }
     }
+}
+
+/// Parts are counted as they were published: EVA's keys have no biases, which are zeros in a folder.
+#[test]
+fn the_parts_have_their_numbers_of_parameters() {
+    let file = Safetensors::open(golden("blip2_opt")).expect("tensors");
+    let size = |name: &str| file.shape(name).expect("a shape").iter().product::<usize>();
+    let is_bridge =
+        |name: &str| name.starts_with("vision_model.post_layernorm.") || !name.starts_with("vision_model.");
+    let own = || file.names().filter(|name| !name.starts_with("language_model."));
+    let n_bridge: usize = own().filter(|name| is_bridge(name)).map(size).sum();
+    let n_zeros: usize = own().filter(|name| name.ends_with(".qkv.bias")).map(|name| size(name) / 3).sum();
+    let n_encoder = own().filter(|name| !is_bridge(name)).map(size).sum::<usize>() - n_zeros;
+    let parts = blip2(&["info"], "blip2_opt")["parameters"].clone();
+    assert!(n_zeros > 0);
+    assert_eq!(parts["image encoder (frozen)"], n_encoder);
+    assert_eq!(parts["Q-Former of stage 2 with projection"], n_bridge);
 }
 
 #[test]

@@ -1,30 +1,15 @@
 //! Training on one's own frozen parts from the command line, on tiny random models: vision transformers in either layout, OPT and T5,
 //! and the model that comes out of it.
 
+#[path = "support/training.rs"]
+mod support;
+
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
-use std::process::{Command, Output};
 
-use blip2::image::{RgbImage, png};
 use blip2::weights::safetensors::{NamedTensor, Safetensors, Values, write_safetensors};
 use serde_json::Value as Json;
-
-fn golden(name: &str) -> PathBuf {
-    Path::new(env!("CARGO_MANIFEST_DIR")).join("../blip2/tests/golden").join(name)
-}
-
-fn run(arguments: &[&dyn AsRef<std::ffi::OsStr>]) -> Output {
-    let mut command = Command::new(env!("CARGO_BIN_EXE_blip2"));
-    command.args(arguments.iter().map(|argument| argument.as_ref()));
-    command.output().expect("the command runs")
-}
-
-/// What a command says on standard output.
-fn done(arguments: &[&dyn AsRef<std::ffi::OsStr>]) -> String {
-    let output = run(arguments);
-    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
-    String::from_utf8(output.stdout).expect("text")
-}
+use support::{OPT_PROMPTS, Work, done, golden, run, stage1, stage2};
 
 fn refused(arguments: &[&dyn AsRef<std::ffi::OsStr>]) -> String {
     let output = run(arguments);
@@ -33,31 +18,7 @@ fn refused(arguments: &[&dyn AsRef<std::ffi::OsStr>]) -> String {
     said
 }
 
-/// A working folder with pictures of one colour each, their captions and a question.
-struct Work(tempfile::TempDir);
-
 impl Work {
-    fn new() -> Self {
-        let work = Self(tempfile::tempdir().expect("a folder"));
-        let (mut captions, mut questions) = (String::new(), String::new());
-        for (name, colour) in [("red", [250, 10, 10]), ("green", [10, 240, 20]), ("two dogs", [20, 20, 230])]
-        {
-            let picture = png(&RgbImage::from_pixel(8, 8, colour.into()));
-            std::fs::write(work.path(&format!("{name}.png")), picture).expect("written");
-            captions +=
-                &format!("{{\"image\": \"{name}.png\", \"captions\": [\"a {name} cat\", \"the {name}\"]}}\n");
-            questions +=
-                &format!("{{\"image\": \"{name}.png\", \"question\": \"What?\", \"answer\": \"{name}\"}}\n");
-        }
-        std::fs::write(work.path("captions.jsonl"), &captions).expect("written");
-        std::fs::write(work.path("both.jsonl"), captions + &questions).expect("written");
-        work
-    }
-
-    fn path(&self, name: &str) -> PathBuf {
-        self.0.path().join(name)
-    }
-
     /// Runs `fields` as a configuration and gives the last checkpoint; the loss must fall.
     fn learn(&self, name: &str, data: &str, fields: &str) -> PathBuf {
         let checkpoint = self.train(name, data, fields);
@@ -73,20 +34,10 @@ impl Work {
 
     /// Runs `fields` as a configuration and gives the last checkpoint.
     fn train(&self, name: &str, data: &str, fields: &str) -> PathBuf {
-        let config = format!(
-            "output = \"{name}\"\nfeatures = \"features\"\nseed = 1\nmicro_batch = 2\ndropout = 0.0\nprecision = \"f32\"\n\
-             {fields}\n[run]\nepochs = 12\nsave_every = 100\n\
-             [run.learning_rate]\npeak = 5e-3\nmin = 1e-3\nwarmup_steps = 1\n\
-             [[data]]\npath = \"{data}\"\n"
-        );
-        let file = self.path(&format!("{name}.toml"));
-        std::fs::write(&file, config).expect("written");
+        let fields = format!("dropout = 0.0\n{fields}");
+        let file = self.config(name, data, &fields, "epochs = 12\nsave_every = 100");
         PathBuf::from(done(&[&"train", &file]).trim())
     }
-}
-
-fn quoted(path: &Path) -> String {
-    format!("{path:?}")
 }
 
 fn captions(model: &Path, picture: &Path) -> Vec<Json> {
@@ -135,24 +86,10 @@ fn write_language_model(blip2: &Path, folder: &Path, named: impl Fn(&str) -> Str
     }
 }
 
-const OPT_PROMPTS: &str = "prompt = { kind = \"plain\", template = \"{image}Question: {prompt} Answer:\", bos = true, \
-                           end_of_answer = \"\\n\", between_turns = \". \" }\n\
-                           caption_prompt = { kind = \"plain\", template = \"{image}{prompt}\", bos = true, \
-                           end_of_answer = \"\\n\", between_turns = \" \" }\n";
 const T5_PROMPTS: &str = "prompt = { kind = \"plain\", template = \"{image}Question: {prompt} Short answer:\", bos = false, \
                           eos = true, end_of_answer = \"\", between_turns = \". \" }\n\
                           caption_prompt = { kind = \"plain\", template = \"{image}{prompt}\", bos = false, eos = true, \
                           end_of_answer = \"\", between_turns = \" \" }\n";
-
-fn stage2(encoder: &Path, language_model: &Path, init: &Path, prompts: &str) -> String {
-    format!(
-        "stage = 2\nencoder = {}\nlanguage_model = {}\ninit = [{}]\nbatch_size = 3\ntexts_per_picture = 2\nmax_rows = 100\n\
-         instructions = [\"\"]\ntidy_captions = false\n{prompts}",
-        quoted(encoder),
-        quoted(language_model),
-        quoted(init),
-    )
-}
 
 /// Fine-tuning of a published folder, whose parts are all in it, and back into such a folder.
 #[test]
@@ -200,25 +137,8 @@ fn a_published_model_is_fine_tuned_and_written_back() {
 #[test]
 fn both_stages_train_on_parts_by_themselves() {
     let work = Work::new();
-    let (encoder, vocabulary) = (golden("lavis/eva_vit.pth"), golden("lavis/vocab.txt"));
-    let start = work.path("start");
-    let config = golden("blip2_opt/config.json");
-    done(&[
-        &"convert",
-        &golden("lavis/stage1.pth"),
-        &start,
-        &"--vocabulary",
-        &vocabulary,
-        &"--config",
-        &config,
-    ]);
-    let fields = format!(
-        "stage = 1\nencoder = {}\nencoder_heads = 3\ninit = {{ weights = [{}] }}\nvocabulary = {}\nbatch_size = 3\n\
-         max_text_tokens = 8\n",
-        quoted(&encoder),
-        quoted(&start),
-        quoted(&vocabulary),
-    );
+    let encoder = golden("lavis/eva_vit.pth");
+    let fields = stage1(&work.converted_stage1());
     let checkpoint = work.learn("stage1", "captions.jsonl", &fields);
     let itm = work.path("itm");
     done(&[&"pack", &"--stage1", &checkpoint, &"--out", &itm, &"--hugging-face"]);
@@ -251,13 +171,8 @@ fn what_does_not_fit_is_said() {
     let work = Work::new();
     let (opt, t5) = (golden("blip2_opt"), golden("blip2_t5"));
     let train = |fields: String, words: &str| {
-        let file = work.path("refused.toml");
-        let config = format!(
-            "output = \"refused\"\nfeatures = \"features\"\nseed = 1\nmicro_batch = 2\ndropout = 0.0\nprecision = \"f32\"\n\
-             {fields}\n[run]\nepochs = 1\nsave_every = 9\n[run.learning_rate]\npeak = 1e-3\nmin = 0.0\nwarmup_steps = 1\n\
-             [[data]]\npath = \"both.jsonl\"\n"
-        );
-        std::fs::write(&file, config).expect("written");
+        let fields = format!("dropout = 0.0\n{fields}");
+        let file = work.config("refused", "both.jsonl", &fields, "epochs = 1\nsave_every = 9");
         let said = refused(&[&"train", &file]);
         assert!(said.contains(words), "{words}: {said}");
     };
@@ -269,4 +184,31 @@ fn what_does_not_fit_is_said() {
     // A folder beside other weights, of another language model's width, or none.
     let two = stage2(&opt, &opt, &opt, OPT_PROMPTS).replace("]\nbatch_size", ", \"more\"]\nbatch_size");
     train(two, "qformer");
+}
+
+/// The first of them are named at once, all in a file, and the file at the end again.
+#[test]
+fn pictures_that_cannot_be_used_are_listed_in_the_run_folder() {
+    let work = Work::new();
+    let mut rows = std::fs::read_to_string(work.path("captions.jsonl")).expect("readable");
+    for i in 0..24 {
+        rows += &format!("{{\"image\": \"gone-{i}.png\", \"caption\": \"a cat\"}}\n");
+    }
+    rows += "{\"image\": \"broken.png\", \"caption\": \"a cat\"}\n";
+    std::fs::write(work.path("broken.png"), "no picture").expect("written");
+    std::fs::write(work.path("holes.jsonl"), rows).expect("written");
+    let opt = golden("blip2_opt");
+    let fields = stage2(&opt, &opt, &opt, OPT_PROMPTS) + "dropout = 0.0\n";
+    let file = work.config("holes", "holes.jsonl", &fields, "epochs = 3\nsave_every = 9");
+    let output = run(&[&"train", &file]);
+    let said = String::from_utf8_lossy(&output.stderr);
+    assert!(output.status.success(), "{said}");
+    let list = work.path("holes/skipped.txt");
+    let listed = std::fs::read_to_string(&list).expect("a list");
+    assert_eq!(listed.lines().count(), 25, "{listed}");
+    assert!(listed.contains("gone-23.png: ") && listed.contains("broken.png: "), "{listed}");
+    assert!(said.contains("gone-19.png") && !said.contains("gone-20.png"), "{said}");
+    assert!(said.contains("and 5 more"), "{said}");
+    let end = format!("25 pictures could not be used: {}", list.display());
+    assert!(said.rfind(&end).is_some_and(|at| at > said.find("and 5 more").expect("said")), "{said}");
 }

@@ -113,7 +113,8 @@ pub enum Format {
     Jsonl,
     /// Pictures with a `.txt` of the same name beside each, one caption a line.
     Folder,
-    /// WebDataset tar shards: members that share a name up to the first dot belong together.
+    /// WebDataset tar shards, those of img2dataset too: members that share a name up to the first dot belong together, a picture
+    /// with a `.json` that is a [`Row`] or a `.txt`, one caption a line.
     Webdataset,
     /// COCO caption annotations (`images` and `annotations`).
     Coco,

@@ -1,4 +1,7 @@
-//! Signs that a training goes wrong while its loss still looks plausible: pure functions of a step's values.
+//! Signs that a training goes wrong while its loss still looks plausible: pure functions of a step's values, and a
+//! [`Watch`] over all steps of a run.
+
+mod watch;
 
 use std::fmt;
 use std::ops::RangeInclusive;
@@ -8,6 +11,8 @@ use blip2::qformer::QFormer;
 use candle_core::Tensor;
 
 use crate::Result;
+
+pub use watch::{Episode, Watch};
 
 /// What is still healthy.
 #[derive(Debug, Clone, PartialEq)]

@@ -3,12 +3,14 @@
 pub mod stage1;
 pub mod stage2;
 
+use std::io::Write;
 use std::ops::ControlFlow;
 use std::path::{Path, PathBuf};
 
 use blip2::config::QFormerConfig;
 use blip2::layers::Precision;
 use blip2::model::qformer_config;
+use blip2::weights::write_atomically;
 use serde::de::IgnoredAny;
 use serde::{Deserialize, Serialize};
 
@@ -150,8 +152,14 @@ fn open_output(output: &Path, resume: bool) -> Result<Option<PathBuf>> {
     Ok(checkpoint)
 }
 
-/// Reads the data and makes sure that the frozen encoder's features of all pictures are on disk.
+/// The name of the file in a run's folder that lists what could not be used of its data, one a line; there is none when all
+/// could.
+pub const SKIPPED_FILE: &str = "skipped.txt";
+
+/// Reads the data and makes sure that the frozen encoder's features of all pictures are on disk. What cannot be used is
+/// listed in the run's folder, `output`.
 fn open_data(
+    output: &Path,
     data: &[DataConfig],
     features: &Path,
     encoder: &dyn FeatureEncoder,
@@ -161,8 +169,21 @@ fn open_data(
     let (features, computed) =
         FeatureCache::compute(features, &dataset, encoder, |progress| observer.on_features(progress))?;
     dataset.skip_images(&computed.unusable);
+    write_skipped(&output.join(SKIPPED_FILE), &dataset)?;
     observer.on_data(&dataset, &computed);
     Ok((dataset, features))
+}
+
+fn write_skipped(path: &Path, dataset: &Dataset) -> Result<()> {
+    let lines: String = dataset.skipped().iter().map(|skipped| format!("{skipped}\n")).collect();
+    if !lines.is_empty() {
+        return Ok(write_atomically(path, |file| file.write_all(lines.as_bytes()))?);
+    }
+    // An earlier start of this run may have left one.
+    match std::fs::remove_file(path) {
+        Err(error) if error.kind() != std::io::ErrorKind::NotFound => Err(Error::io(path)(error)),
+        _ => Ok(()),
+    }
 }
 
 /// A run whose parts are ready.
@@ -202,6 +223,7 @@ impl Run<'_> {
                 report.values.iter().for_each(|(name, value)| values.push(*name, *value));
                 values.push("learning_rate", report.learning_rate);
                 values.push("gradient_norm", report.gradient_norm);
+                values.push("images_per_second", report.images_per_second);
                 if let Err(error) = log.record(&values) {
                     log_error = Some(error);
                     return ControlFlow::Break(());
@@ -239,6 +261,26 @@ mod tests {
     fn the_stage_must_be_one_that_exists() {
         assert!(read("stage = 3\n").contains("1 or 2"));
         assert!(read("output = \"x\"\n").contains("stage"));
+    }
+
+    #[test]
+    fn what_was_skipped_is_listed_and_an_old_list_taken_away() {
+        let dir = tempfile::tempdir().expect("a folder");
+        let (rows, list) = (dir.path().join("rows.jsonl"), dir.path().join(SKIPPED_FILE));
+        let row = |name: &str| format!("{{\"image\": \"{name}\", \"caption\": \"x\"}}\n");
+        std::fs::write(dir.path().join("a.png"), "only its name is used").expect("written");
+        let load = |names: &[&str]| {
+            std::fs::write(&rows, names.iter().map(|name| row(name)).collect::<String>()).expect("written");
+            let dataset = Dataset::load(&[DataConfig::new(&rows)], Path::new("")).expect("a data set");
+            write_skipped(&list, &dataset).expect("written");
+        };
+        load(&["a.png", "b.png", "c.png"]);
+        let listed = std::fs::read_to_string(&list).expect("a list");
+        let lines: Vec<&str> = listed.lines().collect();
+        assert!(matches!(lines[..], [b, c] if b.contains("b.png: ") && c.contains("c.png: ")), "{listed}");
+        load(&["a.png"]);
+        assert!(!list.exists());
+        load(&["a.png"]);
     }
 
     #[test]

@@ -7,6 +7,7 @@
 use std::collections::BTreeMap;
 use std::ops::ControlFlow;
 use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
 
 use candle_core::{Tensor, Var};
 use serde::{Deserialize, Serialize};
@@ -79,6 +80,9 @@ pub struct Report {
     pub learning_rate: f64,
     /// Length of the gradient before clipping.
     pub gradient_norm: f64,
+    /// The step's pictures, however many texts each has, by the seconds from its batch to its update: the one number here
+    /// that differs from run to run.
+    pub images_per_second: f64,
 }
 
 /// How a run ended.
@@ -165,6 +169,7 @@ pub fn train(
         checkpoint::save(run_dir, &state, objective.variables(), optimizer)
     };
     loop {
+        let started = Instant::now();
         let batch = loader.next_batch();
         let (gradients, values) = objective.gradients(&batch, step)?;
         if let Some((name, _)) = values.iter().find(|(_, value)| !value.is_finite()) {
@@ -178,8 +183,10 @@ pub fn train(
         let learning_rate = config.learning_rate.at(step, n_steps);
         let gradient_norm = optimizer.step(objective.variables(), &gradients, learning_rate)?;
         step += 1;
-        let stop =
-            on_step(&Report { step, n_steps, epoch: batch.epoch, values, learning_rate, gradient_norm });
+        let images_per_second = per_second(batch.items.len(), started.elapsed());
+        let epoch = batch.epoch;
+        let report = Report { step, n_steps, epoch, values, learning_rate, gradient_norm, images_per_second };
+        let stop = on_step(&report);
         if step == n_steps {
             return save(step, loader, &optimizer).map(Outcome::Finished);
         }
@@ -189,5 +196,21 @@ pub fn train(
         if step.is_multiple_of(config.save_every.max(1)) {
             save(step, loader, &optimizer)?;
         }
+    }
+}
+
+/// A clock may stand still for a tiny step; no number is infinite all the same.
+fn per_second(n: usize, elapsed: Duration) -> f64 {
+    n as f64 / elapsed.max(Duration::from_nanos(1)).as_secs_f64()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn pictures_a_second() {
+        assert_eq!(per_second(64, Duration::from_millis(500)), 128.0);
+        assert!(per_second(64, Duration::ZERO).is_finite());
     }
 }

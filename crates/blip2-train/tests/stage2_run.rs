@@ -16,6 +16,7 @@ use blip2_train::checkpoint;
 use blip2_train::data::{DataConfig, Dataset};
 use blip2_train::features::{Computed, FeatureEncoder, Progress};
 use blip2_train::frozen::FrozenProof;
+use blip2_train::log;
 use blip2_train::optimizer::OptimizerConfig;
 use blip2_train::run::stage2::Language;
 use blip2_train::run::{Observer, RunPrecision, Stage2Config, train_stage2};
@@ -174,6 +175,19 @@ fn a_run_learns_resumes_bit_for_bit_and_leaves_the_frozen_parts_alone() {
     };
     let read = |path: &Path| checkpoint::load(path).expect("whole").1;
     assert_eq!(read(&whole), read(&parts));
+
+    // The resumed run's log has every step once, with the values of the other; only what a clock says may differ.
+    let logged = |name: &str| {
+        let steps = log::read(&setting.dir.path().join(name).join(log::FILE_NAME)).expect("a log");
+        assert!(steps.iter().all(|step| step.get("images_per_second").is_some_and(|rate| rate > 0.0)));
+        let values = steps.into_iter().map(|mut step| {
+            step.values.retain(|(name, _)| name != "images_per_second");
+            (step.step, step.values)
+        });
+        values.collect::<Vec<_>>()
+    };
+    assert_eq!(logged("whole"), logged("parts"));
+    assert_eq!(logged("whole").len() as u64, STEPS);
 
     // The proof says so too, and it is no constant: another model or file has another one.
     let proof = |name: &str| -> FrozenProof {

@@ -38,6 +38,18 @@ pub struct QFormerConfig {
 }
 
 impl QFormerConfig {
+    /// Parameters of the query path: queries, norms and layers, without the text side.
+    pub fn n_query_parameters(&self) -> usize {
+        let Self { hidden_size: d, intermediate_size: ffn, encoder_hidden_size: e, .. } = *self;
+        let attention = |n_in: usize| d * (d + 1) + 2 * d * (n_in + 1) + d * (d + 1) + 2 * d;
+        let feed_forward = ffn * (d + 1) + d * (ffn + 1) + 2 * d;
+        let n_cross = self.num_hidden_layers.div_ceil(self.cross_attention_frequency);
+        self.num_hidden_layers * (attention(d) + feed_forward)
+            + n_cross * attention(e)
+            + self.num_query_tokens * d
+            + 2 * (d + e)
+    }
+
     /// Checks the values against each other.
     ///
     /// # Errors

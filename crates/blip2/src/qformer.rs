@@ -187,19 +187,6 @@ impl QFormer {
         &self.config
     }
 
-    /// Parameters of the query path: queries, norms and layers, without the text side.
-    pub fn n_query_parameters(&self) -> usize {
-        let QFormerConfig { hidden_size: d, intermediate_size: ffn, encoder_hidden_size: e, .. } =
-            self.config;
-        let attention = |n_in: usize| d * (d + 1) + 2 * d * (n_in + 1) + d * (d + 1) + 2 * d;
-        let feed_forward = ffn * (d + 1) + d * (ffn + 1) + 2 * d;
-        let n_cross = self.layers.iter().filter(|layer| layer.crossattention.is_some()).count();
-        self.layers.len() * (attention(d) + feed_forward)
-            + n_cross * attention(e)
-            + self.config.num_query_tokens * d
-            + 2 * (d + e)
-    }
-
     /// A picture's tokens as the queries attend to them: the encoder's output after its last norm (LAVIS's `ln_vision`), in the
     /// same shape.
     ///

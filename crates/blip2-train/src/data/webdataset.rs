@@ -1,7 +1,11 @@
 //! WebDataset tar shards, read in place: nothing is unpacked, member names never become paths.
 //!
-//! Members whose names agree up to the first dot of the last part are one sample: a picture (`.jpg`, `.png`, …) with a
-//! `.txt` (one caption a line) or a `.json` (the fields of a manifest row).
+//! Members whose names agree up to the first dot of the last part are one sample: a picture (`.jpg`, `.png`, …) and what
+//! is said about it. That is in the `.json` where it is a manifest row ([`Row`]), and else in the `.txt`, one caption a line:
+//! shards of img2dataset have both, and their `.json` tells where the picture came from, with a caption or without one.
+//!
+//! A sample of which neither can be used is left out by name, like a picture that does not decode: among millions from the web
+//! some are broken, and one must not end a run. A damaged archive does, and so does data of which nothing can be used.
 
 use super::folder::{PICTURE_EXTENSIONS, captions, extension};
 use super::{Builder, ImageSource, Row, Text};
@@ -35,12 +39,23 @@ pub(super) fn read(path: &Path, builder: &mut Builder) -> Result<()> {
     read_shard(path, builder)
 }
 
+/// What a member says about its picture.
+struct Said {
+    text: Text,
+    group: Option<String>,
+    names: Vec<String>,
+}
+
+/// That, or why it cannot be used.
+type Parsed = std::result::Result<Said, String>;
+
 /// What was found so far for one key.
 #[derive(Default)]
 struct Pending {
     key: String,
     picture: Option<ImageSource>,
-    row: Option<Row>,
+    json: Option<Parsed>,
+    txt: Option<Parsed>,
 }
 
 fn read_shard(path: &Path, builder: &mut Builder) -> Result<()> {
@@ -70,13 +85,18 @@ fn read_shard(path: &Path, builder: &mut Builder) -> Result<()> {
             pending.picture =
                 Some(ImageSource::TarMember { archive: archive_path.clone(), offset, len, name: shown });
         } else if kind == "txt" || kind == "json" {
-            let wrong = |reason: String| Error::file(path, format!("member {shown}: {reason}"));
-            if len > MAX_TEXT_BYTES {
-                return Err(wrong(format!("{len} bytes are too long for a text")));
+            let parsed = if len > MAX_TEXT_BYTES {
+                Err(format!("{len} bytes are too long for a text"))
+            } else {
+                let mut bytes = Vec::new();
+                entry.read_to_end(&mut bytes).map_err(damaged)?;
+                if kind == "txt" { parse_txt(&bytes) } else { parse_json(&bytes) }
+            };
+            let slot = if kind == "txt" { &mut pending.txt } else { &mut pending.json };
+            // Of several (`1.json`, `1.exif.json`) the first that can be used.
+            if !matches!(slot, Some(Ok(_))) {
+                *slot = Some(parsed.map_err(|reason| format!("{shown}: {reason}")));
             }
-            let mut bytes = Vec::new();
-            entry.read_to_end(&mut bytes).map_err(damaged)?;
-            pending.row = Some(parse_text(&kind, &bytes).map_err(wrong)?);
         }
     }
     finish(pending, path, builder);
@@ -91,31 +111,37 @@ fn split_key(name: &str) -> (&str, String) {
     (key, kind)
 }
 
-fn parse_text(kind: &str, bytes: &[u8]) -> std::result::Result<Row, String> {
-    if kind == "txt" {
-        return Ok(Row { captions: Some(captions(bytes)?), ..Row::default() });
-    }
+fn parse_txt(bytes: &[u8]) -> Parsed {
+    Ok(Said { text: Text::Captions(captions(bytes)?), group: None, names: Vec::new() })
+}
+
+fn parse_json(bytes: &[u8]) -> Parsed {
     let mut fields: serde_json::Map<String, serde_json::Value> =
         serde_json::from_slice(bytes).map_err(|error| error.to_string())?;
     // The picture is the member beside the text, whatever the text calls it.
     fields.insert("image".into(), "".into());
     let row: Row = serde_json::from_value(fields.into()).map_err(|error| error.to_string())?;
-    row.text()?;
-    Ok(row)
+    Ok(Said { text: row.text()?, group: row.group, names: row.names })
 }
 
 fn finish(pending: Pending, path: &Path, builder: &mut Builder) {
-    match (pending.picture, pending.row) {
-        (Some(picture), Some(row)) => {
-            let text: Text = row.text().expect("the text was checked when it was read");
-            builder.add(picture, row.group, text, row.names);
-        }
-        (Some(picture), None) => builder.skip(picture.to_string(), "has no .txt or .json beside it"),
-        (None, Some(_)) => {
-            let name = format!("{}:{}", path.display(), pending.key.escape_debug());
+    let Pending { key, picture, json, txt } = pending;
+    let Some(picture) = picture else {
+        if json.is_some() || txt.is_some() {
+            let name = format!("{}:{}", path.display(), key.escape_debug());
             builder.skip(name, "has a text but no picture");
         }
-        (None, None) => {}
+        return;
+    };
+    match (json, txt) {
+        (Some(Ok(said)), _) | (_, Some(Ok(said))) => {
+            builder.add(picture, said.group, said.text, said.names);
+        }
+        (None, None) => builder.skip(picture.to_string(), "has no .txt or .json beside it"),
+        (json, txt) => {
+            let reasons: Vec<String> = [json, txt].into_iter().flatten().filter_map(Parsed::err).collect();
+            builder.skip(picture.to_string(), reasons.join("; "));
+        }
     }
 }
 
@@ -172,6 +198,86 @@ mod tests {
         assert!(dataset.images()[1].source.read().is_err());
     }
 
+    /// A shard as img2dataset writes it: a caption that was empty is an empty `.txt` and a null in the `.json`.
+    #[test]
+    fn shards_of_img2dataset_are_read() {
+        let about = |caption: &str| {
+            format!(
+                r#"{{"caption":{caption},"url":"https://example.org/1.jpg","key":"000000000","status":"success",
+                "error_message":null,"width":256,"height":256,"original_width":1000,"original_height":750,"exif":"{{}}",
+                "sha256":"00"}}"#
+            )
+        };
+        let (with, without) = (about("\"two\\nlines\""), about("null"));
+        let dir = tempfile::tempdir().unwrap();
+        let shard = tar_of(&[
+            ("000000000.jpg", b"a"),
+            ("000000000.json", with.as_bytes()),
+            ("000000000.txt", b"two\nlines"),
+            ("000000001.jpg", b"b"),
+            ("000000001.json", without.as_bytes()),
+            ("000000001.txt", b"a cat"),
+            ("000000002.jpg", b"c"),
+            ("000000002.json", without.as_bytes()),
+            ("000000002.txt", b""),
+        ]);
+        fs::write(dir.path().join("00000.tar"), shard).unwrap();
+        let dataset = Dataset::load(&[DataConfig::new("")], dir.path()).unwrap();
+        let texts: Vec<&Text> = dataset.samples().iter().map(|sample| &sample.text).collect();
+        let caption = |text: &str| Text::Captions(vec![text.to_owned()]);
+        assert_eq!(texts, [&caption("two\nlines"), &caption("a cat")]);
+        let skipped: Vec<String> = dataset.skipped().iter().map(ToString::to_string).collect();
+        assert_eq!(skipped.len(), 1, "{skipped:?}");
+        for words in
+            ["00000.tar:000000002.jpg: ", "000000002.json: the row has neither", "000000002.txt: holds no"]
+        {
+            assert!(skipped[0].contains(words), "{skipped:?}");
+        }
+    }
+
+    #[test]
+    fn a_row_comes_before_captions_and_what_cannot_be_used_is_left_out_by_name() {
+        let dir = tempfile::tempdir().unwrap();
+        let long = vec![b'x'; MAX_TEXT_BYTES as usize + 1];
+        let shard = tar_of(&[
+            ("0.txt", b"a dog"),
+            ("0.json", br#"{"question":"q","answer":"r","group":"g"}"#),
+            ("0.exif.json", br#"{"caption":"no, later"}"#),
+            ("0.jpg", b"p"),
+            // A column of that name, but of another kind, is no row.
+            ("1.jpg", b"p"),
+            ("1.json", br#"{"caption":7}"#),
+            ("1.txt", b"a cat"),
+            ("2.jpg", b"p"),
+            ("2.json", b"{not JSON"),
+            ("2.txt", b"a bird"),
+            ("3.jpg", b"p"),
+            ("3.json", b"{not JSON"),
+            ("4.jpg", b"p"),
+            ("4.txt", b"\xff"),
+            ("5.jpg", b"p"),
+            ("5.txt", &long),
+            ("6.json", b"{}"),
+        ]);
+        fs::write(dir.path().join("s.tar"), shard).unwrap();
+        let dataset = Dataset::load(&[DataConfig::new("s.tar")], dir.path()).unwrap();
+        let texts: Vec<&Text> = dataset.samples().iter().map(|sample| &sample.text).collect();
+        let caption = |text: &str| Text::Captions(vec![text.to_owned()]);
+        let question = Text::QuestionAnswer { question: "q".into(), answers: vec!["r".into()] };
+        assert_eq!(texts, [&question, &caption("a cat"), &caption("a bird")]);
+        let skipped: Vec<String> = dataset.skipped().iter().map(ToString::to_string).collect();
+        assert_eq!(skipped.len(), 4, "{skipped:?}");
+        let expected = [
+            ("s.tar:3.jpg: 3.json: ", "line 1"),
+            ("4.txt: ", "UTF-8"),
+            ("5.txt: ", "too long"),
+            ("6: ", "no picture"),
+        ];
+        for (said, (name, reason)) in skipped.iter().zip(expected) {
+            assert!(said.contains(name) && said.contains(reason), "{said}");
+        }
+    }
+
     #[test]
     fn hostile_names_are_only_labels() {
         let dir = tempfile::tempdir().unwrap();
@@ -190,7 +296,7 @@ mod tests {
     }
 
     #[test]
-    fn damaged_shards_are_errors_that_name_them() {
+    fn damaged_shards_and_those_of_no_use_are_errors_that_name_them() {
         let dir = tempfile::tempdir().unwrap();
         let whole = tar_of(&[("1.jpg", &[7; 2000]), ("1.txt", b"t")]);
         let long = vec![b'x'; MAX_TEXT_BYTES as usize + 1];

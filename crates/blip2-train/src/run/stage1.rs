@@ -134,7 +134,7 @@ pub fn train_stage1(
     observer: &mut dyn Observer,
 ) -> Result<Outcome> {
     let checkpoint = open_output(&config.output, resume)?;
-    let (dataset, features) = open_data(&config.data, &config.features, encoder, observer)?;
+    let (dataset, features) = open_data(&config.output, &config.data, &config.features, encoder, observer)?;
     let objective = Stage1::new(config, init, &dataset, &features, tokenize)?;
     let run = Run {
         output: &config.output,

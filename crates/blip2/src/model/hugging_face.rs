@@ -256,15 +256,12 @@ fn open_generation(folder: &Path, json: &Json, file: &Safetensors, options: &Ope
         generation,
         answering: None,
     };
-    let n_parameters = bridge.n_query_parameters()
-        + qformer.hidden_size * language_model.hidden_size()
-        + language_model.hidden_size();
     let vision = vision(options, encoder, processor, &name, vit.image_size)?;
     let loaded = options
         .stage2
         .then(|| {
             let (projection, config) = (language_projection, &stage2);
-            Stage2::new(bridge, projection, language_model, tokenizer, config, n_parameters, source)
+            Stage2::new(bridge, projection, language_model, tokenizer, config, source)
         })
         .transpose()?;
     let config =

@@ -36,12 +36,12 @@ pub const SHAPES: [&str; 9] = [
 pub struct RandomModel {
     name: &'static str,
     /// Without one, EfficientNet-Lite0.
-    vit: Option<VitConfig>,
-    qformer: QFormerConfig,
+    pub(super) vit: Option<VitConfig>,
+    pub(super) qformer: QFormerConfig,
     /// The parts of stage 1.
     matches: bool,
     /// The language model's `config.json`, where there is one.
-    language: Option<Json>,
+    pub(super) language: Option<Json>,
 }
 
 impl RandomModel {
@@ -146,7 +146,7 @@ impl RandomModel {
         let qformer = QFormer::load(&self.qformer, loader, TextSide::Matching)?;
         // One piece less than embeddings, which have a row for [DEC].
         let tokenizer = BertTokenizer::numbered(self.qformer.vocab_size - 1)?;
-        let n_parameters = qformer.n_query_parameters();
+        let n_parameters = self.qformer.n_query_parameters();
         Ok(Stage1::new(qformer, tokenizer, Texts::AsGiven, n_parameters))
     }
 
@@ -162,8 +162,7 @@ impl RandomModel {
         let projection =
             loader.linear("language_projection", self.qformer.hidden_size, model.hidden_size())?;
         let tokenizer = LanguageTokenizer::numbered(model.vocab_size())?;
-        let n_parameters = qformer.n_query_parameters() + self.qformer.hidden_size * model.hidden_size();
-        Stage2::new(qformer, projection, model, tokenizer, &stage2_config(), n_parameters, Source::default())
+        Stage2::new(qformer, projection, model, tokenizer, &stage2_config(), Source::default())
     }
 }
 

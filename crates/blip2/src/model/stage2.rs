@@ -31,7 +31,6 @@ pub(super) struct Stage2 {
     /// What ends an answer by the prompt's format.
     end_of_answer: Vec<u32>,
     source: Source,
-    n_parameters: usize,
     /// Made when first needed.
     grammars: OnceLock<Grammars>,
 }
@@ -89,8 +88,8 @@ impl Stage2 {
         let language_projection =
             loader.linear("language_projection", config.qformer.hidden_size, language_model.hidden_size())?;
         weights.finish()?;
-        let (n_parameters, source) = (weights.n_parameters(), Source::default());
-        Self::new(qformer, language_projection, language_model, tokenizer, stage2, n_parameters, source)
+        let source = Source::default();
+        Self::new(qformer, language_projection, language_model, tokenizer, stage2, source)
     }
 
     pub(super) fn new(
@@ -99,7 +98,6 @@ impl Stage2 {
         language_model: LanguageModel,
         tokenizer: LanguageTokenizer,
         config: &Stage2Config,
-        n_parameters: usize,
         source: Source,
     ) -> Result<Self> {
         let end_of_answer = end_tokens(&config.prompt, &tokenizer)?;
@@ -116,13 +114,14 @@ impl Stage2 {
             chat_prompt,
             end_of_answer,
             source,
-            n_parameters,
             grammars: OnceLock::new(),
         })
     }
 
+    /// Of what was trained: the query path and the projection.
     pub(super) fn n_parameters(&self) -> usize {
-        self.n_parameters
+        let config = self.qformer.config();
+        config.n_query_parameters() + (config.hidden_size + 1) * self.language_model.hidden_size()
     }
 
     pub(super) fn qformer(&self) -> &QFormer {

@@ -247,3 +247,6 @@ impl Table {
         }
     }
 }
+
+#[cfg(test)]
+mod tests;
