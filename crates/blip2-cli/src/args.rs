@@ -1,5 +1,6 @@
 //! What can be written behind `blip2`; parsing only, nothing is opened here.
 
+use std::num::NonZeroUsize;
 use std::path::PathBuf;
 
 use clap::{Parser, Subcommand};
@@ -336,9 +337,12 @@ pub(crate) struct EvalArgs {
     /// Write what the model said, one JSON line a row.
     #[arg(long, value_name = "FILE")]
     pub(crate) out: Option<PathBuf>,
-    /// Retrieval: re-rank this many candidates with the matching head; 0 for none.
-    #[arg(long, default_value_t = 16)]
-    pub(crate) rerank: usize,
+    /// Retrieval: by what the candidates that similarity finds are ordered.
+    #[arg(long, value_enum, default_value_t = RerankArg::Sum, value_name = "BY")]
+    pub(crate) rerank: RerankArg,
+    /// Retrieval: how many candidates of each picture and of each text are re-ranked; LAVIS takes 128.
+    #[arg(long, default_value = "16", value_name = "N")]
+    pub(crate) candidates: NonZeroUsize,
     /// Question baseline: the manifest to learn from.
     #[arg(long, value_name = "MANIFEST", required_if_eq("task", "question-baseline"))]
     pub(crate) train: Option<PathBuf>,
@@ -361,6 +365,17 @@ pub(crate) enum EvalTask {
     Retrieval,
     /// How far answers get that are learned from the questions of `--train` alone, without pictures or model.
     QuestionBaseline,
+}
+
+/// By what the candidates of retrieval are ordered.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
+pub(crate) enum RerankArg {
+    /// The sum of the matching head's logit and the similarity, as LAVIS does.
+    Sum,
+    /// The matching head's logit alone, as the paper says.
+    Itm,
+    /// Nothing: they stay in the order of similarity.
+    None,
 }
 
 #[derive(Debug, clap::Args)]

@@ -6,14 +6,14 @@ use std::path::Path;
 
 use anyhow::Context;
 use blip2_train::data::{Row, Skipped, read_rows};
-use blip2_train::evaluation::{Evaluated, OnProgress, captions, questions, retrieve};
-use blip2_train::metrics::RetrievalScores;
+use blip2_train::evaluation::{Evaluated, OnProgress, RetrievalConfig, captions, questions, retrieve};
+use blip2_train::metrics::{Rescoring, RetrievalScores};
 use blip2_train::question_baseline::{Accuracy, BagOfWords, FrequencyPrior, Questions};
 use indicatif::{ProgressBar, ProgressStyle};
 use serde_json::json;
 
 use crate::Done;
-use crate::args::{EvalArgs, EvalTask};
+use crate::args::{EvalArgs, EvalTask, RerankArg};
 use crate::model::{Part, answering, generation, open};
 
 /// What a task measured.
@@ -101,16 +101,25 @@ fn retrieval_report(args: &EvalArgs, rows: &[Row], on_progress: OnProgress<'_>) 
         anyhow::bail!("--out writes what the model said; retrieval says nothing");
     }
     let model = open(&args.model, Part::Stage1)?;
-    let scores = retrieve(&model, base(args), rows, args.all_captions, args.rerank, on_progress)?;
+    let (name, label, rescoring) = match args.rerank {
+        RerankArg::Sum => ("sum", "ITC+ITM", Some(Rescoring::ItmPlusItc)),
+        RerankArg::Itm => ("itm", "ITM", Some(Rescoring::Itm)),
+        RerankArg::None => ("none", "", None),
+    };
+    let n_candidates = args.candidates;
+    let config = RetrievalConfig { all_captions: args.all_captions, rescoring, n_candidates };
+    let scores = retrieve(&model, base(args), rows, config, on_progress)?;
     let mut table = format!("{} pictures, {} texts\n", scores.n_images, scores.n_texts);
     table += "            TR@1   @5  @10   IR@1   @5  @10\n";
     writeln!(table, "ITC         {}", recalls(&scores.itc))?;
-    if let Some(itm) = &scores.itm {
-        writeln!(table, "ITM of {:<4} {}", args.rerank, recalls(itm))?;
+    if let Some(reranked) = &scores.reranked {
+        let label = format!("{label} {n_candidates}");
+        writeln!(table, "{label:<11} {}", recalls(reranked))?;
     }
     let json = json!({"pictures": scores.n_images, "texts": scores.n_texts,
-        "itc": recalls_json(&scores.itc), "rerank": args.rerank,
-        "itm": scores.itm.as_ref().map(recalls_json)});
+        "itc": recalls_json(&scores.itc), "rerank": name,
+        "candidates": scores.reranked.map(|_| n_candidates.get()),
+        "reranked": scores.reranked.as_ref().map(recalls_json)});
     Ok(Report { json, table, skipped: scores.skipped })
 }
 

@@ -4,6 +4,7 @@
 //! out, counted and named; nothing else is.
 
 use std::collections::BTreeMap;
+use std::num::NonZeroUsize;
 use std::path::Path;
 
 use blip2::generate::GenerationConfig;
@@ -150,7 +151,18 @@ pub fn questions(
     Ok(evaluated)
 }
 
-/// Retrieval by similarity, and re-ranked by the matching head.
+/// What is compared in [`retrieve`], and what orders it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct RetrievalConfig {
+    /// All captions of a picture, not the first only.
+    pub all_captions: bool,
+    /// What orders the candidates that similarity found; nothing leaves them in its order.
+    pub rescoring: Option<Rescoring>,
+    /// How many candidates of each picture and of each text are re-ranked; LAVIS takes 128.
+    pub n_candidates: NonZeroUsize,
+}
+
+/// Retrieval by similarity, and re-ranked with the matching head.
 #[derive(Debug, Clone, PartialEq)]
 pub struct RetrievalReport {
     /// Pictures and texts compared.
@@ -159,8 +171,8 @@ pub struct RetrievalReport {
     pub n_texts: usize,
     /// By ITC alone.
     pub itc: RetrievalScores,
-    /// The `k` best of ITC re-ranked by ITM logit plus cosine, when `k` is not 0.
-    pub itm: Option<RetrievalScores>,
+    /// The best candidates of ITC re-ranked, where that was asked for.
+    pub reranked: Option<RetrievalScores>,
     /// What was left out.
     pub skipped: Vec<Skipped>,
 }
@@ -173,8 +185,7 @@ pub fn retrieve(
     model: &Blip2,
     base: &Path,
     rows: &[Row],
-    all_captions: bool,
-    k: usize,
+    config: RetrievalConfig,
     on_progress: OnProgress<'_>,
 ) -> Result<RetrievalReport> {
     let (mut pictures, mut texts, mut image_of_text) = (Vec::new(), Vec::new(), Vec::new());
@@ -182,7 +193,7 @@ pub fn retrieve(
     for_each_batch(model, base, rows, &mut skipped, on_progress, |batch| {
         for (row, features) in batch {
             let Text::Captions(captions) = text_of(row)? else { return Err(wrong_kind(row, "captions")) };
-            let n = if all_captions { captions.len() } else { 1 };
+            let n = if config.all_captions { captions.len() } else { 1 };
             image_of_text.extend(std::iter::repeat_n(pictures.len(), n));
             texts.extend(captions.into_iter().take(n));
             pictures.push(features.clone());
@@ -193,10 +204,26 @@ pub fn retrieve(
     let (n_images, n_texts) = (pictures.len(), texts.len());
     let similarities = similarities(model, &pictures, &texts)?;
     let itc = retrieval(&similarities, n_images, &image_of_text);
-    if k == 0 {
-        return Ok(RetrievalReport { n_images, n_texts, itc, itm: None, skipped });
-    }
-    let candidates = Candidates::best(&similarities, n_images, n_texts, k);
+    let reranked = match config.rescoring {
+        Some(rescoring) => {
+            let candidates = Candidates::best(&similarities, n_images, n_texts, config.n_candidates.get());
+            let (text_logits, image_logits) =
+                match_candidates(model, &pictures, &texts, &candidates, on_progress)?;
+            Some(rerank(&similarities, &image_of_text, &candidates, &text_logits, &image_logits, rescoring))
+        }
+        None => None,
+    };
+    Ok(RetrievalReport { n_images, n_texts, itc, reranked, skipped })
+}
+
+/// The "match" logits of all candidates, in the shapes of [`Candidates`]: of a picture's texts, and of a text's pictures.
+fn match_candidates(
+    model: &Blip2,
+    pictures: &[ImageFeatures],
+    texts: &[&str],
+    candidates: &Candidates,
+    on_progress: OnProgress<'_>,
+) -> Result<(Vec<Vec<f32>>, Vec<Vec<f32>>)> {
     // A pair that is a candidate in both directions goes through the model once.
     let mut texts_of: Vec<Vec<usize>> = candidates.texts_of_image.clone();
     for (text, images) in candidates.images_of_text.iter().enumerate() {
@@ -210,24 +237,17 @@ pub fn retrieve(
         for (&text, [_, matches]) in of_image.iter().zip(model.itm_logits(&pictures[image], &chosen)?) {
             logits.insert((image, text), matches);
         }
-        on_progress(image + 1, n_images);
+        on_progress(image + 1, pictures.len());
     }
     let lists = |lists: &[Vec<usize>], pair: &dyn Fn(usize, usize) -> (usize, usize)| -> Vec<Vec<f32>> {
         let of =
             |(query, found): (usize, &Vec<usize>)| found.iter().map(|&f| logits[&pair(query, f)]).collect();
         lists.iter().enumerate().map(of).collect()
     };
-    let text_logits = lists(&candidates.texts_of_image, &|image, text| (image, text));
-    let image_logits = lists(&candidates.images_of_text, &|text, image| (image, text));
-    let itm = rerank(
-        &similarities,
-        &image_of_text,
-        &candidates,
-        &text_logits,
-        &image_logits,
-        Rescoring::ItmPlusItc,
-    );
-    Ok(RetrievalReport { n_images, n_texts, itc, itm: Some(itm), skipped })
+    Ok((
+        lists(&candidates.texts_of_image, &|image, text| (image, text)),
+        lists(&candidates.images_of_text, &|text, image| (image, text)),
+    ))
 }
 
 /// `[n_images, n_texts]`: the largest cosine over a picture's queries.
