@@ -153,9 +153,11 @@ pub(crate) struct GenerationArgs {
 /// Whose results are to be had.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
 pub(crate) enum PresetArg {
-    /// transformers: greedy, 20 tokens, the folder's generation_config.json; penalties see the prompt.
+    /// transformers: greedy, 20 tokens, the folder's generation_config.json; penalties see the prompt. Texts are compared as
+    /// they are given.
     Hf,
-    /// LAVIS: 5 beams, 30 tokens, nucleus 0.9; penalties see what is written only.
+    /// LAVIS: 5 beams, 30 tokens, nucleus 0.9; penalties see what is written only. Texts are compared as its caption processor
+    /// cleans them.
     Lavis,
 }
 
@@ -255,6 +257,9 @@ pub(crate) struct MatchArgs {
     /// The texts.
     #[arg(required = true)]
     pub(crate) texts: Vec<String>,
+    /// Compare as this implementation does: its reading of pictures and texts, its epsilons.
+    #[arg(long, value_enum)]
+    pub(crate) preset: Option<PresetArg>,
     #[command(flatten)]
     pub(crate) model: ModelArgs,
 }
@@ -277,8 +282,8 @@ pub(crate) struct EmbedArgs {
     /// With --output: the prompt, instead of the model's own for captions.
     #[arg(long, value_name = "TEXT", requires = "output")]
     pub(crate) prompt: Option<String>,
-    /// With --output: read pictures as this implementation does.
-    #[arg(long, value_enum, requires = "output")]
+    /// Compute as this implementation does: its reading of pictures and texts, its epsilons.
+    #[arg(long, value_enum)]
     pub(crate) preset: Option<PresetArg>,
     #[command(flatten)]
     pub(crate) model: ModelArgs,
@@ -320,6 +325,9 @@ pub(crate) struct ClassifyArgs {
     /// The text that a label is compared as.
     #[arg(long, default_value = "a photo of {label}")]
     pub(crate) template: String,
+    /// Compare as this implementation does: its reading of pictures and texts, its epsilons.
+    #[arg(long, value_enum)]
+    pub(crate) preset: Option<PresetArg>,
     #[command(flatten)]
     pub(crate) model: ModelArgs,
 }
@@ -349,6 +357,9 @@ pub(crate) struct EvalArgs {
     /// Retrieval: all captions of a picture, not the first only.
     #[arg(long)]
     pub(crate) all_captions: bool,
+    /// Measure what this implementation does: its reading of pictures and texts, its epsilons, and what it writes.
+    #[arg(long, value_enum)]
+    pub(crate) preset: Option<PresetArg>,
     #[command(flatten)]
     pub(crate) model: ModelArgs,
     #[command(flatten)]

@@ -10,11 +10,11 @@ use serde_json::json;
 
 use crate::Done;
 use crate::args::{ClassifyArgs, EmbedArgs, MatchArgs};
-use crate::model::{Part, encode_picture, open, open_as, open_picture};
+use crate::model::{Part, encode_picture, open_as, open_picture};
 
 pub(crate) fn match_texts(args: &MatchArgs) -> anyhow::Result<Done> {
-    let model = open(&args.model, Part::Stage1)?;
-    let features = encode_picture(&model, &args.picture, None)?;
+    let model = open_as(&args.model, Part::Stage1, args.preset)?;
+    let features = encode_picture(&model, &args.picture, args.preset)?;
     let texts: Vec<&str> = args.texts.iter().map(String::as_str).collect();
     let scores = model.match_texts(&features, &texts)?;
     let mut out = std::io::stdout().lock();
@@ -38,8 +38,8 @@ pub(crate) fn match_texts(args: &MatchArgs) -> anyhow::Result<Done> {
 }
 
 pub(crate) fn classify(args: &ClassifyArgs) -> anyhow::Result<Done> {
-    let model = open(&args.model, Part::Stage1)?;
-    let features = encode_picture(&model, &args.picture, None)?;
+    let model = open_as(&args.model, Part::Stage1, args.preset)?;
+    let features = encode_picture(&model, &args.picture, args.preset)?;
     let labels: Vec<&str> = args.labels.iter().map(String::as_str).collect();
     let scores = model.classify(&features, &labels, &args.template)?;
     let mut out = std::io::stdout().lock();
@@ -64,10 +64,10 @@ pub(crate) fn embed(args: &EmbedArgs) -> anyhow::Result<Done> {
     if let Some(path) = &args.output {
         return write_stages(args, path).map(|()| Done::All);
     }
-    let model = open(&args.model, Part::Stage1)?;
+    let model = open_as(&args.model, Part::Stage1, args.preset)?;
     let mut items = Vec::new();
     for path in &args.image {
-        let features = encode_picture(&model, path, None)?;
+        let features = encode_picture(&model, path, args.preset)?;
         let values = model.embed_images(&[&features])?.concat();
         items.push(("path", path.display().to_string(), values));
     }

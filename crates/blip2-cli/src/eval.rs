@@ -6,7 +6,9 @@ use std::path::Path;
 
 use anyhow::Context;
 use blip2_train::data::{Row, Skipped, read_rows};
-use blip2_train::evaluation::{Evaluated, OnProgress, RetrievalConfig, captions, questions, retrieve};
+use blip2_train::evaluation::{
+    Evaluated, OnProgress, RetrievalConfig, TestSet, captions, questions, retrieve,
+};
 use blip2_train::metrics::{Rescoring, RetrievalScores};
 use blip2_train::question_baseline::{Accuracy, BagOfWords, FrequencyPrior, Questions};
 use indicatif::{ProgressBar, ProgressStyle};
@@ -14,7 +16,7 @@ use serde_json::json;
 
 use crate::Done;
 use crate::args::{EvalArgs, EvalTask, RerankArg};
-use crate::model::{Part, answering, generation, open};
+use crate::model::{Part, answering, generation, open_as, pixels};
 
 /// What a task measured.
 struct Report {
@@ -49,15 +51,16 @@ pub(crate) fn run(args: &EvalArgs) -> anyhow::Result<Done> {
     Ok(if report.skipped.is_empty() { Done::All } else { Done::SomeFailed })
 }
 
-/// Where the manifest's pictures are.
-fn base(args: &EvalArgs) -> &Path {
-    args.manifest.parent().unwrap_or(Path::new(""))
+/// The rows, with where the manifest's pictures are and how they are read.
+fn test_set<'a>(args: &'a EvalArgs, rows: &'a [Row]) -> TestSet<'a> {
+    let base = args.manifest.parent().unwrap_or(Path::new(""));
+    TestSet { rows, base, pixels: pixels(args.preset) }
 }
 
 fn captions_report(args: &EvalArgs, rows: &[Row], on_progress: OnProgress<'_>) -> anyhow::Result<Report> {
-    let model = open(&args.model, Part::Stage2)?;
-    let config = generation(&model, None, &args.generation);
-    let evaluated = captions(&model, base(args), rows, &config, on_progress)?;
+    let model = open_as(&args.model, Part::Stage2, args.preset)?;
+    let config = generation(&model, args.preset, &args.generation);
+    let evaluated = captions(&model, test_set(args, rows), &config, on_progress)?;
     write_predictions(args.out.as_deref(), &evaluated)?;
     let scores = evaluated.caption_scores();
     let bleu = scores.bleu.map(|score| 100.0 * score);
@@ -73,9 +76,9 @@ fn captions_report(args: &EvalArgs, rows: &[Row], on_progress: OnProgress<'_>) -
 }
 
 fn questions_report(args: &EvalArgs, rows: &[Row], on_progress: OnProgress<'_>) -> anyhow::Result<Report> {
-    let model = open(&args.model, Part::Stage2)?;
-    let config = answering(&model, None, &args.generation);
-    let evaluated = questions(&model, base(args), rows, &config, on_progress)?;
+    let model = open_as(&args.model, Part::Stage2, args.preset)?;
+    let config = answering(&model, args.preset, &args.generation);
+    let evaluated = questions(&model, test_set(args, rows), &config, on_progress)?;
     write_predictions(args.out.as_deref(), &evaluated)?;
     let (accuracy, kinds) = evaluated.accuracy();
     let (n_right, n_groups) = evaluated.groups();
@@ -100,7 +103,7 @@ fn retrieval_report(args: &EvalArgs, rows: &[Row], on_progress: OnProgress<'_>) 
     if args.out.is_some() {
         anyhow::bail!("--out writes what the model said; retrieval says nothing");
     }
-    let model = open(&args.model, Part::Stage1)?;
+    let model = open_as(&args.model, Part::Stage1, args.preset)?;
     let (name, label, rescoring) = match args.rerank {
         RerankArg::Sum => ("sum", "ITC+ITM", Some(Rescoring::ItmPlusItc)),
         RerankArg::Itm => ("itm", "ITM", Some(Rescoring::Itm)),
@@ -108,7 +111,7 @@ fn retrieval_report(args: &EvalArgs, rows: &[Row], on_progress: OnProgress<'_>) 
     };
     let n_candidates = args.candidates;
     let config = RetrievalConfig { all_captions: args.all_captions, rescoring, n_candidates };
-    let scores = retrieve(&model, base(args), rows, config, on_progress)?;
+    let scores = retrieve(&model, test_set(args, rows), config, on_progress)?;
     let mut table = format!("{} pictures, {} texts\n", scores.n_images, scores.n_texts);
     table += "            TR@1   @5  @10   IR@1   @5  @10\n";
     writeln!(table, "ITC         {}", recalls(&scores.itc))?;

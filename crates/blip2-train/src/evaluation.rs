@@ -21,6 +21,17 @@ use crate::{Error, Result};
 /// Pictures that go through the model at once.
 const AT_ONCE: usize = 8;
 
+/// What a model is measured on.
+#[derive(Debug, Clone, Copy)]
+pub struct TestSet<'a> {
+    /// The rows of a manifest.
+    pub rows: &'a [Row],
+    /// The folder that the rows name their pictures relative to.
+    pub base: &'a Path,
+    /// How the pictures are read.
+    pub pixels: Pixels,
+}
+
 /// Is told how many of how many items are done.
 pub type OnProgress<'a> = &'a mut dyn FnMut(usize, usize);
 
@@ -87,19 +98,18 @@ impl Evaluated {
     }
 }
 
-/// Captions every picture; `rows` are of captions.
+/// Captions every picture; the rows are of captions.
 ///
 /// # Errors
 /// When a row is not of captions, or the model fails.
 pub fn captions(
     model: &Blip2,
-    base: &Path,
-    rows: &[Row],
+    test_set: TestSet<'_>,
     generation: &GenerationConfig,
     on_progress: OnProgress<'_>,
 ) -> Result<Evaluated> {
     let mut evaluated = Evaluated::default();
-    for_each_batch(model, base, rows, &mut evaluated.skipped, on_progress, |batch| {
+    for_each_batch(model, test_set, &mut evaluated.skipped, on_progress, |batch| {
         let features: Vec<_> = batch.iter().map(|(_, features)| features).collect();
         for ((row, _), answers) in batch.iter().zip(model.caption(&features, generation)?) {
             let Text::Captions(references) = text_of(row)? else { return Err(wrong_kind(row, "captions")) };
@@ -117,13 +127,12 @@ pub fn captions(
 /// When a row is not a question, or the model fails.
 pub fn questions(
     model: &Blip2,
-    base: &Path,
-    rows: &[Row],
+    test_set: TestSet<'_>,
     generation: &GenerationConfig,
     on_progress: OnProgress<'_>,
 ) -> Result<Evaluated> {
     let mut evaluated = Evaluated::default();
-    for_each_batch(model, base, rows, &mut evaluated.skipped, on_progress, |batch| {
+    for_each_batch(model, test_set, &mut evaluated.skipped, on_progress, |batch| {
         let mut asked = Vec::with_capacity(batch.len());
         for (row, features) in batch {
             let Text::QuestionAnswer { question, answers } = text_of(row)? else {
@@ -183,14 +192,13 @@ pub struct RetrievalReport {
 /// When a row is not of captions, or the model fails.
 pub fn retrieve(
     model: &Blip2,
-    base: &Path,
-    rows: &[Row],
+    test_set: TestSet<'_>,
     config: RetrievalConfig,
     on_progress: OnProgress<'_>,
 ) -> Result<RetrievalReport> {
     let (mut pictures, mut texts, mut image_of_text) = (Vec::new(), Vec::new(), Vec::new());
     let mut skipped = Vec::new();
-    for_each_batch(model, base, rows, &mut skipped, on_progress, |batch| {
+    for_each_batch(model, test_set, &mut skipped, on_progress, |batch| {
         for (row, features) in batch {
             let Text::Captions(captions) = text_of(row)? else { return Err(wrong_kind(row, "captions")) };
             let n = if config.all_captions { captions.len() } else { 1 };
@@ -272,12 +280,12 @@ fn similarities(model: &Blip2, pictures: &[ImageFeatures], texts: &[&str]) -> Re
 /// Reads and encodes the pictures of some rows at a time; consecutive rows of one picture share its features.
 fn for_each_batch(
     model: &Blip2,
-    base: &Path,
-    rows: &[Row],
+    test_set: TestSet<'_>,
     skipped: &mut Vec<Skipped>,
     on_progress: OnProgress<'_>,
     mut visit: impl FnMut(&[(&Row, ImageFeatures)]) -> Result<()>,
 ) -> Result<()> {
+    let TestSet { rows, base, pixels } = test_set;
     let mut last: Option<(&str, ImageFeatures)> = None;
     for (number, chunk) in rows.chunks(AT_ONCE).enumerate() {
         let mut batch = Vec::with_capacity(chunk.len());
@@ -287,7 +295,7 @@ fn for_each_batch(
                 continue;
             }
             let path = base.join(&row.image);
-            match blip2::image::open(&path, &Limits::default(), Pixels::default()) {
+            match blip2::image::open(&path, &Limits::default(), pixels) {
                 Ok(picture) => {
                     for features in model.encode(&[picture])? {
                         last = Some((&row.image, features.clone()));

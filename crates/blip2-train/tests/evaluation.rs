@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 use blip2::image::{Limits, Pixels, RgbImage};
 use blip2::model::{Blip2, OpenOptions};
 use blip2_train::data::Row;
-use blip2_train::evaluation::{RetrievalConfig, RetrievalReport, retrieve};
+use blip2_train::evaluation::{RetrievalConfig, RetrievalReport, TestSet, retrieve};
 use blip2_train::metrics::{Rescoring, RetrievalScores, retrieval};
 
 const N_IMAGES: usize = 12;
@@ -61,7 +61,8 @@ fn all_pairs(model: &Blip2, base: &Path, rows: &[Row]) -> [Vec<f32>; 2] {
 }
 
 fn report(model: &Blip2, base: &Path, rows: &[Row], config: RetrievalConfig) -> RetrievalReport {
-    retrieve(model, base, rows, config, &mut |_, _| {}).expect("scores")
+    let test_set = TestSet { rows, base, pixels: Pixels::AsSeen };
+    retrieve(model, test_set, config, &mut |_, _| {}).expect("scores")
 }
 
 fn config(rescoring: Option<Rescoring>, n_candidates: usize) -> RetrievalConfig {

@@ -4,8 +4,8 @@ use std::path::{Path, PathBuf};
 
 use candle_core::{D, Tensor};
 
-use super::{Blip2, ImageFeatures, ModelConfig, Stage1Config, image_keys};
-use crate::layers::{DropoutRng, Loader, Precision};
+use super::{Blip2, ImageFeatures, ModelConfig, OpenOptions, Preset, Stage1Config, image_keys};
+use crate::layers::{DropoutRng, Loader};
 use crate::qformer::{QFormer, TextBatch, TextSide};
 use crate::text::{BertTokenizer, clean_caption};
 use crate::weights::int8::TrainedWeights;
@@ -25,10 +25,21 @@ pub(super) struct Stage1 {
 /// What happens to a text before it is cut into tokens.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Texts {
-    /// Cleaned as the captions of training were ([`clean_caption`]).
+    /// Cleaned as the captions of training were, LAVIS's and those here ([`clean_caption`]).
     Cleaned,
     /// Left as it is, as transformers does.
     AsGiven,
+}
+
+impl Texts {
+    /// What the implementation of a preset does with a text; without a preset what the model does by itself.
+    pub(super) fn of(preset: Option<Preset>, own: Self) -> Self {
+        match preset {
+            Some(Preset::Hf) => Self::AsGiven,
+            Some(Preset::Lavis) => Self::Cleaned,
+            None => own,
+        }
+    }
 }
 
 /// How well a text fits a picture.
@@ -57,15 +68,16 @@ impl Stage1 {
         folder: &Path,
         config: &ModelConfig,
         stage1: &Stage1Config,
-        precision: Precision,
+        options: &OpenOptions,
     ) -> Result<Self> {
         let paths: Vec<PathBuf> = stage1.weights.iter().map(|file| folder.join(file)).collect();
         let weights = TrainedWeights::open(&paths)?;
-        let loader = Loader::frozen(&weights, precision);
+        let loader = Loader::frozen(&weights, options.precision);
         let qformer = QFormer::load(&config.qformer, &loader, TextSide::Whole)?;
         weights.finish()?;
         let tokenizer = BertTokenizer::from_vocab(folder.join(&stage1.vocabulary))?;
-        Ok(Self::new(qformer, tokenizer, Texts::Cleaned, weights.n_parameters()))
+        let texts = Texts::of(options.preset, Texts::Cleaned);
+        Ok(Self::new(qformer, tokenizer, texts, weights.n_parameters()))
     }
 
     pub(super) fn new(qformer: QFormer, tokenizer: BertTokenizer, texts: Texts, n_parameters: usize) -> Self {
