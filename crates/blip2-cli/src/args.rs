@@ -276,8 +276,10 @@ pub(crate) struct EmbedArgs {
     #[arg(long, value_name = "FILE")]
     pub(crate) npy: Option<PathBuf>,
     /// Write what every stage makes of the pictures to this safetensors file instead: `pixel_values`, `vision.out`,
-    /// `qformer.out`, and of a model that writes `language_projection.out` and the `logits` of the prompt.
-    #[arg(long, value_name = "FILE", requires = "image", conflicts_with_all = ["npy", "text"])]
+    /// `qformer.out`, and of a model that writes `language_projection.out` and the `logits` of the prompt. With texts, of a model
+    /// that matches, also `text.out`, a row for each token of all texts, `text.lengths`, the tokens of each text, and
+    /// `multimodal.out`, the queries of each picture with each text, picture by picture.
+    #[arg(long, value_name = "FILE", requires = "image", conflicts_with = "npy")]
     pub(crate) output: Option<PathBuf>,
     /// With --output: the prompt, instead of the model's own for captions.
     #[arg(long, value_name = "TEXT", requires = "output")]

@@ -173,6 +173,32 @@ fn every_stage_can_be_written_to_a_file() {
         assert_eq!(shape("language_projection.out"), [2, 5, 32]);
         assert_eq!(shape("logits")[..2], [2, n_rows]);
     }
+    // Which of two pictures and two texts is which.
+    let (model, [turned, stored]) = (golden("blip2_itm"), turned(dir.path()));
+    let arguments = ["embed", "--model", &model, "--output", file, "--image", &stored, "--text", "a cat"];
+    printed(&arguments);
+    let stages = blip2::weights::safetensors::Safetensors::open(file).expect("a file");
+    let [text, pair] = ["text.out", "multimodal.out"].map(|name| stages.read_f32(name).expect("numbers"));
+    assert_eq!((text.len(), pair.len()), (4 * 32, 5 * 32));
+    printed(&[&arguments[..], &["--text", "two dogs", "--image", &turned]].concat());
+    let stages = blip2::weights::safetensors::Safetensors::open(file).expect("a file");
+    let shape = |name: &str| stages.shape(name).expect("a stage").to_vec();
+    assert_eq!((shape("text.out"), shape("multimodal.out")), (vec![4 + 5, 32], vec![2 * 2, 5, 32]));
+    assert_eq!(stages.read_f32("text.lengths").expect("numbers"), [4.0, 5.0]);
+    assert_eq!(stages.read_f32("text.out").expect("numbers")[..4 * 32], text);
+    let pairs = stages.read_f32("multimodal.out").expect("numbers");
+    let of_pair: Vec<_> = pairs.chunks_exact(5 * 32).collect();
+    assert_eq!(of_pair[0], pair);
+    printed(&["embed", "--model", &model, "--output", file, "--image", &turned, "--text", "a cat"]);
+    let stages = blip2::weights::safetensors::Safetensors::open(file).expect("a file");
+    assert_eq!(stages.read_f32("multimodal.out").expect("numbers"), of_pair[2]);
+    assert_ne!(of_pair[0], of_pair[2]);
+    // A model that only writes reads no texts beside pictures.
+    let arguments = ["embed", "--image", &picture, "--text", "a cat", "--output", file, "--model"];
+    let writer = golden("blip2_opt");
+    let refused = blip2(&[&arguments[..], &[writer.as_str()]].concat());
+    assert_eq!(refused.status.code(), Some(1));
+    assert!(String::from_utf8_lossy(&refused.stderr).contains("stage-1"));
     for wrong in
         [&["--output", file][..], &["--image", "a.png", "--prompt", "a"], &["--text", "a", "--output", file]]
     {
