@@ -339,11 +339,15 @@ pub(crate) struct EvalArgs {
     /// What to measure.
     #[arg(value_enum)]
     pub(crate) task: EvalTask,
-    /// JSON lines with `image` and `captions`, or `question` and `answer` (or `names` that an answer may contain).
+    /// JSON lines with `image` and `captions`, or `question` and `answer` (or `names` that an answer may contain); or captions as
+    /// COCO has them (`.json`).
     pub(crate) manifest: PathBuf,
+    /// The folder of the pictures; without it that of the manifest.
+    #[arg(long, value_name = "FOLDER")]
+    pub(crate) images: Option<PathBuf>,
     /// Only so many rows, from the first.
     #[arg(long)]
-    pub(crate) limit: Option<usize>,
+    pub(crate) limit: Option<NonZeroUsize>,
     /// Write what the model said, one JSON line a row.
     #[arg(long, value_name = "FILE")]
     pub(crate) out: Option<PathBuf>,

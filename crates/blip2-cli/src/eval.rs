@@ -2,10 +2,11 @@
 
 use std::fmt::Write as _;
 use std::io::Write;
+use std::num::NonZeroUsize;
 use std::path::Path;
 
-use anyhow::Context;
-use blip2_train::data::{Row, Skipped, read_rows};
+use anyhow::{Context, bail};
+use blip2_train::data::{Row, Skipped, read_rows, read_test_set};
 use blip2_train::evaluation::{
     Evaluated, OnProgress, RetrievalConfig, TestSet, captions, questions, retrieve,
 };
@@ -26,8 +27,12 @@ struct Report {
 }
 
 pub(crate) fn run(args: &EvalArgs) -> anyhow::Result<Done> {
-    let mut rows = read_rows(&args.manifest)?;
-    rows.truncate(args.limit.unwrap_or(usize::MAX));
+    let (mut rows, mut skipped) = read_test_set(&args.manifest)?;
+    rows.truncate(args.limit.map_or(usize::MAX, NonZeroUsize::get));
+    if rows.is_empty() {
+        let reason = skipped.first().map_or("it has no row".to_owned(), ToString::to_string);
+        bail!("{}: there is nothing to measure on: {reason}", args.manifest.display());
+    }
     let bar = ProgressBar::new(rows.len() as u64);
     bar.set_style(ProgressStyle::with_template("{wide_bar} {pos}/{len} {eta}")?);
     let mut on_progress = |done: usize, total: usize| {
@@ -35,25 +40,27 @@ pub(crate) fn run(args: &EvalArgs) -> anyhow::Result<Done> {
         bar.set_position(done as u64);
     };
     let report = match args.task {
-        EvalTask::Captions => captions_report(args, &rows, &mut on_progress)?,
-        EvalTask::Questions => questions_report(args, &rows, &mut on_progress)?,
-        EvalTask::Retrieval => retrieval_report(args, &rows, &mut on_progress)?,
-        EvalTask::QuestionBaseline => question_baseline(args, &rows)?,
+        EvalTask::Captions => captions_report(args, &rows, &mut on_progress),
+        EvalTask::Questions => questions_report(args, &rows, &mut on_progress),
+        EvalTask::Retrieval => retrieval_report(args, &rows, &mut on_progress),
+        EvalTask::QuestionBaseline => question_baseline(args, &rows),
     };
     bar.finish_and_clear();
+    let report = report?;
+    skipped.extend(report.skipped);
     let mut out = std::io::stdout().lock();
     if args.model.json {
         writeln!(out, "{}", serde_json::to_string_pretty(&report.json)?)?;
     } else {
         write!(out, "{}", report.table)?;
     }
-    name_skipped(&report.skipped);
-    Ok(if report.skipped.is_empty() { Done::All } else { Done::SomeFailed })
+    name_skipped(&skipped);
+    Ok(if skipped.is_empty() { Done::All } else { Done::SomeFailed })
 }
 
 /// The rows, with where the manifest's pictures are and how they are read.
 fn test_set<'a>(args: &'a EvalArgs, rows: &'a [Row]) -> TestSet<'a> {
-    let base = args.manifest.parent().unwrap_or(Path::new(""));
+    let base = args.images.as_deref().or(args.manifest.parent()).unwrap_or(Path::new(""));
     TestSet { rows, base, pixels: pixels(args.preset) }
 }
 
@@ -101,7 +108,7 @@ fn questions_report(args: &EvalArgs, rows: &[Row], on_progress: OnProgress<'_>) 
 
 fn retrieval_report(args: &EvalArgs, rows: &[Row], on_progress: OnProgress<'_>) -> anyhow::Result<Report> {
     if args.out.is_some() {
-        anyhow::bail!("--out writes what the model said; retrieval says nothing");
+        bail!("--out writes what the model said; retrieval says nothing");
     }
     let model = open_as(&args.model, Part::Stage1, args.preset)?;
     let (name, label, rescoring) = match args.rerank {

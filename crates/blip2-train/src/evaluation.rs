@@ -1,7 +1,7 @@
 //! Measuring a model: captions, questions, recognition, retrieval.
 //!
-//! Rows come from manifests as in training ([`read_rows`](crate::data::read_rows)). A picture that cannot be read is left
-//! out, counted and named; nothing else is.
+//! Rows come from manifests and caption files as in training ([`read_test_set`](crate::data::read_test_set)). A picture that
+//! cannot be read is left out, counted and named; nothing else is. Where no picture is left there is an error and no score.
 
 use std::collections::BTreeMap;
 use std::num::NonZeroUsize;
@@ -64,7 +64,7 @@ pub struct Evaluated {
 }
 
 impl Evaluated {
-    /// The mean score in percent, over all and by kind.
+    /// The mean score in percent, over all and by kind; not a number where nothing has a score.
     pub fn accuracy(&self) -> (f64, BTreeMap<String, (f64, usize)>) {
         let scored = || self.predictions.iter().filter_map(|p| p.score.map(|score| (p, score)));
         let mut kinds: BTreeMap<String, (f64, usize)> = BTreeMap::new();
@@ -83,8 +83,8 @@ impl Evaluated {
     pub fn groups(&self) -> (usize, usize) {
         let mut groups: BTreeMap<&str, (f64, usize)> = BTreeMap::new();
         for prediction in &self.predictions {
-            let (sum, n) =
-                groups.entry(prediction.group.as_deref().unwrap_or(&prediction.image)).or_default();
+            let Some(group) = &prediction.group else { continue };
+            let (sum, n) = groups.entry(group).or_default();
             *sum += prediction.score.unwrap_or(0.0);
             *n += 1;
         }
@@ -101,7 +101,7 @@ impl Evaluated {
 /// Captions every picture; the rows are of captions.
 ///
 /// # Errors
-/// When a row is not of captions, or the model fails.
+/// When a row is not of captions, no picture can be read, or the model fails.
 pub fn captions(
     model: &Blip2,
     test_set: TestSet<'_>,
@@ -124,7 +124,7 @@ pub fn captions(
 /// answers by the official VQA rule, those with one when the answers are equal after the official normalisation.
 ///
 /// # Errors
-/// When a row is not a question, or the model fails.
+/// When a row is not a question, no picture can be read, or the model fails.
 pub fn questions(
     model: &Blip2,
     test_set: TestSet<'_>,
@@ -189,7 +189,7 @@ pub struct RetrievalReport {
 /// Compares every picture with every text: the first caption of each row, or all of them.
 ///
 /// # Errors
-/// When a row is not of captions, or the model fails.
+/// When a row is not of captions, no picture can be read, or the model fails.
 pub fn retrieve(
     model: &Blip2,
     test_set: TestSet<'_>,
@@ -277,7 +277,8 @@ fn similarities(model: &Blip2, pictures: &[ImageFeatures], texts: &[&str]) -> Re
     Ok(similarities)
 }
 
-/// Reads and encodes the pictures of some rows at a time; consecutive rows of one picture share its features.
+/// Reads and encodes the pictures of some rows at a time; consecutive rows of one picture share its features. That no picture
+/// can be read is an error.
 fn for_each_batch(
     model: &Blip2,
     test_set: TestSet<'_>,
@@ -287,6 +288,7 @@ fn for_each_batch(
 ) -> Result<()> {
     let TestSet { rows, base, pixels } = test_set;
     let mut last: Option<(&str, ImageFeatures)> = None;
+    let mut n_read = 0;
     for (number, chunk) in rows.chunks(AT_ONCE).enumerate() {
         let mut batch = Vec::with_capacity(chunk.len());
         for row in chunk {
@@ -310,12 +312,19 @@ fn for_each_batch(
                 }
             }
         }
+        n_read += batch.len();
         if !batch.is_empty() {
             visit(&batch)?;
         }
         on_progress((number * AT_ONCE + chunk.len()).min(rows.len()), rows.len());
     }
-    Ok(())
+    match skipped.first() {
+        Some(first) if n_read == 0 => {
+            Err(Error::Training(format!("there is nothing to measure on: no picture can be read, {first}")))
+        }
+        None if n_read == 0 => Err(Error::Training("there is nothing to measure on: no row".into())),
+        _ => Ok(()),
+    }
 }
 
 fn text_of(row: &Row) -> Result<Text> {
@@ -369,11 +378,16 @@ mod tests {
             said("b", "y", 1.0),
             said("b", "y", 0.0),
         ];
-        let evaluated = Evaluated { predictions, skipped: Vec::new() };
+        let mut evaluated = Evaluated { predictions, skipped: Vec::new() };
         let (all, kinds) = evaluated.accuracy();
         assert!((all - 60.0).abs() < 1e-9);
         assert_eq!(kinds["x"], (100.0, 2));
         assert!((kinds["y"].0 - 100.0 / 3.0).abs() < 1e-9);
         assert_eq!(evaluated.groups(), (1, 2)); // half of b is not most of it
+        // What belongs to no group makes none.
+        evaluated.predictions.iter_mut().for_each(|prediction| prediction.group = None);
+        assert_eq!(evaluated.groups(), (0, 0));
+        evaluated.predictions.push(said("c", "x", 1.0));
+        assert_eq!(evaluated.groups(), (1, 1));
     }
 }
