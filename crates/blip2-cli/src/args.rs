@@ -1,5 +1,6 @@
 //! What can be written behind `blip2`; parsing only, nothing is opened here.
 
+use std::num::NonZeroUsize;
 use std::path::PathBuf;
 
 use clap::{Parser, Subcommand};
@@ -152,9 +153,11 @@ pub(crate) struct GenerationArgs {
 /// Whose results are to be had.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
 pub(crate) enum PresetArg {
-    /// transformers: greedy, 20 tokens, the folder's generation_config.json; penalties see the prompt.
+    /// transformers: greedy, 20 tokens, the folder's generation_config.json; penalties see the prompt. Texts are compared as
+    /// they are given.
     Hf,
-    /// LAVIS: 5 beams, 30 tokens, nucleus 0.9; penalties see what is written only.
+    /// LAVIS: 5 beams, 30 tokens, nucleus 0.9; penalties see what is written only. Texts are compared as its caption processor
+    /// cleans them.
     Lavis,
 }
 
@@ -254,6 +257,9 @@ pub(crate) struct MatchArgs {
     /// The texts.
     #[arg(required = true)]
     pub(crate) texts: Vec<String>,
+    /// Compare as this implementation does: its reading of pictures and texts, its epsilons.
+    #[arg(long, value_enum)]
+    pub(crate) preset: Option<PresetArg>,
     #[command(flatten)]
     pub(crate) model: ModelArgs,
 }
@@ -270,14 +276,16 @@ pub(crate) struct EmbedArgs {
     #[arg(long, value_name = "FILE")]
     pub(crate) npy: Option<PathBuf>,
     /// Write what every stage makes of the pictures to this safetensors file instead: `pixel_values`, `vision.out`,
-    /// `qformer.out`, and of a model that writes `language_projection.out` and the `logits` of the prompt.
-    #[arg(long, value_name = "FILE", requires = "image", conflicts_with_all = ["npy", "text"])]
+    /// `qformer.out`, and of a model that writes `language_projection.out` and the `logits` of the prompt. With texts, of a model
+    /// that matches, also `text.out`, a row for each token of all texts, `text.lengths`, the tokens of each text, and
+    /// `multimodal.out`, the queries of each picture with each text, picture by picture.
+    #[arg(long, value_name = "FILE", requires = "image", conflicts_with = "npy")]
     pub(crate) output: Option<PathBuf>,
     /// With --output: the prompt, instead of the model's own for captions.
     #[arg(long, value_name = "TEXT", requires = "output")]
     pub(crate) prompt: Option<String>,
-    /// With --output: read pictures as this implementation does.
-    #[arg(long, value_enum, requires = "output")]
+    /// Compute as this implementation does: its reading of pictures and texts, its epsilons.
+    #[arg(long, value_enum)]
     pub(crate) preset: Option<PresetArg>,
     #[command(flatten)]
     pub(crate) model: ModelArgs,
@@ -319,6 +327,9 @@ pub(crate) struct ClassifyArgs {
     /// The text that a label is compared as.
     #[arg(long, default_value = "a photo of {label}")]
     pub(crate) template: String,
+    /// Compare as this implementation does: its reading of pictures and texts, its epsilons.
+    #[arg(long, value_enum)]
+    pub(crate) preset: Option<PresetArg>,
     #[command(flatten)]
     pub(crate) model: ModelArgs,
 }
@@ -328,23 +339,33 @@ pub(crate) struct EvalArgs {
     /// What to measure.
     #[arg(value_enum)]
     pub(crate) task: EvalTask,
-    /// JSON lines with `image` and `captions`, or `question` and `answer` (or `names` that an answer may contain).
+    /// JSON lines with `image` and `captions`, or `question` and `answer` (or `names` that an answer may contain); or captions as
+    /// COCO has them (`.json`).
     pub(crate) manifest: PathBuf,
+    /// The folder of the pictures; without it that of the manifest.
+    #[arg(long, value_name = "FOLDER")]
+    pub(crate) images: Option<PathBuf>,
     /// Only so many rows, from the first.
     #[arg(long)]
-    pub(crate) limit: Option<usize>,
+    pub(crate) limit: Option<NonZeroUsize>,
     /// Write what the model said, one JSON line a row.
     #[arg(long, value_name = "FILE")]
     pub(crate) out: Option<PathBuf>,
-    /// Retrieval: re-rank this many candidates with the matching head; 0 for none.
-    #[arg(long, default_value_t = 16)]
-    pub(crate) rerank: usize,
+    /// Retrieval: by what the candidates that similarity finds are ordered.
+    #[arg(long, value_enum, default_value_t = RerankArg::Sum, value_name = "BY")]
+    pub(crate) rerank: RerankArg,
+    /// Retrieval: how many candidates of each picture and of each text are re-ranked; LAVIS takes 128.
+    #[arg(long, default_value = "16", value_name = "N")]
+    pub(crate) candidates: NonZeroUsize,
     /// Question baseline: the manifest to learn from.
     #[arg(long, value_name = "MANIFEST", required_if_eq("task", "question-baseline"))]
     pub(crate) train: Option<PathBuf>,
     /// Retrieval: all captions of a picture, not the first only.
     #[arg(long)]
     pub(crate) all_captions: bool,
+    /// Measure what this implementation does: its reading of pictures and texts, its epsilons, and what it writes.
+    #[arg(long, value_enum)]
+    pub(crate) preset: Option<PresetArg>,
     #[command(flatten)]
     pub(crate) model: ModelArgs,
     #[command(flatten)]
@@ -361,6 +382,17 @@ pub(crate) enum EvalTask {
     Retrieval,
     /// How far answers get that are learned from the questions of `--train` alone, without pictures or model.
     QuestionBaseline,
+}
+
+/// By what the candidates of retrieval are ordered.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
+pub(crate) enum RerankArg {
+    /// The sum of the matching head's logit and the similarity, as LAVIS does.
+    Sum,
+    /// The matching head's logit alone, as the paper says.
+    Itm,
+    /// Nothing: they stay in the order of similarity.
+    None,
 }
 
 #[derive(Debug, clap::Args)]

@@ -47,7 +47,7 @@ pub(crate) fn run(args: &CaptionArgs) -> anyhow::Result<Done> {
         eprintln!("{n_described} described, {n_had} described already, {n_failed} failed");
     }
     destination.finish()?;
-    Ok(if n_failed == 0 { Done::All } else { Done::SomeFailed })
+    Ok(Done::of(n_failed, n_given))
 }
 
 /// Describes the pictures, a few at a time; gives how many could not be read.
@@ -64,16 +64,11 @@ fn describe(
     let mut n_failed = 0;
     for paths in pictures.chunks(PICTURES_AT_ONCE) {
         let captions = caption_pictures(model, paths, args, &config)?;
-        for (path, result) in paths.iter().zip(&captions) {
-            if let Err(error) = result {
-                n_failed += 1;
-                bar.suspend(|| eprintln!("blip2: {}", crate::message(error)));
-                destination.refuse(path, error);
-            }
+        for error in captions.iter().filter_map(|result| result.as_ref().err()) {
+            n_failed += 1;
+            bar.suspend(|| eprintln!("blip2: {}", crate::message(error)));
         }
-        let described =
-            paths.iter().zip(&captions).filter_map(|(path, result)| Some((path, result.as_ref().ok()?)));
-        destination.write(&described.collect::<Vec<_>>())?;
+        destination.write(paths, &captions)?;
         bar.inc(paths.len() as u64);
     }
     bar.finish_and_clear();

@@ -10,11 +10,11 @@ use serde_json::json;
 
 use crate::Done;
 use crate::args::{ClassifyArgs, EmbedArgs, MatchArgs};
-use crate::model::{Part, encode_picture, open, open_as, open_picture};
+use crate::model::{Part, encode_picture, open_as, open_picture};
 
 pub(crate) fn match_texts(args: &MatchArgs) -> anyhow::Result<Done> {
-    let model = open(&args.model, Part::Stage1)?;
-    let features = encode_picture(&model, &args.picture, None)?;
+    let model = open_as(&args.model, Part::Stage1, args.preset)?;
+    let features = encode_picture(&model, &args.picture, args.preset)?;
     let texts: Vec<&str> = args.texts.iter().map(String::as_str).collect();
     let scores = model.match_texts(&features, &texts)?;
     let mut out = std::io::stdout().lock();
@@ -38,8 +38,8 @@ pub(crate) fn match_texts(args: &MatchArgs) -> anyhow::Result<Done> {
 }
 
 pub(crate) fn classify(args: &ClassifyArgs) -> anyhow::Result<Done> {
-    let model = open(&args.model, Part::Stage1)?;
-    let features = encode_picture(&model, &args.picture, None)?;
+    let model = open_as(&args.model, Part::Stage1, args.preset)?;
+    let features = encode_picture(&model, &args.picture, args.preset)?;
     let labels: Vec<&str> = args.labels.iter().map(String::as_str).collect();
     let scores = model.classify(&features, &labels, &args.template)?;
     let mut out = std::io::stdout().lock();
@@ -64,10 +64,10 @@ pub(crate) fn embed(args: &EmbedArgs) -> anyhow::Result<Done> {
     if let Some(path) = &args.output {
         return write_stages(args, path).map(|()| Done::All);
     }
-    let model = open(&args.model, Part::Stage1)?;
+    let model = open_as(&args.model, Part::Stage1, args.preset)?;
     let mut items = Vec::new();
     for path in &args.image {
-        let features = encode_picture(&model, path, None)?;
+        let features = encode_picture(&model, path, args.preset)?;
         let values = model.embed_images(&[&features])?.concat();
         items.push(("path", path.display().to_string(), values));
     }
@@ -88,17 +88,21 @@ pub(crate) fn embed(args: &EmbedArgs) -> anyhow::Result<Done> {
     Ok(Done::All)
 }
 
-/// What every stage makes of the pictures, as a safetensors file.
+/// What every stage makes of the pictures and texts, as a safetensors file.
 fn write_stages(args: &EmbedArgs, path: &Path) -> anyhow::Result<()> {
     let model = open_as(&args.model, Part::Both, args.preset)?;
     let pictures =
         args.image.iter().map(|path| open_picture(path, args.preset)).collect::<anyhow::Result<Vec<_>>>()?;
-    let stages = model.stages(&pictures, args.prompt.as_deref())?;
+    let texts: Vec<&str> = args.text.iter().map(String::as_str).collect();
+    let stages = model.stages(&pictures, args.prompt.as_deref(), &texts)?;
     let values = stages
         .iter()
         .map(|(_, tensor)| Ok(tensor.flatten_all()?.to_vec1::<f32>()?))
         .collect::<anyhow::Result<Vec<_>>>()?;
-    let tensors: Vec<_> = stages
+    // A model without a text side is asked nothing where there are no texts.
+    let lengths = if texts.is_empty() { Vec::new() } else { model.n_matcher_tokens(&texts)? };
+    let lengths: Vec<i64> = lengths.into_iter().map(|n| n as i64).collect();
+    let mut tensors: Vec<_> = stages
         .iter()
         .zip(&values)
         .map(|((name, tensor), values)| NamedTensor {
@@ -107,6 +111,10 @@ fn write_stages(args: &EmbedArgs, path: &Path) -> anyhow::Result<()> {
             values: Values::F32(values),
         })
         .collect();
+    if !lengths.is_empty() {
+        let (name, shape) = ("text.lengths".to_owned(), vec![lengths.len()]);
+        tensors.push(NamedTensor { name, shape, values: Values::I64(&lengths) });
+    }
     Ok(write_safetensors(path, &tensors, &BTreeMap::new())?)
 }
 

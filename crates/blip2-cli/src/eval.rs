@@ -2,19 +2,22 @@
 
 use std::fmt::Write as _;
 use std::io::Write;
+use std::num::NonZeroUsize;
 use std::path::Path;
 
-use anyhow::Context;
-use blip2_train::data::{Row, Skipped, read_rows};
-use blip2_train::evaluation::{Evaluated, OnProgress, captions, questions, retrieve};
-use blip2_train::metrics::RetrievalScores;
+use anyhow::{Context, bail};
+use blip2_train::data::{Row, Skipped, read_rows, read_test_set};
+use blip2_train::evaluation::{
+    Evaluated, OnProgress, RetrievalConfig, TestSet, captions, questions, retrieve,
+};
+use blip2_train::metrics::{Rescoring, RetrievalScores};
 use blip2_train::question_baseline::{Accuracy, BagOfWords, FrequencyPrior, Questions};
 use indicatif::{ProgressBar, ProgressStyle};
 use serde_json::json;
 
 use crate::Done;
-use crate::args::{EvalArgs, EvalTask};
-use crate::model::{Part, answering, generation, open};
+use crate::args::{EvalArgs, EvalTask, RerankArg};
+use crate::model::{Part, answering, generation, open_as, pixels};
 
 /// What a task measured.
 struct Report {
@@ -24,8 +27,12 @@ struct Report {
 }
 
 pub(crate) fn run(args: &EvalArgs) -> anyhow::Result<Done> {
-    let mut rows = read_rows(&args.manifest)?;
-    rows.truncate(args.limit.unwrap_or(usize::MAX));
+    let (mut rows, mut skipped) = read_test_set(&args.manifest)?;
+    rows.truncate(args.limit.map_or(usize::MAX, NonZeroUsize::get));
+    if rows.is_empty() {
+        let reason = skipped.first().map_or("it has no row".to_owned(), ToString::to_string);
+        bail!("{}: there is nothing to measure on: {reason}", args.manifest.display());
+    }
     let bar = ProgressBar::new(rows.len() as u64);
     bar.set_style(ProgressStyle::with_template("{wide_bar} {pos}/{len} {eta}")?);
     let mut on_progress = |done: usize, total: usize| {
@@ -33,31 +40,34 @@ pub(crate) fn run(args: &EvalArgs) -> anyhow::Result<Done> {
         bar.set_position(done as u64);
     };
     let report = match args.task {
-        EvalTask::Captions => captions_report(args, &rows, &mut on_progress)?,
-        EvalTask::Questions => questions_report(args, &rows, &mut on_progress)?,
-        EvalTask::Retrieval => retrieval_report(args, &rows, &mut on_progress)?,
-        EvalTask::QuestionBaseline => question_baseline(args, &rows)?,
+        EvalTask::Captions => captions_report(args, &rows, &mut on_progress),
+        EvalTask::Questions => questions_report(args, &rows, &mut on_progress),
+        EvalTask::Retrieval => retrieval_report(args, &rows, &mut on_progress),
+        EvalTask::QuestionBaseline => question_baseline(args, &rows),
     };
     bar.finish_and_clear();
+    let report = report?;
+    skipped.extend(report.skipped);
     let mut out = std::io::stdout().lock();
     if args.model.json {
         writeln!(out, "{}", serde_json::to_string_pretty(&report.json)?)?;
     } else {
         write!(out, "{}", report.table)?;
     }
-    name_skipped(&report.skipped);
-    Ok(if report.skipped.is_empty() { Done::All } else { Done::SomeFailed })
+    name_skipped(&skipped);
+    Ok(if skipped.is_empty() { Done::All } else { Done::SomeFailed })
 }
 
-/// Where the manifest's pictures are.
-fn base(args: &EvalArgs) -> &Path {
-    args.manifest.parent().unwrap_or(Path::new(""))
+/// The rows, with where the manifest's pictures are and how they are read.
+fn test_set<'a>(args: &'a EvalArgs, rows: &'a [Row]) -> TestSet<'a> {
+    let base = args.images.as_deref().or(args.manifest.parent()).unwrap_or(Path::new(""));
+    TestSet { rows, base, pixels: pixels(args.preset) }
 }
 
 fn captions_report(args: &EvalArgs, rows: &[Row], on_progress: OnProgress<'_>) -> anyhow::Result<Report> {
-    let model = open(&args.model, Part::Stage2)?;
-    let config = generation(&model, None, &args.generation);
-    let evaluated = captions(&model, base(args), rows, &config, on_progress)?;
+    let model = open_as(&args.model, Part::Stage2, args.preset)?;
+    let config = generation(&model, args.preset, &args.generation);
+    let evaluated = captions(&model, test_set(args, rows), &config, on_progress)?;
     write_predictions(args.out.as_deref(), &evaluated)?;
     let scores = evaluated.caption_scores();
     let bleu = scores.bleu.map(|score| 100.0 * score);
@@ -73,9 +83,9 @@ fn captions_report(args: &EvalArgs, rows: &[Row], on_progress: OnProgress<'_>) -
 }
 
 fn questions_report(args: &EvalArgs, rows: &[Row], on_progress: OnProgress<'_>) -> anyhow::Result<Report> {
-    let model = open(&args.model, Part::Stage2)?;
-    let config = answering(&model, None, &args.generation);
-    let evaluated = questions(&model, base(args), rows, &config, on_progress)?;
+    let model = open_as(&args.model, Part::Stage2, args.preset)?;
+    let config = answering(&model, args.preset, &args.generation);
+    let evaluated = questions(&model, test_set(args, rows), &config, on_progress)?;
     write_predictions(args.out.as_deref(), &evaluated)?;
     let (accuracy, kinds) = evaluated.accuracy();
     let (n_right, n_groups) = evaluated.groups();
@@ -98,19 +108,28 @@ fn questions_report(args: &EvalArgs, rows: &[Row], on_progress: OnProgress<'_>) 
 
 fn retrieval_report(args: &EvalArgs, rows: &[Row], on_progress: OnProgress<'_>) -> anyhow::Result<Report> {
     if args.out.is_some() {
-        anyhow::bail!("--out writes what the model said; retrieval says nothing");
+        bail!("--out writes what the model said; retrieval says nothing");
     }
-    let model = open(&args.model, Part::Stage1)?;
-    let scores = retrieve(&model, base(args), rows, args.all_captions, args.rerank, on_progress)?;
+    let model = open_as(&args.model, Part::Stage1, args.preset)?;
+    let (name, label, rescoring) = match args.rerank {
+        RerankArg::Sum => ("sum", "ITC+ITM", Some(Rescoring::ItmPlusItc)),
+        RerankArg::Itm => ("itm", "ITM", Some(Rescoring::Itm)),
+        RerankArg::None => ("none", "", None),
+    };
+    let n_candidates = args.candidates;
+    let config = RetrievalConfig { all_captions: args.all_captions, rescoring, n_candidates };
+    let scores = retrieve(&model, test_set(args, rows), config, on_progress)?;
     let mut table = format!("{} pictures, {} texts\n", scores.n_images, scores.n_texts);
     table += "            TR@1   @5  @10   IR@1   @5  @10\n";
     writeln!(table, "ITC         {}", recalls(&scores.itc))?;
-    if let Some(itm) = &scores.itm {
-        writeln!(table, "ITM of {:<4} {}", args.rerank, recalls(itm))?;
+    if let Some(reranked) = &scores.reranked {
+        let label = format!("{label} {n_candidates}");
+        writeln!(table, "{label:<11} {}", recalls(reranked))?;
     }
     let json = json!({"pictures": scores.n_images, "texts": scores.n_texts,
-        "itc": recalls_json(&scores.itc), "rerank": args.rerank,
-        "itm": scores.itm.as_ref().map(recalls_json)});
+        "itc": recalls_json(&scores.itc), "rerank": name,
+        "candidates": scores.reranked.map(|_| n_candidates.get()),
+        "reranked": scores.reranked.as_ref().map(recalls_json)});
     Ok(Report { json, table, skipped: scores.skipped })
 }
 

@@ -62,7 +62,7 @@ pub(crate) fn run(args: &FilterArgs) -> anyhow::Result<Done> {
     eprintln!(
         "{n_written} written, {n_had} there already, {n_empty} without a caption that fits, {n_failed} failed"
     );
-    Ok(if n_failed == 0 { Done::All } else { Done::SomeFailed })
+    Ok(Done::of(n_failed, rows.len()))
 }
 
 /// The model that judges, and the one that writes where captions are to be written.

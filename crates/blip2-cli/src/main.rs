@@ -1,6 +1,6 @@
 //! The `blip2` command. Results go to standard output, progress and messages to standard error.
 //!
-//! Exit status: 0 done, 1 failed, 2 wrong usage, 3 some of several items failed.
+//! Exit status: 0 done, 1 failed (of several items all), 2 wrong usage, 3 some of several items failed.
 #![allow(clippy::print_stdout, clippy::print_stderr, reason = "the one crate that talks to a terminal")]
 
 mod args;
@@ -39,6 +39,19 @@ enum Done {
     All,
     /// Of several items some failed; each was named.
     SomeFailed,
+    /// All items failed, or the only one; each was named.
+    AllFailed,
+}
+
+impl Done {
+    /// After `n_failed` of `n_items` failed and were named.
+    fn of(n_failed: usize, n_items: usize) -> Self {
+        match n_failed {
+            0 => Self::All,
+            n if n == n_items => Self::AllFailed,
+            _ => Self::SomeFailed,
+        }
+    }
 }
 
 fn main() -> ExitCode {
@@ -69,6 +82,7 @@ fn main() -> ExitCode {
     match result {
         Ok(Done::All) => ExitCode::SUCCESS,
         Ok(Done::SomeFailed) => ExitCode::from(3),
+        Ok(Done::AllFailed) => ExitCode::FAILURE,
         // Whoever read the output has had enough: not a failure of ours.
         Err(error) if is_broken_pipe(&error) => ExitCode::SUCCESS,
         Err(error) => {

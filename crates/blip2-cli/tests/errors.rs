@@ -33,6 +33,10 @@ fn wrong_usage_is_status_2() {
     refused(&blip2(home.path(), &["match", "a.jpg"]), 2, &["TEXTS"]);
     refused(&blip2(home.path(), &["embed"]), 2, &["--image"]);
     refused(&blip2(home.path(), &["describe", "a.jpg"]), 2, &["describe"]);
+    let retrieval =
+        |more: &[&str]| blip2(home.path(), &[&["eval", "retrieval", "a.jsonl"][..], more].concat());
+    refused(&retrieval(&["--rerank", "16"]), 2, &["sum", "itm", "none"]);
+    refused(&retrieval(&["--candidates", "0"]), 2, &["--candidates"]);
 }
 
 #[test]

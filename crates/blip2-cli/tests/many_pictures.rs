@@ -83,6 +83,36 @@ fn rows_go_on_where_they_ended_and_are_a_manifest() {
     assert_eq!(table.lines().count(), 4);
 }
 
+/// A picture that cannot be read has its place among the rows; when none can, the command failed.
+#[test]
+fn rows_of_json_are_in_the_order_of_the_pictures() {
+    let dir = folder();
+    let run = |pictures: &[&str]| {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_blip2"));
+        command.args(["caption", "--json", "--beams", "1", "--max-new-tokens", "4", "--model"]);
+        command.arg(golden("blip2_opt")).args(pictures).current_dir(dir.path());
+        command.output().expect("the command runs")
+    };
+    let rows = |output: &Output| -> Vec<serde_json::Value> {
+        serde_json::from_slice(&output.stdout).expect("an array")
+    };
+    let pictures = ["a.png", "broken.jpg", "b.PNG", "absent.png", "below/c.png"];
+    let output = run(&pictures);
+    assert_eq!(output.status.code(), Some(3), "{}", said(&output));
+    let found = rows(&output);
+    let paths: Vec<_> = found.iter().map(|row| row["path"].as_str().expect("a path")).collect();
+    assert_eq!(paths, pictures);
+    let failed: Vec<_> = found.iter().map(|row| row["error"].is_string()).collect();
+    assert_eq!(failed, [false, true, false, true, false]);
+    for pictures in [&["broken.jpg"][..], &["absent.png", "broken.jpg"]] {
+        let output = run(pictures);
+        assert_eq!(output.status.code(), Some(1), "{}", said(&output));
+        assert_eq!(rows(&output).len(), pictures.len());
+        assert!(pictures.iter().all(|picture| said(&output).contains(picture)), "{}", said(&output));
+    }
+    assert!(run(&["a.png"]).status.success());
+}
+
 #[test]
 fn what_cannot_be_right_is_said_first() {
     let dir = folder();
@@ -150,4 +180,7 @@ fn captions_that_fit_best_are_kept() {
     assert!(first["captions"].as_array().expect("captions").len() > 2, "{first}");
     let output = filter(&["--overwrite", "--min-score", "1.5"]);
     assert!(said(&output).contains("2 without a caption that fits"), "{}", said(&output));
+    fs::write(&manifest, "{\"image\": \"broken.jpg\", \"caption\": \"nothing\"}\n").expect("written");
+    let output = filter(&["--overwrite"]);
+    assert_eq!(output.status.code(), Some(1), "{}", said(&output));
 }

@@ -107,6 +107,53 @@ fn the_preset_of_transformers_gives_its_tokens_after_every_prompt() {
     }
 }
 
+/// A picture whose camera was held sideways, and one whose pixels are as that one's are stored.
+fn turned(folder: &Path) -> [String; 2] {
+    let text = std::fs::read_to_string(golden("pictures.json")).expect("readable");
+    let pictures: Json = serde_json::from_str(&text).expect("JSON");
+    let digits = pictures["png_orientation_6"]["file"].as_str().expect("a file");
+    let byte = |at| u8::from_str_radix(&digits[at..at + 2], 16).expect("a byte");
+    let bytes: Vec<u8> = (0..digits.len()).step_by(2).map(byte).collect();
+    let [turned, stored] = ["turned.png", "stored.png"].map(|name| folder.join(name));
+    std::fs::write(&turned, bytes).expect("written");
+    let limits = blip2::image::Limits::default();
+    let picture = blip2::image::open(&turned, &limits, blip2::image::Pixels::Pillow).expect("a picture");
+    std::fs::write(&stored, blip2::image::png(&picture)).expect("written");
+    [turned, stored].map(|path| path.to_str().expect("UTF-8").to_owned())
+}
+
+/// transformers reads pictures as they are stored; it and LAVIS differ in an epsilon, and LAVIS cleans texts.
+#[test]
+fn presets_change_what_is_compared() {
+    let (dir, model) = (tempfile::tempdir().expect("a folder"), golden("blip2_itm"));
+    let [turned, stored] = turned(dir.path());
+    let say = |picture: &str, text: &str, preset: &[&str]| {
+        let verbs = [
+            vec!["match", picture, text],
+            vec!["classify", picture, text, "sofa"],
+            vec!["embed", "--image", picture],
+            vec!["embed", "--text", text],
+        ];
+        let model = ["--json", "--model", &model];
+        verbs.map(|verb| {
+            let said = printed(&[&verb[..], &model, preset].concat());
+            said.replace(picture, "the picture").replace(text, "the text")
+        })
+    };
+    let (given, cleaned) = ("Two DOGS (on the sofa)!", "two dogs on the sofa");
+    let hf = ["--preset", "hf"];
+    let lavis = ["--preset", "lavis"];
+    assert_eq!(say(&turned, given, &hf), say(&stored, given, &[]));
+    assert_eq!(say(&turned, given, &lavis), say(&stored, cleaned, &lavis));
+    let (own, hf, lavis) = (say(&turned, given, &[]), say(&turned, given, &hf), say(&turned, given, &lavis));
+    for of_picture in 0..3 {
+        assert_ne!(own[of_picture], hf[of_picture]);
+        assert_ne!(lavis[of_picture], hf[of_picture]);
+    }
+    assert_eq!(own[3], hf[3], "a text is as it is given");
+    assert_ne!(lavis[3], hf[3]);
+}
+
 #[test]
 fn every_stage_can_be_written_to_a_file() {
     let dir = tempfile::tempdir().expect("a folder");
@@ -126,6 +173,32 @@ fn every_stage_can_be_written_to_a_file() {
         assert_eq!(shape("language_projection.out"), [2, 5, 32]);
         assert_eq!(shape("logits")[..2], [2, n_rows]);
     }
+    // Which of two pictures and two texts is which.
+    let (model, [turned, stored]) = (golden("blip2_itm"), turned(dir.path()));
+    let arguments = ["embed", "--model", &model, "--output", file, "--image", &stored, "--text", "a cat"];
+    printed(&arguments);
+    let stages = blip2::weights::safetensors::Safetensors::open(file).expect("a file");
+    let [text, pair] = ["text.out", "multimodal.out"].map(|name| stages.read_f32(name).expect("numbers"));
+    assert_eq!((text.len(), pair.len()), (4 * 32, 5 * 32));
+    printed(&[&arguments[..], &["--text", "two dogs", "--image", &turned]].concat());
+    let stages = blip2::weights::safetensors::Safetensors::open(file).expect("a file");
+    let shape = |name: &str| stages.shape(name).expect("a stage").to_vec();
+    assert_eq!((shape("text.out"), shape("multimodal.out")), (vec![4 + 5, 32], vec![2 * 2, 5, 32]));
+    assert_eq!(stages.read_f32("text.lengths").expect("numbers"), [4.0, 5.0]);
+    assert_eq!(stages.read_f32("text.out").expect("numbers")[..4 * 32], text);
+    let pairs = stages.read_f32("multimodal.out").expect("numbers");
+    let of_pair: Vec<_> = pairs.chunks_exact(5 * 32).collect();
+    assert_eq!(of_pair[0], pair);
+    printed(&["embed", "--model", &model, "--output", file, "--image", &turned, "--text", "a cat"]);
+    let stages = blip2::weights::safetensors::Safetensors::open(file).expect("a file");
+    assert_eq!(stages.read_f32("multimodal.out").expect("numbers"), of_pair[2]);
+    assert_ne!(of_pair[0], of_pair[2]);
+    // A model that only writes reads no texts beside pictures.
+    let arguments = ["embed", "--image", &picture, "--text", "a cat", "--output", file, "--model"];
+    let writer = golden("blip2_opt");
+    let refused = blip2(&[&arguments[..], &[writer.as_str()]].concat());
+    assert_eq!(refused.status.code(), Some(1));
+    assert!(String::from_utf8_lossy(&refused.stderr).contains("stage-1"));
     for wrong in
         [&["--output", file][..], &["--image", "a.png", "--prompt", "a"], &["--text", "a", "--output", file]]
     {

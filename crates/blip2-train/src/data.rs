@@ -357,6 +357,19 @@ pub(crate) fn hex(bytes: &[u8]) -> String {
     bytes.iter().map(|byte| format!("{byte:02x}")).collect()
 }
 
+/// What a model is measured on: the rows of a manifest, or of a COCO caption file, which ends in `.json` as in training; and what
+/// was left out of them. Rows name their pictures relative to the folder that holds these.
+///
+/// # Errors
+/// [`Error::Manifest`] with file and line for a row that cannot be understood, [`Error::File`] for a damaged annotation file,
+/// [`Error::Io`] for a file that cannot be read.
+pub fn read_test_set(path: &Path) -> Result<(Vec<Row>, Vec<Skipped>)> {
+    if folder::extension(path) == "json" {
+        return coco::rows(path);
+    }
+    Ok((read_rows(path)?, Vec::new()))
+}
+
 fn guess_format(path: &Path) -> Result<Format> {
     let metadata = std::fs::metadata(path).map_err(Error::io(path))?;
     if metadata.is_dir() {

@@ -1,9 +1,10 @@
 //! Measuring a model: captions, questions, recognition, retrieval.
 //!
-//! Rows come from manifests as in training ([`read_rows`](crate::data::read_rows)). A picture that cannot be read is left
-//! out, counted and named; nothing else is.
+//! Rows come from manifests and caption files as in training ([`read_test_set`](crate::data::read_test_set)). A picture that
+//! cannot be read is left out, counted and named; nothing else is. Where no picture is left there is an error and no score.
 
 use std::collections::BTreeMap;
+use std::num::NonZeroUsize;
 use std::path::Path;
 
 use blip2::generate::GenerationConfig;
@@ -19,6 +20,17 @@ use crate::{Error, Result};
 
 /// Pictures that go through the model at once.
 const AT_ONCE: usize = 8;
+
+/// What a model is measured on.
+#[derive(Debug, Clone, Copy)]
+pub struct TestSet<'a> {
+    /// The rows of a manifest.
+    pub rows: &'a [Row],
+    /// The folder that the rows name their pictures relative to.
+    pub base: &'a Path,
+    /// How the pictures are read.
+    pub pixels: Pixels,
+}
 
 /// Is told how many of how many items are done.
 pub type OnProgress<'a> = &'a mut dyn FnMut(usize, usize);
@@ -52,7 +64,7 @@ pub struct Evaluated {
 }
 
 impl Evaluated {
-    /// The mean score in percent, over all and by kind.
+    /// The mean score in percent, over all and by kind; not a number where nothing has a score.
     pub fn accuracy(&self) -> (f64, BTreeMap<String, (f64, usize)>) {
         let scored = || self.predictions.iter().filter_map(|p| p.score.map(|score| (p, score)));
         let mut kinds: BTreeMap<String, (f64, usize)> = BTreeMap::new();
@@ -71,8 +83,8 @@ impl Evaluated {
     pub fn groups(&self) -> (usize, usize) {
         let mut groups: BTreeMap<&str, (f64, usize)> = BTreeMap::new();
         for prediction in &self.predictions {
-            let (sum, n) =
-                groups.entry(prediction.group.as_deref().unwrap_or(&prediction.image)).or_default();
+            let Some(group) = &prediction.group else { continue };
+            let (sum, n) = groups.entry(group).or_default();
             *sum += prediction.score.unwrap_or(0.0);
             *n += 1;
         }
@@ -86,19 +98,18 @@ impl Evaluated {
     }
 }
 
-/// Captions every picture; `rows` are of captions.
+/// Captions every picture; the rows are of captions.
 ///
 /// # Errors
-/// When a row is not of captions, or the model fails.
+/// When a row is not of captions, no picture can be read, or the model fails.
 pub fn captions(
     model: &Blip2,
-    base: &Path,
-    rows: &[Row],
+    test_set: TestSet<'_>,
     generation: &GenerationConfig,
     on_progress: OnProgress<'_>,
 ) -> Result<Evaluated> {
     let mut evaluated = Evaluated::default();
-    for_each_batch(model, base, rows, &mut evaluated.skipped, on_progress, |batch| {
+    for_each_batch(model, test_set, &mut evaluated.skipped, on_progress, |batch| {
         let features: Vec<_> = batch.iter().map(|(_, features)| features).collect();
         for ((row, _), answers) in batch.iter().zip(model.caption(&features, generation)?) {
             let Text::Captions(references) = text_of(row)? else { return Err(wrong_kind(row, "captions")) };
@@ -113,16 +124,15 @@ pub fn captions(
 /// answers by the official VQA rule, those with one when the answers are equal after the official normalisation.
 ///
 /// # Errors
-/// When a row is not a question, or the model fails.
+/// When a row is not a question, no picture can be read, or the model fails.
 pub fn questions(
     model: &Blip2,
-    base: &Path,
-    rows: &[Row],
+    test_set: TestSet<'_>,
     generation: &GenerationConfig,
     on_progress: OnProgress<'_>,
 ) -> Result<Evaluated> {
     let mut evaluated = Evaluated::default();
-    for_each_batch(model, base, rows, &mut evaluated.skipped, on_progress, |batch| {
+    for_each_batch(model, test_set, &mut evaluated.skipped, on_progress, |batch| {
         let mut asked = Vec::with_capacity(batch.len());
         for (row, features) in batch {
             let Text::QuestionAnswer { question, answers } = text_of(row)? else {
@@ -150,7 +160,18 @@ pub fn questions(
     Ok(evaluated)
 }
 
-/// Retrieval by similarity, and re-ranked by the matching head.
+/// What is compared in [`retrieve`], and what orders it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct RetrievalConfig {
+    /// All captions of a picture, not the first only.
+    pub all_captions: bool,
+    /// What orders the candidates that similarity found; nothing leaves them in its order.
+    pub rescoring: Option<Rescoring>,
+    /// How many candidates of each picture and of each text are re-ranked; LAVIS takes 128.
+    pub n_candidates: NonZeroUsize,
+}
+
+/// Retrieval by similarity, and re-ranked with the matching head.
 #[derive(Debug, Clone, PartialEq)]
 pub struct RetrievalReport {
     /// Pictures and texts compared.
@@ -159,8 +180,8 @@ pub struct RetrievalReport {
     pub n_texts: usize,
     /// By ITC alone.
     pub itc: RetrievalScores,
-    /// The `k` best of ITC re-ranked by ITM logit plus cosine, when `k` is not 0.
-    pub itm: Option<RetrievalScores>,
+    /// The best candidates of ITC re-ranked, where that was asked for.
+    pub reranked: Option<RetrievalScores>,
     /// What was left out.
     pub skipped: Vec<Skipped>,
 }
@@ -168,21 +189,19 @@ pub struct RetrievalReport {
 /// Compares every picture with every text: the first caption of each row, or all of them.
 ///
 /// # Errors
-/// When a row is not of captions, or the model fails.
+/// When a row is not of captions, no picture can be read, or the model fails.
 pub fn retrieve(
     model: &Blip2,
-    base: &Path,
-    rows: &[Row],
-    all_captions: bool,
-    k: usize,
+    test_set: TestSet<'_>,
+    config: RetrievalConfig,
     on_progress: OnProgress<'_>,
 ) -> Result<RetrievalReport> {
     let (mut pictures, mut texts, mut image_of_text) = (Vec::new(), Vec::new(), Vec::new());
     let mut skipped = Vec::new();
-    for_each_batch(model, base, rows, &mut skipped, on_progress, |batch| {
+    for_each_batch(model, test_set, &mut skipped, on_progress, |batch| {
         for (row, features) in batch {
             let Text::Captions(captions) = text_of(row)? else { return Err(wrong_kind(row, "captions")) };
-            let n = if all_captions { captions.len() } else { 1 };
+            let n = if config.all_captions { captions.len() } else { 1 };
             image_of_text.extend(std::iter::repeat_n(pictures.len(), n));
             texts.extend(captions.into_iter().take(n));
             pictures.push(features.clone());
@@ -193,10 +212,26 @@ pub fn retrieve(
     let (n_images, n_texts) = (pictures.len(), texts.len());
     let similarities = similarities(model, &pictures, &texts)?;
     let itc = retrieval(&similarities, n_images, &image_of_text);
-    if k == 0 {
-        return Ok(RetrievalReport { n_images, n_texts, itc, itm: None, skipped });
-    }
-    let candidates = Candidates::best(&similarities, n_images, n_texts, k);
+    let reranked = match config.rescoring {
+        Some(rescoring) => {
+            let candidates = Candidates::best(&similarities, n_images, n_texts, config.n_candidates.get());
+            let (text_logits, image_logits) =
+                match_candidates(model, &pictures, &texts, &candidates, on_progress)?;
+            Some(rerank(&similarities, &image_of_text, &candidates, &text_logits, &image_logits, rescoring))
+        }
+        None => None,
+    };
+    Ok(RetrievalReport { n_images, n_texts, itc, reranked, skipped })
+}
+
+/// The "match" logits of all candidates, in the shapes of [`Candidates`]: of a picture's texts, and of a text's pictures.
+fn match_candidates(
+    model: &Blip2,
+    pictures: &[ImageFeatures],
+    texts: &[&str],
+    candidates: &Candidates,
+    on_progress: OnProgress<'_>,
+) -> Result<(Vec<Vec<f32>>, Vec<Vec<f32>>)> {
     // A pair that is a candidate in both directions goes through the model once.
     let mut texts_of: Vec<Vec<usize>> = candidates.texts_of_image.clone();
     for (text, images) in candidates.images_of_text.iter().enumerate() {
@@ -210,24 +245,17 @@ pub fn retrieve(
         for (&text, [_, matches]) in of_image.iter().zip(model.itm_logits(&pictures[image], &chosen)?) {
             logits.insert((image, text), matches);
         }
-        on_progress(image + 1, n_images);
+        on_progress(image + 1, pictures.len());
     }
     let lists = |lists: &[Vec<usize>], pair: &dyn Fn(usize, usize) -> (usize, usize)| -> Vec<Vec<f32>> {
         let of =
             |(query, found): (usize, &Vec<usize>)| found.iter().map(|&f| logits[&pair(query, f)]).collect();
         lists.iter().enumerate().map(of).collect()
     };
-    let text_logits = lists(&candidates.texts_of_image, &|image, text| (image, text));
-    let image_logits = lists(&candidates.images_of_text, &|text, image| (image, text));
-    let itm = rerank(
-        &similarities,
-        &image_of_text,
-        &candidates,
-        &text_logits,
-        &image_logits,
-        Rescoring::ItmPlusItc,
-    );
-    Ok(RetrievalReport { n_images, n_texts, itc, itm: Some(itm), skipped })
+    Ok((
+        lists(&candidates.texts_of_image, &|image, text| (image, text)),
+        lists(&candidates.images_of_text, &|text, image| (image, text)),
+    ))
 }
 
 /// `[n_images, n_texts]`: the largest cosine over a picture's queries.
@@ -249,16 +277,18 @@ fn similarities(model: &Blip2, pictures: &[ImageFeatures], texts: &[&str]) -> Re
     Ok(similarities)
 }
 
-/// Reads and encodes the pictures of some rows at a time; consecutive rows of one picture share its features.
+/// Reads and encodes the pictures of some rows at a time; consecutive rows of one picture share its features. That no picture
+/// can be read is an error.
 fn for_each_batch(
     model: &Blip2,
-    base: &Path,
-    rows: &[Row],
+    test_set: TestSet<'_>,
     skipped: &mut Vec<Skipped>,
     on_progress: OnProgress<'_>,
     mut visit: impl FnMut(&[(&Row, ImageFeatures)]) -> Result<()>,
 ) -> Result<()> {
+    let TestSet { rows, base, pixels } = test_set;
     let mut last: Option<(&str, ImageFeatures)> = None;
+    let mut n_read = 0;
     for (number, chunk) in rows.chunks(AT_ONCE).enumerate() {
         let mut batch = Vec::with_capacity(chunk.len());
         for row in chunk {
@@ -267,7 +297,7 @@ fn for_each_batch(
                 continue;
             }
             let path = base.join(&row.image);
-            match blip2::image::open(&path, &Limits::default(), Pixels::default()) {
+            match blip2::image::open(&path, &Limits::default(), pixels) {
                 Ok(picture) => {
                     for features in model.encode(&[picture])? {
                         last = Some((&row.image, features.clone()));
@@ -282,12 +312,19 @@ fn for_each_batch(
                 }
             }
         }
+        n_read += batch.len();
         if !batch.is_empty() {
             visit(&batch)?;
         }
         on_progress((number * AT_ONCE + chunk.len()).min(rows.len()), rows.len());
     }
-    Ok(())
+    match skipped.first() {
+        Some(first) if n_read == 0 => {
+            Err(Error::Training(format!("there is nothing to measure on: no picture can be read, {first}")))
+        }
+        None if n_read == 0 => Err(Error::Training("there is nothing to measure on: no row".into())),
+        _ => Ok(()),
+    }
 }
 
 fn text_of(row: &Row) -> Result<Text> {
@@ -341,11 +378,16 @@ mod tests {
             said("b", "y", 1.0),
             said("b", "y", 0.0),
         ];
-        let evaluated = Evaluated { predictions, skipped: Vec::new() };
+        let mut evaluated = Evaluated { predictions, skipped: Vec::new() };
         let (all, kinds) = evaluated.accuracy();
         assert!((all - 60.0).abs() < 1e-9);
         assert_eq!(kinds["x"], (100.0, 2));
         assert!((kinds["y"].0 - 100.0 / 3.0).abs() < 1e-9);
         assert_eq!(evaluated.groups(), (1, 2)); // half of b is not most of it
+        // What belongs to no group makes none.
+        evaluated.predictions.iter_mut().for_each(|prediction| prediction.group = None);
+        assert_eq!(evaluated.groups(), (0, 0));
+        evaluated.predictions.push(said("c", "x", 1.0));
+        assert_eq!(evaluated.groups(), (1, 1));
     }
 }

@@ -185,6 +185,19 @@ fn labels_and_embeddings_agree_with_matching() {
     assert!(model.classify(&pictures[2], &[], "a {label}").is_err());
 }
 
+/// The captions of training were cleaned, and so is what is compared, unless transformers is to be imitated.
+#[test]
+fn texts_are_cleaned_but_with_the_preset_of_transformers() {
+    let dir = folder();
+    let n_tokens = |preset| {
+        let options = OpenOptions { vision: false, preset, ..OpenOptions::default() };
+        let model = Blip2::open(dir.path(), &options).expect("a model");
+        model.n_matcher_tokens(&["a (cat)."]).expect("tokens")[0]
+    };
+    assert_eq!(n_tokens(None), n_tokens(Some(Preset::Lavis)));
+    assert_eq!(n_tokens(Some(Preset::Hf)), n_tokens(None) + 3);
+}
+
 #[test]
 fn a_wrong_folder_is_refused_by_name() {
     let dir = folder();

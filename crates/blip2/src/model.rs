@@ -55,8 +55,9 @@ pub struct OpenOptions {
     /// Side in pixels of the pictures that a vision transformer is to see, instead of the one it was trained with: its
     /// position embeddings are interpolated (transformers' `interpolate_pos_encoding`).
     pub image_size: Option<usize>,
-    /// Whose norms a checkpoint's are to be, where the implementations differ in their epsilons: LAVIS's norm behind the image
-    /// encoder has 1e-5, that of transformers the encoder's own, 1e-6; nothing for what the folder says.
+    /// Whose model it is to be, where the implementations differ; nothing for what the folder says. LAVIS's norm behind the image
+    /// encoder has an epsilon of 1e-5, that of transformers the encoder's own, 1e-6 (of a Hugging Face folder). A text that is
+    /// compared with pictures is cleaned by LAVIS as a caption, and left as it is by transformers.
     pub preset: Option<Preset>,
     /// Whether to load the image encoder; without it the caller brings [`ImageFeatures`].
     pub vision: bool,
@@ -167,9 +168,8 @@ impl Blip2 {
             });
         }
         let stage1 = config.stage1.as_ref().filter(|_| options.stage1);
-        let stage1 = stage1
-            .map(|stage1| stage1::Stage1::open(folder, &config, stage1, options.precision))
-            .transpose()?;
+        let stage1 =
+            stage1.map(|stage1| stage1::Stage1::open(folder, &config, stage1, options)).transpose()?;
         let stage2 = config.stage2.as_ref().filter(|_| options.stage2);
         let stage2 = stage2
             .map(|stage2| {

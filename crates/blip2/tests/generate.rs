@@ -114,7 +114,7 @@ fn every_stage_gives_what_transformers_gives() {
     for family in ["opt", "t5"] {
         let golden = golden(family);
         let (model, _) = open(&folder(&format!("blip2_{family}")));
-        let stages = model.stages(&[picture(), picture()], Some(&golden.prompts[1])).expect("stages");
+        let stages = model.stages(&[picture(), picture()], Some(&golden.prompts[1]), &[]).expect("stages");
         let names: Vec<_> = stages.iter().map(|(name, _)| *name).collect();
         assert_eq!(names, ["pixel_values", "vision.out", "qformer.out", "language_projection.out", "logits"]);
         for (name, tensor) in &stages[1..] {
@@ -127,7 +127,7 @@ fn every_stage_gives_what_transformers_gives() {
                 assert!((found - expected).abs() < 1e-4, "{family}: {name}: {found} {expected}");
             }
         }
-        let own = model.stages(&[picture()], None).expect("stages");
+        let own = model.stages(&[picture()], None, &[]).expect("stages");
         assert_eq!(own[4].1.dim(2).expect("a width"), stages[4].1.dim(2).expect("a width"));
     }
 }

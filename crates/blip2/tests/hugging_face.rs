@@ -246,6 +246,27 @@ fn presets_compute_with_the_epsilons_of_their_source() {
     assert_ne!(lavis, soft_tokens(old.path(), None));
 }
 
+/// LAVIS cleans what is compared as it cleans captions; transformers compares it as it is.
+#[test]
+fn presets_prepare_texts_as_their_source_does() {
+    let open = |preset| {
+        Blip2::open(golden("blip2_itm"), &OpenOptions { preset, ..OpenOptions::default() }).expect("a model")
+    };
+    let (given, cleaned) = ("Two dogs (running) on the red sofa.", "two dogs running on the red sofa");
+    let (own, hf, lavis) = (open(None), open(Some(Preset::Hf)), open(Some(Preset::Lavis)));
+    let n_tokens = |model: &Blip2| model.n_matcher_tokens(&[given, cleaned]).expect("tokens");
+    // Two brackets and a full stop.
+    assert_eq!(n_tokens(&lavis)[0], n_tokens(&lavis)[1]);
+    assert_eq!(n_tokens(&hf)[0], n_tokens(&hf)[1] + 3);
+    assert_eq!(n_tokens(&own), n_tokens(&hf));
+    let scores = |model: &Blip2, text: &str| model.match_texts(&features(model), &[text]).expect("scores");
+    assert_eq!(scores(&lavis, given), scores(&lavis, cleaned));
+    assert_ne!(scores(&hf, given), scores(&hf, cleaned));
+    assert_eq!(scores(&hf, given), scores(&own, given));
+    // A text of which nothing is left is refused.
+    assert!(lavis.match_texts(&features(&lavis), &["(...)"]).is_err());
+}
+
 /// Grad-CAM over the picture's patches; the golden's first token is the class token.
 #[test]
 fn a_heat_map_is_the_weighted_attention_of_transformers() {

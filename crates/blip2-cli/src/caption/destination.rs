@@ -73,33 +73,35 @@ impl Destination {
         !matches!(self, Self::Output { .. })
     }
 
-    /// Takes note of a picture that cannot be described.
-    pub(super) fn refuse(&mut self, picture: &Path, error: &anyhow::Error) {
-        // Files keep what is there: the picture is tried again the next time.
-        if let Self::Output { array: Some(array), .. } = self {
-            array.push(json!({"path": picture.display().to_string(), "error": crate::message(error)}));
-        }
-    }
-
-    /// Writes the captions of some pictures.
+    /// Writes the captions of some pictures, in their order; of one that cannot be described the array has the reason.
     ///
     /// # Errors
     /// When they cannot be written.
-    pub(super) fn write(&mut self, described: &[(&PathBuf, &Vec<Answer>)]) -> anyhow::Result<()> {
+    pub(super) fn write(
+        &mut self,
+        pictures: &[PathBuf],
+        captions: &[anyhow::Result<Vec<Answer>>],
+    ) -> anyhow::Result<()> {
+        let results = pictures.iter().zip(captions);
+        // Files keep what is there: a picture that cannot be described is tried again the next time.
+        let described = results.clone().filter_map(|(path, result)| Some((path, result.as_ref().ok()?)));
         match self {
             Self::Output { array: Some(array), .. } => {
-                for (path, answers) in described {
+                for (path, result) in results {
                     let path = path.display().to_string();
-                    array.extend(answers.iter().map(
-                        |answer| json!({"path": path, "caption": answer.text, "token_ids": answer.token_ids}),
-                    ));
+                    match result {
+                        Ok(answers) => array.extend(answers.iter().map(
+                            |answer| json!({"path": path, "caption": answer.text, "token_ids": answer.token_ids}),
+                        )),
+                        Err(error) => array.push(json!({"path": path, "error": crate::message(error)})),
+                    }
                 }
                 Ok(())
             }
             Self::Output { array: None, with_path } => {
                 let mut out = std::io::stdout().lock();
                 for (path, answers) in described {
-                    for answer in *answers {
+                    for answer in answers {
                         if *with_path {
                             write!(out, "{}\t", path.display())?;
                         }

@@ -103,7 +103,8 @@ fn open_retrieval(folder: &Path, json: &Json, file: &Safetensors, options: &Open
     let n_parameters = shapes.map(|shape| shape.iter().product::<usize>()).sum();
     let stage1 = Stage1Config { weights: file_names(file), vocabulary: "vocab.txt".into() };
     let vision = vision(options, encoder, processor, &name, vit.image_size)?;
-    let loaded = options.stage1.then(|| Stage1::new(bridge, tokenizer, Texts::AsGiven, n_parameters));
+    let texts = Texts::of(options.preset, Texts::AsGiven);
+    let loaded = options.stage1.then(|| Stage1::new(bridge, tokenizer, texts, n_parameters));
     let config =
         ModelConfig { name, vision: VisionConfig::Vit(vit), qformer, stage1: Some(stage1), stage2: None };
     Ok(Blip2 { config, vision, stage1: loaded, stage2: None })

@@ -1,4 +1,5 @@
-//! Whose defaults a text is generated with: this model's, those of transformers, or those of LAVIS.
+//! Whose defaults a text is generated with, and whose preparation it is compared with: this model's, those of transformers, or
+//! those of LAVIS.
 
 use std::path::Path;
 
@@ -16,10 +17,11 @@ use crate::{Error, Result};
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Preset {
     /// Hugging Face transformers' `generate`: greedy, 20 tokens, 50 candidates where it draws; penalties see the picture's
-    /// and the prompt's tokens.
+    /// and the prompt's tokens. Texts are compared as they are given.
     Hf,
     /// The `generate` of LAVIS's `blip2_opt.py` and `blip2_t5.py`: 5 beams, 30 tokens, a nucleus of 0.9 where it draws;
-    /// penalties see generated tokens only.
+    /// penalties see generated tokens only. Texts are compared as its `blip_caption` processor cleans them, but not cut to the
+    /// 32 tokens (35 in retrieval) that its models read of them.
     Lavis,
 }
 

@@ -4,8 +4,8 @@ use std::path::{Path, PathBuf};
 
 use candle_core::{D, Tensor};
 
-use super::{Blip2, ImageFeatures, ModelConfig, Stage1Config, image_keys};
-use crate::layers::{DropoutRng, Loader, Precision};
+use super::{Blip2, ImageFeatures, ModelConfig, OpenOptions, Preset, Stage1Config, image_keys};
+use crate::layers::{DropoutRng, Loader};
 use crate::qformer::{QFormer, TextBatch, TextSide};
 use crate::text::{BertTokenizer, clean_caption};
 use crate::weights::int8::TrainedWeights;
@@ -25,10 +25,21 @@ pub(super) struct Stage1 {
 /// What happens to a text before it is cut into tokens.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Texts {
-    /// Cleaned as the captions of training were ([`clean_caption`]).
+    /// Cleaned as the captions of training were, LAVIS's and those here ([`clean_caption`]).
     Cleaned,
     /// Left as it is, as transformers does.
     AsGiven,
+}
+
+impl Texts {
+    /// What the implementation of a preset does with a text; without a preset what the model does by itself.
+    pub(super) fn of(preset: Option<Preset>, own: Self) -> Self {
+        match preset {
+            Some(Preset::Hf) => Self::AsGiven,
+            Some(Preset::Lavis) => Self::Cleaned,
+            None => own,
+        }
+    }
 }
 
 /// How well a text fits a picture.
@@ -57,15 +68,16 @@ impl Stage1 {
         folder: &Path,
         config: &ModelConfig,
         stage1: &Stage1Config,
-        precision: Precision,
+        options: &OpenOptions,
     ) -> Result<Self> {
         let paths: Vec<PathBuf> = stage1.weights.iter().map(|file| folder.join(file)).collect();
         let weights = TrainedWeights::open(&paths)?;
-        let loader = Loader::frozen(&weights, precision);
+        let loader = Loader::frozen(&weights, options.precision);
         let qformer = QFormer::load(&config.qformer, &loader, TextSide::Whole)?;
         weights.finish()?;
         let tokenizer = BertTokenizer::from_vocab(folder.join(&stage1.vocabulary))?;
-        Ok(Self::new(qformer, tokenizer, Texts::Cleaned, weights.n_parameters()))
+        let texts = Texts::of(options.preset, Texts::Cleaned);
+        Ok(Self::new(qformer, tokenizer, texts, weights.n_parameters()))
     }
 
     pub(super) fn new(qformer: QFormer, tokenizer: BertTokenizer, texts: Texts, n_parameters: usize) -> Self {
@@ -112,13 +124,19 @@ impl Stage1 {
         self.qformer.project_text(&hidden, texts)
     }
 
-    fn itm_logits(&self, features: &ImageFeatures, texts: &TextBatch) -> Result<Vec<[f32; 2]>> {
+    /// The queries of a picture with each text, `[T * Q, D]`.
+    fn encode_pairs(&self, features: &ImageFeatures, texts: &TextBatch) -> Result<Tensor> {
         if texts.is_empty() {
             return Err(Error::Request("there is no text to match the picture with".into()));
         }
         let keys = image_keys(&self.qformer, &[features])?;
         let images = vec![0; texts.len()];
         let (queries, _) = self.qformer.encode_pairs(&keys, &images, texts, &mut DropoutRng::off())?;
+        Ok(queries)
+    }
+
+    fn itm_logits(&self, features: &ImageFeatures, texts: &TextBatch) -> Result<Vec<[f32; 2]>> {
+        let queries = self.encode_pairs(features, texts)?;
         let logits = self.qformer.match_logits(&queries)?.flatten_all()?.to_vec1::<f32>()?;
         Ok(logits.chunks_exact(2).map(|pair| [pair[0], pair[1]]).collect())
     }
@@ -177,6 +195,38 @@ impl Blip2 {
             return Ok(Vec::new());
         }
         Ok(stage1.embed_texts(&batch)?.to_vec2()?)
+    }
+
+    /// The raw hidden states of texts that the Q-Former reads without a picture (LAVIS's `text_embeds`): for each text `[N, D]`,
+    /// a row for each of its [`n_matcher_tokens`](Self::n_matcher_tokens), from `[CLS]` to `[SEP]`. The first row is what
+    /// [`embed_texts`](Self::embed_texts) projects.
+    ///
+    /// # Errors
+    /// As [`embed_texts`](Self::embed_texts).
+    pub fn text_features(&self, texts: &[&str]) -> Result<Vec<Tensor>> {
+        let stage1 = self.stage1()?;
+        let batch = stage1.tokenize(texts)?;
+        if batch.is_empty() {
+            return Ok(Vec::new());
+        }
+        let rows = stage1.qformer.encode_text(&batch, &mut DropoutRng::off())?;
+        let of_text = |text| -> Result<Tensor> {
+            let span = batch.span(text);
+            Ok(rows.narrow(0, span.start, span.len())?)
+        };
+        (0..batch.len()).map(of_text).collect()
+    }
+
+    /// The raw queries after a picture and a text were read together, each seeing the other (LAVIS's `multimodal_embeds`):
+    /// `[T, Q, D]`, for the picture with each text. They are what the matching head judges.
+    ///
+    /// # Errors
+    /// As [`match_texts`](Self::match_texts).
+    pub fn multimodal_features(&self, features: &ImageFeatures, texts: &[&str]) -> Result<Tensor> {
+        let stage1 = self.stage1()?;
+        let queries = stage1.encode_pairs(features, &stage1.tokenize(texts)?)?;
+        let (n_rows, width) = queries.dims2()?;
+        Ok(queries.reshape((texts.len(), n_rows / texts.len(), width))?)
     }
 
     /// How many tokens the Q-Former reads of each text.

@@ -1,4 +1,4 @@
-//! What every stage makes of a picture, by name: for comparisons with other implementations.
+//! What every stage makes of pictures and texts, by name: for comparisons with other implementations.
 
 use candle_core::Tensor;
 
@@ -16,19 +16,32 @@ impl Blip2 {
     /// - `language_projection.out`: `[B, Q, L]`, the queries as the language model reads them
     /// - `logits`: `[B, N, V]` after each of the N rows of image and prompt, or `[B, 1, V]` of an encoder-decoder model: after the
     ///   token that its decoder begins with
+    /// - `text.out`: `[N, D]`, the hidden states of all texts' tokens, text by text ([`text_features`](Self::text_features));
+    ///   [`n_matcher_tokens`](Self::n_matcher_tokens) says how many rows each has
+    /// - `multimodal.out`: `[B * T, Q, D]`, the queries of each picture with each text, picture by picture
+    ///   ([`multimodal_features`](Self::multimodal_features))
     ///
-    /// The last two are of models with a stage-2 part only. `prompt` is read as by [`complete`](Self::complete); without it the
-    /// model's own for captions.
+    /// `language_projection.out` and `logits` are of models with a stage-2 part only. `prompt` is read as by
+    /// [`complete`](Self::complete); without it the model's own for captions. The last two are of the Q-Former of stage 1, and
+    /// there where texts are given.
     ///
     /// # Errors
-    /// When there is no picture, the model was opened without its encoder, or the prompt is too long.
-    pub fn stages(&self, pictures: &[RgbImage], prompt: Option<&str>) -> Result<Vec<(&'static str, Tensor)>> {
+    /// When there is no picture, the model was opened without its encoder, or the prompt is too long; with texts also when the
+    /// model has no stage-1 part, or a text is empty or too long.
+    pub fn stages(
+        &self,
+        pictures: &[RgbImage],
+        prompt: Option<&str>,
+        texts: &[&str],
+    ) -> Result<Vec<(&'static str, Tensor)>> {
         let Some(vision) = &self.vision else {
             return Err(Error::Request("the model was opened without its image encoder".into()));
         };
         if pictures.is_empty() {
             return Err(Error::Request("there is no picture".into()));
         }
+        // First of all, since a text may be refused.
+        let text_rows = if texts.is_empty() { Vec::new() } else { self.text_features(texts)? };
         let n = pictures.len();
         let by_picture = |rows: &Tensor| -> Result<Tensor> {
             let (n_rows, width) = rows.dims2()?;
@@ -62,6 +75,11 @@ impl Blip2 {
                 .collect::<Result<_>>()?;
             stages.push(("language_projection.out", Tensor::stack(&soft_tokens, 0)?));
             stages.push(("logits", Tensor::stack(&logits, 0)?));
+        }
+        if !texts.is_empty() {
+            let pairs = features.iter().map(|features| self.multimodal_features(features, texts));
+            stages.push(("text.out", Tensor::cat(&text_rows, 0)?));
+            stages.push(("multimodal.out", Tensor::cat(&pairs.collect::<Result<Vec<_>>>()?, 0)?));
         }
         Ok(stages)
     }
