@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 use blip2::generate::GenerationConfig;
 use blip2::image::{self, Limits, Pixels};
 use blip2::model::{Blip2, ImageFeatures, OpenOptions, Preset};
-use blip2::text::Turn;
+use blip2::text::{AnswerForm, Turn};
 use blip2::weights::safetensors::{NamedTensor, Safetensors, Values, write_safetensors};
 use serde::Deserialize;
 use serde_json::Value as Json;
@@ -131,6 +131,51 @@ fn a_coco_model_begins_its_captions() {
         let generation = generation(text.num_beams, expected.max_new_tokens);
         let answers = model.caption(&[&features(&model)], &generation).expect("a caption");
         assert_eq!(answers[0][0].token_ids, text.token_ids);
+    }
+}
+
+/// What a folder says of its training holds before its name, and before what its family does.
+#[test]
+fn a_folder_is_spoken_to_as_it_was_trained() {
+    let dir = tempfile::tempdir().expect("a folder");
+    let folder = dir.path().join("not-coco");
+    std::fs::create_dir(&folder).expect("made");
+    copy("blip2_opt", &folder);
+    let path = folder.join("config.json");
+    let published: Json = serde_json::from_slice(&std::fs::read(&path).expect("readable")).expect("JSON");
+    let open = |trained_with: Json| {
+        let mut config = published.clone();
+        config["trained_with"] = trained_with;
+        std::fs::write(&path, config.to_string()).expect("written");
+        Blip2::open(&folder, &OpenOptions::default())
+    };
+    let stage2 = |model: &Blip2| model.config().stage2.clone().expect("stage 2");
+    let usual = stage2(&open(Json::Null).expect("a model"));
+    assert_eq!(usual.instruction, "a photo of");
+    let prompt = serde_json::json!({"kind": "plain", "template": "{image}{prompt}!", "bos": true, "end_of_answer": ".",
+        "between_turns": " "});
+    let trained_with = serde_json::json!({"instruction": "", "prompt": prompt, "image_size": 42});
+    let model = open(trained_with).expect("a model");
+    let found = stage2(&model);
+    assert_eq!(found.instruction, "");
+    assert_eq!(serde_json::to_value(&found.prompt).expect("JSON")["template"], prompt["template"]);
+    assert_eq!((found.chat_prompt, found.caption_prompt), (None, usual.caption_prompt));
+    let (features_of_nine, generation) = (features(&model), generation(1, 8));
+    assert_eq!(features_of_nine.tokens().dims(), [10, 24], "nine patches and the class token");
+    // The end is the format's, not the line break that the folder names.
+    let form = model.grammar(&AnswerForm::Regex("ab".into()), &generation).expect("a grammar");
+    let answers = model.ask_for(&[(&features_of_nine, "who?")], &generation, Some(&form));
+    let dot = model.language_tokenizer().expect("a tokenizer").encode_text(".").expect("tokens");
+    assert_eq!(answers.expect("an answer")[0][0].token_ids.last(), dot.last());
+    let larger = OpenOptions { image_size: Some(56), ..OpenOptions::default() };
+    let model = Blip2::open(&folder, &larger).expect("a model");
+    assert_eq!(features(&model).tokens().dims(), [17, 24], "the caller's word is the last");
+    for (wrong, expected) in [
+        (serde_json::json!({"image_size": 13}), "trained_with.image_size"),
+        (serde_json::json!({"instruction": 1}), "trained_with"),
+    ] {
+        let error = open(wrong).expect_err("refused").to_string();
+        assert!(error.contains(expected), "{error}");
     }
 }
 

@@ -4,6 +4,7 @@
 //! queries replace. Here the queries are rows between words in either case, so both are the same model.
 
 mod config;
+mod trained_with;
 
 use std::borrow::Borrow;
 use std::path::{Path, PathBuf};
@@ -13,6 +14,7 @@ use serde_json::Value as Json;
 
 use self::config::{processor, size, token, tokens, wrong};
 pub(super) use self::config::{qformer_config, read_json, vit_config};
+pub(super) use self::trained_with::TrainedWith;
 use super::config::{ModelConfig, Stage1Config, Stage2Config, VisionConfig};
 use super::parts;
 use super::preset::{FolderGeneration, Preset};
@@ -23,7 +25,7 @@ use crate::config::{LN_VISION_EPS, QFormerConfig};
 use crate::generate::GenerationConfig;
 use crate::image::ImageProcessor;
 use crate::language::LanguageModel;
-use crate::layers::{FrozenFormat, FrozenWeight, Loader, Precision, TensorSource};
+use crate::layers::{FrozenFormat, FrozenWeight, Loader, Precision, Quantization, TensorSource};
 use crate::qformer::{QFormer, TextSide};
 use crate::text::{BertTokenizer, LanguageTokenizer, PromptFormat};
 use crate::vision::VisionEncoder;
@@ -34,6 +36,9 @@ use crate::{Error, Result};
 
 /// What the names of the language model's tensors begin with.
 const LANGUAGE_MODEL: &str = "language_model.";
+
+/// How the models that were fine-tuned on COCO's captions were taught to begin one.
+pub(super) const COCO_INSTRUCTION: &str = "a photo of";
 
 /// Reads `config.json` if it is that of a BLIP-2 model from Hugging Face; nothing if it is this project's.
 pub(super) fn read_config(folder: &Path) -> Result<Option<Json>> {
@@ -89,10 +94,10 @@ fn open_retrieval(folder: &Path, json: &Json, file: &Safetensors, options: &Open
         );
         return Err(Error::File { path: folder.into(), reason: format!("the vocabulary {reason}") });
     }
+    let pictures = Pictures::of(folder, json, &vit, options.image_size)?;
     let source = Renamed(file);
     let loader = Loader::frozen(&source, options.precision);
-    let (encoder, processor) = load_vision(folder, vit, &loader, options)?;
-    let vit = encoder.config().clone();
+    let encoder = load_vision(&vit, &pictures, &loader, options.quantization)?;
     let bridge = QFormer::load(&qformer, &loader, TextSide::Matching)?;
     file.ignore(|name| name.ends_with(".position_ids"));
     file.finish()?;
@@ -102,10 +107,15 @@ fn open_retrieval(folder: &Path, json: &Json, file: &Safetensors, options: &Open
     let shapes = file.names().filter(is_trained).filter_map(|name| file.shape(name).ok());
     let n_parameters = shapes.map(|shape| shape.iter().product::<usize>()).sum();
     let stage1 = Stage1Config { weights: file_names(file), vocabulary: "vocab.txt".into() };
-    let vision = vision(options, encoder, processor, &name, vit.image_size)?;
     let loaded = options.stage1.then(|| Stage1::new(bridge, tokenizer, Texts::AsGiven, n_parameters));
-    let config =
-        ModelConfig { name, vision: VisionConfig::Vit(vit), qformer, stage1: Some(stage1), stage2: None };
+    let config = ModelConfig {
+        vision: VisionConfig::Vit(pictures.vit.clone()),
+        name,
+        qformer,
+        stage1: Some(stage1),
+        stage2: None,
+    };
+    let vision = vision(options, encoder, pictures, &config.name)?;
     Ok(Blip2 { config, vision, stage1: loaded, stage2: None })
 }
 
@@ -128,25 +138,48 @@ fn sizes(json: &Json, preset: Option<Preset>) -> Result<(VitConfig, QFormerConfi
     Ok((vit, qformer))
 }
 
-/// The encoder, for pictures of the configured size or of the one that the caller wants, and how they are prepared.
+/// The pictures that an encoder sees, known before any weight is read.
+struct Pictures {
+    /// The encoder's sizes for them.
+    vit: VitConfig,
+    /// How they are prepared.
+    processor: ImageProcessor,
+}
+
+impl Pictures {
+    /// Of the size that the caller wants, or else of the one that the model was trained with.
+    fn of(folder: &Path, json: &Json, stored: &VitConfig, wanted: Option<usize>) -> Result<Self> {
+        let mut processor = processor(folder, stored.image_size)?;
+        let mut vit = stored.clone();
+        let trained = TrainedWith::read(json)?.image_size;
+        if let Some(side) = wanted.or(trained) {
+            (vit.image_size, processor.image_side) = (side, side);
+            vit.validate().map_err(|error| match wanted {
+                Some(_) => Error::Request(format!("pictures of {side} pixels: {error}")),
+                None => {
+                    let reason = format!("is {side}: no size for patches of {} pixels", vit.patch_size);
+                    wrong("trained_with.image_size", &reason)
+                }
+            })?;
+        }
+        Ok(Self { vit, processor })
+    }
+}
+
+/// The encoder, whose tensors are those of the sizes in `stored`, for pictures of another size maybe.
 fn load_vision(
-    folder: &Path,
-    mut config: VitConfig,
+    stored: &VitConfig,
+    pictures: &Pictures,
     loader: &Loader<'_>,
-    options: &OpenOptions,
-) -> Result<(Vit, ImageProcessor)> {
-    let mut processor = processor(folder, config.image_size)?;
-    let loader = loader.at("vision_model").quantizing(options.quantization);
-    let expected = vec![1, config.n_tokens(), config.hidden_size];
+    quantization: Option<Quantization>,
+) -> Result<Vit> {
+    let loader = loader.at("vision_model").quantizing(quantization);
+    let expected = vec![1, stored.n_tokens(), stored.hidden_size];
     if let Some(found) = loader.shape("embeddings.position_embedding").filter(|found| *found != expected) {
         let name = "vision_model.embeddings.position_embedding".into();
         return Err(Error::TensorShape { name, expected, found });
     }
-    if let Some(side) = options.image_size {
-        (config.image_size, processor.image_side) = (side, side);
-    }
-    let align = AlignCorners::of(&config);
-    Ok((Vit::load(config, &loader, align)?, processor))
+    Vit::load(pictures.vit.clone(), &loader, AlignCorners::of(stored))
 }
 
 /// The encoder of a folder by itself.
@@ -156,10 +189,10 @@ pub(super) fn open_encoder(
     file: &Safetensors,
     image_size: Option<usize>,
 ) -> Result<VisionEncoder> {
+    let stored = vit_config(&json["vision_config"])?;
+    let pictures = Pictures::of(folder, json, &stored, image_size)?;
     let source = Renamed(file);
-    let loader = Loader::frozen(&source, Precision::F32);
-    let options = OpenOptions { image_size, ..OpenOptions::default() };
-    let (encoder, processor) = load_vision(folder, vit_config(&json["vision_config"])?, &loader, &options)?;
+    let encoder = load_vision(&stored, &pictures, &Loader::frozen(&source, Precision::F32), None)?;
     let is_of_it =
         |name: &&str| name.starts_with("vision_model.") && !name.starts_with("vision_model.post_layernorm.");
     let tensors = file.names().filter(is_of_it).map(|name| {
@@ -167,7 +200,7 @@ pub(super) fn open_encoder(
         let (shape, encoding) = (rows.shape().to_vec(), rows.encoding());
         Ok((name, StoredTensor { shape, encoding, bytes: rows.bytes().into() }))
     });
-    VisionEncoder::vit(encoder, processor, parts::fingerprint(tensors)?)
+    VisionEncoder::vit(encoder, pictures.processor, parts::fingerprint(tensors)?)
 }
 
 /// The language model of a folder by itself.
@@ -194,14 +227,11 @@ fn file_names(file: &Safetensors) -> Vec<PathBuf> {
 fn vision(
     options: &OpenOptions,
     encoder: Vit,
-    processor: ImageProcessor,
+    pictures: Pictures,
     name: &str,
-    image_size: usize,
 ) -> Result<Option<VisionEncoder>> {
-    options
-        .vision
-        .then(|| VisionEncoder::vit(encoder, processor, format!("{name}, {image_size} pixels")))
-        .transpose()
+    let fingerprint = format!("{name}, {} pixels", pictures.vit.image_size);
+    options.vision.then(|| VisionEncoder::vit(encoder, pictures.processor, fingerprint)).transpose()
 }
 
 /// Opens a model for captions and answers (`Blip2ForConditionalGeneration`).
@@ -209,13 +239,15 @@ fn open_generation(folder: &Path, json: &Json, file: &Safetensors, options: &Ope
     let (vit, qformer) = sizes(json, options.preset)?;
     let text = text_config(json);
     let family = Family::of(&text)?;
+    let trained_with = TrainedWith::read(json)?;
     let tokenizer = tokenizer(folder, &text, family)?;
+    let folder_generation = FolderGeneration::read(folder)?;
+    let pictures = Pictures::of(folder, json, &vit, options.image_size)?;
     let source = Renamed(file);
     let loader = Loader::frozen(&source, options.precision);
 
     // Every part is loaded, asked for or not: what is left over then is a mistake.
-    let (encoder, processor) = load_vision(folder, vit, &loader, options)?;
-    let vit = encoder.config().clone();
+    let encoder = load_vision(&vit, &pictures, &loader, options.quantization)?;
     let bridge = QFormer::load(&qformer, &loader, TextSide::None)?;
     let language_model =
         LanguageModel::from_safetensors(&text, file, LANGUAGE_MODEL, options.frozen_format())?;
@@ -226,9 +258,10 @@ fn open_generation(folder: &Path, json: &Json, file: &Safetensors, options: &Ope
     file.finish()?;
 
     let name = model_name(folder, file);
-    // The models that were fine-tuned on COCO's captions expect the beginning of one.
-    let instruction = if name.contains("coco") { "a photo of" } else { "" };
-    let folder_generation = FolderGeneration::read(folder)?;
+    // Of published folders the name alone says it.
+    let instruction = trained_with.instruction.unwrap_or_else(|| {
+        if name.contains("coco") { COCO_INSTRUCTION.into() } else { String::new() }
+    });
     // LAVIS's defaults, which the published captions were made with, and what the folder changes of them.
     let mut generation = GenerationConfig {
         num_beams: 5,
@@ -237,9 +270,12 @@ fn open_generation(folder: &Path, json: &Json, file: &Safetensors, options: &Ope
         ..GenerationConfig::default()
     };
     folder_generation.apply(&mut generation);
+    let prompt = trained_with.prompt.unwrap_or_else(|| family.question());
     let source = Source {
         image_token: token(json, "config", "image_token_index")?.or(token(json, "config", "image_token_id")?),
         end_tokens: match folder_generation.end_tokens() {
+            // The configurations of the language model know how the family's answers end.
+            _ if !prompt.ends_answers_as(&family.question()) => None,
             Some(tokens) => Some(tokens),
             None => tokens(&text, "text_config", "eos_token_id")?,
         },
@@ -249,17 +285,17 @@ fn open_generation(folder: &Path, json: &Json, file: &Safetensors, options: &Ope
         weights: file_names(file),
         language_model: folder.into(),
         language_model_sha256: None,
-        prompt: family.question(),
-        caption_prompt: Some(family.caption()),
-        chat_prompt: Some(family.turn()),
-        instruction: instruction.into(),
+        // Who was taught another way to ask was not taught the authors' way to talk.
+        chat_prompt: (prompt == family.question()).then(|| family.turn()),
+        prompt,
+        caption_prompt: Some(trained_with.caption_prompt.unwrap_or_else(|| family.caption())),
+        instruction,
         generation,
         answering: None,
     };
     let n_parameters = bridge.n_query_parameters()
         + qformer.hidden_size * language_model.hidden_size()
         + language_model.hidden_size();
-    let vision = vision(options, encoder, processor, &name, vit.image_size)?;
     let loaded = options
         .stage2
         .then(|| {
@@ -267,8 +303,14 @@ fn open_generation(folder: &Path, json: &Json, file: &Safetensors, options: &Ope
             Stage2::new(bridge, projection, language_model, tokenizer, config, n_parameters, source)
         })
         .transpose()?;
-    let config =
-        ModelConfig { name, vision: VisionConfig::Vit(vit), qformer, stage1: None, stage2: Some(stage2) };
+    let config = ModelConfig {
+        vision: VisionConfig::Vit(pictures.vit.clone()),
+        name,
+        qformer,
+        stage1: None,
+        stage2: Some(stage2),
+    };
+    let vision = vision(options, encoder, pictures, &config.name)?;
     Ok(Blip2 { config, vision, stage1: None, stage2: loaded })
 }
 
@@ -309,13 +351,17 @@ fn folder_name(folder: &Path) -> String {
 
 /// The two families of language models that BLIP-2 was published with.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Family {
+pub(super) enum Family {
     Opt,
     T5,
 }
 
 impl Family {
-    fn of(text: &Json) -> Result<Self> {
+    /// Of the language model's configuration.
+    ///
+    /// # Errors
+    /// [`Error::Config`] when it is another.
+    pub(super) fn of(text: &Json) -> Result<Self> {
         match text["model_type"].as_str().unwrap_or_default() {
             "opt" => Ok(Self::Opt),
             "t5" => Ok(Self::T5),
@@ -324,7 +370,7 @@ impl Family {
     }
 
     /// What is said as it is: the beginning of a caption.
-    fn caption(self) -> PromptFormat {
+    pub(super) fn caption(self) -> PromptFormat {
         self.format("{image}{prompt}", " ")
     }
 
@@ -334,7 +380,7 @@ impl Family {
     }
 
     /// How BLIP-2's authors ask a question.
-    fn question(self) -> PromptFormat {
+    pub(super) fn question(self) -> PromptFormat {
         match self {
             Self::Opt => self.format("{image}Question: {prompt} Answer:", ". "),
             Self::T5 => self.format("{image}Question: {prompt} Short answer:", ". "),

@@ -28,8 +28,8 @@ use self::language::{Family, Language, check_layers};
 use self::output::Output;
 use self::state::State;
 use self::table::{Architecture, Head, Table};
-pub use self::trained::{Trained, trained_to_hugging_face};
-use super::hugging_face;
+pub use self::trained::{Trained, TrainedPrompts, trained_to_hugging_face};
+use super::hugging_face::{self, TrainedWith};
 use crate::weights::Checkpoint;
 use crate::{Error, Result};
 
@@ -239,8 +239,13 @@ fn lavis_to_hugging_face(
     left_out.extend(allowed(&mut state, options, |state| state.check_lavis(&table))?);
     let outputs = output::hugging_face(&table, &state)?;
 
+    let trained_with = TrainedWith {
+        instruction: caption_instruction(&model).map(Into::into),
+        ..TrainedWith::default()
+    };
     let new = NewFolder::create(out)?;
-    small_files::write(&new, &model, text.as_ref(), parts, output::widest_dtype(&outputs))?;
+    let dtype = output::widest_dtype(&outputs);
+    small_files::write(&new, &model, text.as_ref(), parts, dtype, &trained_with)?;
     new.write_tensors(&outputs, &state, options.max_shard_bytes)?;
     new.finish()?;
     Ok(converted(&model, &table, &state, outputs.len(), left_out))
@@ -405,6 +410,13 @@ fn read_architecture(checkpoint: &Checkpoint, json: &Json) -> Result<Architectur
         Head::Matching
     };
     Ok(Architecture { vision, qformer, head })
+}
+
+/// How the models that LAVIS fine-tuned on COCO's captions were taught to begin one. Nothing in a checkpoint says it; of those
+/// that write they alone see pictures of 364 pixels.
+fn caption_instruction(model: &Architecture) -> Option<&'static str> {
+    let is_tuned = matches!(model.head, Head::Language(_)) && model.vision.image_size == 364;
+    is_tuned.then_some(hugging_face::COCO_INSTRUCTION)
 }
 
 /// The width of the projection is the language model's: another size of the same family shows here.
