@@ -47,6 +47,36 @@ fn a_model_that_is_none_is_named() {
     refused(&blip2(home.path(), &caption), 1, &["config.json", "colour"]);
 }
 
+/// A checkpoint in another form is what people have: they are told what makes a model's folder of it.
+#[test]
+fn checkpoints_that_are_no_folder_yet_are_told_the_remedy() {
+    let home = tempfile::tempdir().expect("a folder");
+    let path = |name: &str| home.path().join(name).to_str().expect("UTF-8").to_owned();
+    for folder in ["pickled", "bare"] {
+        std::fs::create_dir(path(folder)).expect("made");
+    }
+    std::fs::write(path("lavis.pth"), "PK").expect("written");
+    std::fs::write(path("bare/model.safetensors"), "weights").expect("written");
+    std::fs::write(path("pickled/config.json"), "{\"model_type\": \"blip-2\"}").expect("written");
+    std::fs::write(path("pickled/pytorch_model.bin"), "PK").expect("written");
+    let convert = |what: &str| format!("blip2 convert {what} NEW-FOLDER");
+    for (model, words) in [
+        (path("lavis.pth"), vec![path("lavis.pth"), convert(&path("lavis.pth"))]),
+        (path("pickled"), vec!["pytorch_model.bin".into(), convert(&path("pickled"))]),
+        (path("bare"), vec![path("bare/config.json"), convert("CHECKPOINT")]),
+        (path("pickled/pytorch_model.bin"), vec![format!("give {}", path("pickled"))]),
+    ] {
+        let words: Vec<&str> = words.iter().map(String::as_str).collect();
+        for verb in ["caption", "info"] {
+            let arguments = match verb {
+                "info" => vec![verb, "--model", &model],
+                _ => vec![verb, "a.jpg", "--model", &model],
+            };
+            refused(&blip2(home.path(), &arguments), 1, &words);
+        }
+    }
+}
+
 #[test]
 fn an_empty_question_is_refused_before_anything_is_loaded() {
     let home = tempfile::tempdir().expect("a folder");

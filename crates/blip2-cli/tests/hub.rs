@@ -384,7 +384,7 @@ fn what_the_hub_says_is_checked() {
     );
     refused_by(
         &|hub| hub.files(|files| files.retain(|name, _| name != "model.safetensors")),
-        &["no weights as safetensors", ".bin"],
+        &["the model org/tiny-blip2", "no weights as safetensors", ".bin", "blip2 convert FOLDER NEW-FOLDER"],
     );
     let index = br#"{"weight_map": {"a": "../../../../escaped"}}"#;
     refused_by(

@@ -419,6 +419,9 @@ fn what_does_not_fit_is_refused_by_name() {
     let dir = changed("blip2_opt", |_| {});
     std::fs::remove_file(dir.path().join("model.safetensors")).expect("removed");
     assert!(refused(&dir).contains("neither model.safetensors nor model.safetensors.index.json"));
+    let file = dir.path().join("tokenizer.json");
+    let error = Blip2::open(&file, &OpenOptions::default()).expect_err("refused").to_string();
+    assert!(error.contains(&format!("a model is a folder: give {}", dir.path().display())), "{error}");
     let config = std::fs::File::create(dir.path().join("config.json")).expect("made");
     config.set_len(1 << 40).expect("a file with holes");
     assert!(refused(&dir).contains("config.json: has 1099511627776 bytes"), "{}", refused(&dir));
