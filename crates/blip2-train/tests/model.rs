@@ -199,7 +199,10 @@ fn a_wrong_folder_is_refused_by_name() {
         Blip2::open(dir.path(), &options).expect_err("refused").to_string()
     };
     assert!(refused(&|config| config["colour"] = "red".into()).contains("colour"));
-    assert!(refused(&|config| config["stage2"]["instruction"] = " ".into()).contains("stage2.instruction"));
+    assert!(
+        refused(&|config| config["stage2"]["instruction"] = " ".into())
+            .contains("config.json: `stage2.instruction`")
+    );
     assert!(
         refused(&|config| config["stage1"]["weights"][0] = "stage2.safetensors".into())
             .contains("has no tensor `qformer.")

@@ -16,6 +16,7 @@ use self::config::{processor, size, token, tokens, wrong};
 pub(super) use self::config::{qformer_config, read_json, vit_config};
 pub(super) use self::trained_with::TrainedWith;
 use super::config::{ModelConfig, Stage1Config, Stage2Config, VisionConfig};
+use super::layout;
 use super::parts;
 use super::preset::{FolderGeneration, Preset};
 use super::stage1::{Stage1, Texts};
@@ -35,7 +36,7 @@ use crate::weights::{StoredTensor, TensorRows};
 use crate::{Error, Result};
 
 /// What the names of the language model's tensors begin with.
-const LANGUAGE_MODEL: &str = "language_model.";
+pub(super) const LANGUAGE_MODEL: &str = "language_model.";
 
 /// How the models that were fine-tuned on COCO's captions were taught to begin one.
 pub(super) const COCO_INSTRUCTION: &str = "a photo of";
@@ -56,7 +57,8 @@ pub(super) fn read_config(folder: &Path) -> Result<Option<Json>> {
 /// Opens a model of either kind.
 ///
 /// # Errors
-/// When the configuration asks for what is not there, a file is missing, or the tensors are not exactly those of the model.
+/// When the configuration asks for what is not there, a file is missing, or the tensors are not exactly those of the model:
+/// [`Error::Folder`] then has all of their names, and no weight was read.
 pub(super) fn open(folder: &Path, json: &Json, options: &OpenOptions) -> Result<Blip2> {
     let file = Safetensors::open(folder)?;
     if let (Some(stored), Some(wanted)) = (file.quantization(), options.quantization)
@@ -71,7 +73,7 @@ pub(super) fn open(folder: &Path, json: &Json, options: &OpenOptions) -> Result<
 /// [`open`] with the checkpoint opened.
 pub(super) fn load(folder: &Path, json: &Json, file: &Safetensors, options: &OpenOptions) -> Result<Blip2> {
     let field = "architectures";
-    match json[field][0].as_str() {
+    let opened = match json[field][0].as_str() {
         // A configuration that was made by hand may not say; captions are what most models are for.
         None | Some("Blip2ForConditionalGeneration") => open_generation(folder, json, file, options),
         Some("Blip2ForImageTextRetrieval") => open_retrieval(folder, json, file, options),
@@ -79,7 +81,14 @@ pub(super) fn load(folder: &Path, json: &Json, file: &Safetensors, options: &Ope
             field,
             &format!("is `{other}`, expected Blip2ForConditionalGeneration or Blip2ForImageTextRetrieval"),
         )),
-    }
+    };
+    opened.map_err(|error| error.in_folder(folder))
+}
+
+/// Says all that is wrong with the tensors' names and shapes before the first is read. What is stored in few bits was made by a
+/// model that was opened.
+fn check_tensors(file: &Safetensors, json: &Json, writes: bool) -> Result<()> {
+    if file.quantization().is_some() { Ok(()) } else { layout::check_tensors(file, json, writes) }
 }
 
 /// Opens a model for matching and features (`Blip2ForImageTextRetrieval`).
@@ -95,6 +104,7 @@ fn open_retrieval(folder: &Path, json: &Json, file: &Safetensors, options: &Open
         return Err(Error::File { path: folder.into(), reason: format!("the vocabulary {reason}") });
     }
     let pictures = Pictures::of(folder, json, &vit, options.image_size)?;
+    check_tensors(file, json, false)?;
     let source = Renamed(file);
     let loader = Loader::frozen(&source, options.precision);
     let encoder = load_vision(&vit, &pictures, &loader, options.quantization)?;
@@ -243,6 +253,7 @@ fn open_generation(folder: &Path, json: &Json, file: &Safetensors, options: &Ope
     let tokenizer = tokenizer(folder, &text, family)?;
     let folder_generation = FolderGeneration::read(folder)?;
     let pictures = Pictures::of(folder, json, &vit, options.image_size)?;
+    check_tensors(file, json, true)?;
     let source = Renamed(file);
     let loader = Loader::frozen(&source, options.precision);
 
@@ -259,9 +270,9 @@ fn open_generation(folder: &Path, json: &Json, file: &Safetensors, options: &Ope
 
     let name = model_name(folder, file);
     // Of published folders the name alone says it.
-    let instruction = trained_with.instruction.unwrap_or_else(|| {
-        if name.contains("coco") { COCO_INSTRUCTION.into() } else { String::new() }
-    });
+    let instruction = trained_with
+        .instruction
+        .unwrap_or_else(|| if name.contains("coco") { COCO_INSTRUCTION.into() } else { String::new() });
     // LAVIS's defaults, which the published captions were made with, and what the folder changes of them.
     let mut generation = GenerationConfig {
         num_beams: 5,

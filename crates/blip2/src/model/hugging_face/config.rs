@@ -44,7 +44,9 @@ fn unreadable(folder: &Path, path: &Path, source: std::io::Error) -> Error {
         let remedy = match parent {
             Some(parent) if parent.as_os_str().is_empty() => "give the folder that it is in".into(),
             Some(parent) => format!("give {}", parent.display()),
-            None => format!("`blip2 convert {} NEW-FOLDER` makes one of a LAVIS checkpoint", folder.display()),
+            None => {
+                format!("`blip2 convert {} NEW-FOLDER` makes one of a LAVIS checkpoint", folder.display())
+            }
         };
         return refuse(folder, format!("this is a file, and a model is a folder: {remedy}"));
     }

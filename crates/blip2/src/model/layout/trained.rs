@@ -85,7 +85,8 @@ pub fn trained_to_hugging_face(
     if let Some(opened) = &language {
         state.add(&opened.checkpoint, |name| opened.name(name))?;
         let has = |name: &str| state.contains(&format!("language_model.{name}"));
-        let language = Language::of(&opened.text, state.names().count(), has)?;
+        let language = Language::of(&opened.text, state.names().count(), has)
+            .map_err(|error| error.in_folder(opened.folder))?;
         text = Some(opened.adapted(&language)?);
         head = Head::Language(language);
     }
@@ -208,7 +209,7 @@ impl<'a> OpenedLanguage<'a> {
         let json = hugging_face::read_json(folder)?;
         let is_inside = json["model_type"] == "blip-2";
         let text = if is_inside { hugging_face::text_config(&json) } else { json };
-        let family = Family::of(&text)?;
+        let family = Family::of(&text).map_err(|error| error.in_folder(folder))?;
         Ok(Self { folder, checkpoint: Checkpoint::open(folder)?, text, family, is_inside })
     }
 

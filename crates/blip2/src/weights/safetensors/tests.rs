@@ -115,7 +115,8 @@ fn shards_are_one_checkpoint() {
     let error = || Safetensors::open(folder.path()).unwrap_err().to_string();
     assert!(error().contains("neither model.safetensors") && !error().contains("convert"), "{}", error());
     fs::write(at("pytorch_model.bin"), b"PK").unwrap();
-    let remedy = format!("pytorch_model.bin, which can hold programs: `blip2 convert {}", folder.path().display());
+    let remedy =
+        format!("pytorch_model.bin, which can hold programs: `blip2 convert {}", folder.path().display());
     assert!(error().contains(&remedy), "{}", error());
 }
 
