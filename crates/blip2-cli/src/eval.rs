@@ -14,7 +14,8 @@ use serde_json::json;
 
 use crate::Done;
 use crate::args::{EvalArgs, EvalTask};
-use crate::model::{Part, answering, generation, open};
+use crate::generation::{self, Written};
+use crate::model::{Part, open, open_to_write};
 
 /// What a task measured.
 struct Report {
@@ -24,6 +25,7 @@ struct Report {
 }
 
 pub(crate) fn run(args: &EvalArgs) -> anyhow::Result<Done> {
+    generation::check(&args.generation)?;
     let mut rows = read_rows(&args.manifest)?;
     rows.truncate(args.limit.unwrap_or(usize::MAX));
     let bar = ProgressBar::new(rows.len() as u64);
@@ -55,8 +57,7 @@ fn base(args: &EvalArgs) -> &Path {
 }
 
 fn captions_report(args: &EvalArgs, rows: &[Row], on_progress: OnProgress<'_>) -> anyhow::Result<Report> {
-    let model = open(&args.model, Part::Stage2)?;
-    let config = generation(&model, None, &args.generation);
+    let (model, config) = open_to_write(&args.model.source, None, Written::Captions, &args.generation)?;
     let evaluated = captions(&model, base(args), rows, &config, on_progress)?;
     write_predictions(args.out.as_deref(), &evaluated)?;
     let scores = evaluated.caption_scores();
@@ -73,8 +74,7 @@ fn captions_report(args: &EvalArgs, rows: &[Row], on_progress: OnProgress<'_>) -
 }
 
 fn questions_report(args: &EvalArgs, rows: &[Row], on_progress: OnProgress<'_>) -> anyhow::Result<Report> {
-    let model = open(&args.model, Part::Stage2)?;
-    let config = answering(&model, None, &args.generation);
+    let (model, config) = open_to_write(&args.model.source, None, Written::Answers, &args.generation)?;
     let evaluated = questions(&model, base(args), rows, &config, on_progress)?;
     write_predictions(args.out.as_deref(), &evaluated)?;
     let (accuracy, kinds) = evaluated.accuracy();

@@ -29,7 +29,7 @@ pub use config::{FILE_NAME, ModelConfig, Stage1Config, Stage2Config, VisionConfi
 pub use explain::{HeatMap, Word};
 pub use memory::memory_needed;
 pub use parts::{EncoderOptions, open_encoder, open_language_model, open_trained, qformer_config};
-pub use preset::Preset;
+pub use preset::{GenerationDefaults, Preset};
 pub use quantize::{quantize, stored_quantization};
 pub use random::{RandomModel, SHAPES};
 pub use stage1::{LabelScore, MatchScore};

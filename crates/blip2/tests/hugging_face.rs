@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 
 use blip2::generate::GenerationConfig;
 use blip2::image::{self, Limits, Pixels};
-use blip2::model::{Blip2, ImageFeatures, OpenOptions, Preset};
+use blip2::model::{Blip2, GenerationDefaults, ImageFeatures, OpenOptions, Preset};
 use blip2::text::{AnswerForm, Turn};
 use blip2::weights::safetensors::{NamedTensor, Safetensors, Values, write_safetensors};
 use serde::Deserialize;
@@ -289,6 +289,23 @@ fn presets_compute_with_the_epsilons_of_their_source() {
     let old = eps("layer_norm_eps", 1e-5);
     assert_eq!(lavis, soft_tokens(old.path(), Some(Preset::Lavis)));
     assert_ne!(lavis, soft_tokens(old.path(), None));
+}
+
+/// What a command checks its settings against before it opens the model is what the opened model says.
+#[test]
+fn the_defaults_of_a_folder_are_those_of_its_model() {
+    let dir = changed("blip2_opt", |_| {});
+    let settings = r#"{"num_beams": 3, "max_length": 40, "repetition_penalty": 1.2}"#;
+    std::fs::write(dir.path().join("generation_config.json"), settings).expect("written");
+    let model = Blip2::open(dir.path(), &OpenOptions::default()).expect("a model");
+    for preset in [None, Some(Preset::Hf), Some(Preset::Lavis)] {
+        let defaults = GenerationDefaults::read(dir.path(), preset).expect("defaults");
+        for (found, of_model) in
+            [(defaults.captions, model.generation(preset)), (defaults.answers, model.answering(preset))]
+        {
+            assert_eq!(found, GenerationConfig { eos_token_id: Vec::new(), ..of_model }, "{preset:?}");
+        }
+    }
 }
 
 /// Grad-CAM over the picture's patches; the golden's first token is the class token.

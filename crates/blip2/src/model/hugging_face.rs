@@ -23,7 +23,6 @@ use super::stage1::{Stage1, Texts};
 use super::stage2::{Source, Stage2};
 use super::{Blip2, OpenOptions};
 use crate::config::{LN_VISION_EPS, QFormerConfig};
-use crate::generate::GenerationConfig;
 use crate::image::ImageProcessor;
 use crate::language::LanguageModel;
 use crate::layers::{FrozenFormat, FrozenWeight, Loader, Precision, Quantization, TensorSource};
@@ -273,14 +272,7 @@ fn open_generation(folder: &Path, json: &Json, file: &Safetensors, options: &Ope
     let instruction = trained_with
         .instruction
         .unwrap_or_else(|| if name.contains("coco") { COCO_INSTRUCTION.into() } else { String::new() });
-    // LAVIS's defaults, which the published captions were made with, and what the folder changes of them.
-    let mut generation = GenerationConfig {
-        num_beams: 5,
-        max_new_tokens: 30,
-        sees_prompt: true,
-        ..GenerationConfig::default()
-    };
-    folder_generation.apply(&mut generation);
+    let generation = folder_generation.own();
     let prompt = trained_with.prompt.unwrap_or_else(|| family.question());
     let source = Source {
         image_token: token(json, "config", "image_token_index")?.or(token(json, "config", "image_token_id")?),
