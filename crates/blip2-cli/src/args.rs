@@ -103,7 +103,7 @@ pub(crate) enum ComputeArg {
 }
 
 /// How to generate; what is not given is the model's own setting.
-#[derive(Debug, clap::Args)]
+#[derive(Debug, Clone, clap::Args)]
 #[command(next_help_heading = "Generation")]
 pub(crate) struct GenerationArgs {
     /// Beams of the beam search; 1 for greedy search.

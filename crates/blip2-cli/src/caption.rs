@@ -12,13 +12,15 @@ use indicatif::{ProgressBar, ProgressStyle};
 
 use crate::Done;
 use crate::args::CaptionArgs;
-use crate::model::{Part, generation, open_as, pixels};
+use crate::generation::{self, Written};
+use crate::model::{open_to_write, pixels};
 use destination::Destination;
 
 /// Pictures that are described at once: the language model reads its weights once for all of them.
 const PICTURES_AT_ONCE: usize = 8;
 
 pub(crate) fn run(args: &CaptionArgs) -> anyhow::Result<Done> {
+    generation::check(&args.generation)?;
     if args.overwrite && args.sidecar.is_none() && args.out.is_none() {
         bail!("--overwrite is for --sidecar or --out: nothing else is written");
     }
@@ -39,8 +41,9 @@ pub(crate) fn run(args: &CaptionArgs) -> anyhow::Result<Done> {
     let n_had = n_given - pictures.len();
     let mut n_failed = 0;
     if !pictures.is_empty() {
-        let model = open_as(&args.model, Part::Stage2, args.preset)?;
-        n_failed = describe(&model, &pictures, args, &mut destination)?;
+        let (model, config) =
+            open_to_write(&args.model.source, args.preset, Written::Captions, &args.generation)?;
+        n_failed = describe(&model, &config, &pictures, args, &mut destination)?;
     }
     if destination.is_file() {
         let n_described = pictures.len() - n_failed;
@@ -53,17 +56,17 @@ pub(crate) fn run(args: &CaptionArgs) -> anyhow::Result<Done> {
 /// Describes the pictures, a few at a time; gives how many could not be read.
 fn describe(
     model: &Blip2,
+    config: &GenerationConfig,
     pictures: &[PathBuf],
     args: &CaptionArgs,
     destination: &mut Destination,
 ) -> anyhow::Result<usize> {
-    let config = generation(model, args.preset, &args.generation);
     let bar =
         if destination.is_file() { ProgressBar::new(pictures.len() as u64) } else { ProgressBar::hidden() };
     bar.set_style(ProgressStyle::with_template("{wide_bar} {pos}/{len} {per_sec} {eta}")?);
     let mut n_failed = 0;
     for paths in pictures.chunks(PICTURES_AT_ONCE) {
-        let captions = caption_pictures(model, paths, args, &config)?;
+        let captions = caption_pictures(model, paths, args, config)?;
         for error in captions.iter().filter_map(|result| result.as_ref().err()) {
             n_failed += 1;
             bar.suspend(|| eprintln!("blip2: {}", crate::message(error)));

@@ -10,13 +10,14 @@ use serde_json::json;
 
 use crate::Done;
 use crate::args::{AskArgs, ChatArgs};
-use crate::model::{Part, answering, encode_picture, open_as};
+use crate::generation::{Written, WrongUsage};
+use crate::model::{encode_picture, open_to_write};
 
 pub(crate) fn ask(args: &AskArgs) -> anyhow::Result<Done> {
     if args.question.trim().is_empty() {
         anyhow::bail!("the question is empty: ask something about the picture");
     }
-    let model = open_as(&args.model, Part::Stage2, args.preset)?;
+    let (model, config) = open_to_write(&args.model.source, args.preset, Written::Answers, &args.generation)?;
     let features = encode_picture(&model, &args.picture, args.preset)?;
     let path = args.picture.display().to_string();
     let mut out = std::io::stdout().lock();
@@ -38,7 +39,6 @@ pub(crate) fn ask(args: &AskArgs) -> anyhow::Result<Done> {
         }
         return Ok(Done::All);
     }
-    let config = answering(&model, args.preset, &args.generation);
     let form = form(args)?.map(|form| model.grammar(&form, &config)).transpose()?;
     let answers = model.ask_for(&[(&features, &args.question)], &config, form.as_ref())?.concat();
     if form.is_some() && answers.iter().any(|answer| is_cut(answer.finish)) {
@@ -80,13 +80,17 @@ fn is_cut(finish: FinishReason) -> bool {
 }
 
 pub(crate) fn chat(args: &ChatArgs) -> anyhow::Result<Done> {
-    let model = open_as(&args.model, Part::Stage2, args.preset)?;
-    let features = encode_picture(&model, &args.picture, args.preset)?;
-    let mut config = answering(&model, args.preset, &args.generation);
-    if args.generation.num_beams.is_none() && args.preset.is_none() {
-        // What beams write can still change: without them the answer can be shown as it grows.
-        config.num_beams = 1;
+    let mut generation = args.generation.clone();
+    if let Some(n) = generation.num_captions.filter(|n| *n != 1) {
+        let message = format!("`--num-captions` is {n}, expected 1: a conversation goes on with one answer");
+        return Err(WrongUsage(message).into());
     }
+    if args.preset.is_none() {
+        // What beams write can still change: without them the answer can be shown as it grows.
+        generation.num_beams = generation.num_beams.or(Some(1));
+    }
+    let (model, config) = open_to_write(&args.model.source, args.preset, Written::Answers, &generation)?;
+    let features = encode_picture(&model, &args.picture, args.preset)?;
     let mut chat = model.chat(&features)?;
     let stdin = std::io::stdin();
     let is_terminal = stdin.is_terminal();

@@ -17,7 +17,8 @@ use serde_json::json;
 
 use crate::Done;
 use crate::args::{EvalArgs, EvalTask, RerankArg};
-use crate::model::{Part, answering, generation, open_as, pixels};
+use crate::generation::{self, Written};
+use crate::model::{Part, open_as, open_to_write, pixels};
 
 /// What a task measured.
 struct Report {
@@ -27,6 +28,7 @@ struct Report {
 }
 
 pub(crate) fn run(args: &EvalArgs) -> anyhow::Result<Done> {
+    generation::check(&args.generation)?;
     let (mut rows, mut skipped) = read_test_set(&args.manifest)?;
     rows.truncate(args.limit.map_or(usize::MAX, NonZeroUsize::get));
     if rows.is_empty() {
@@ -65,8 +67,8 @@ fn test_set<'a>(args: &'a EvalArgs, rows: &'a [Row]) -> TestSet<'a> {
 }
 
 fn captions_report(args: &EvalArgs, rows: &[Row], on_progress: OnProgress<'_>) -> anyhow::Result<Report> {
-    let model = open_as(&args.model, Part::Stage2, args.preset)?;
-    let config = generation(&model, args.preset, &args.generation);
+    let (model, config) =
+        open_to_write(&args.model.source, args.preset, Written::Captions, &args.generation)?;
     let evaluated = captions(&model, test_set(args, rows), &config, on_progress)?;
     write_predictions(args.out.as_deref(), &evaluated)?;
     let scores = evaluated.caption_scores();
@@ -83,8 +85,8 @@ fn captions_report(args: &EvalArgs, rows: &[Row], on_progress: OnProgress<'_>) -
 }
 
 fn questions_report(args: &EvalArgs, rows: &[Row], on_progress: OnProgress<'_>) -> anyhow::Result<Report> {
-    let model = open_as(&args.model, Part::Stage2, args.preset)?;
-    let config = answering(&model, args.preset, &args.generation);
+    let (model, config) =
+        open_to_write(&args.model.source, args.preset, Written::Answers, &args.generation)?;
     let evaluated = questions(&model, test_set(args, rows), &config, on_progress)?;
     write_predictions(args.out.as_deref(), &evaluated)?;
     let (accuracy, kinds) = evaluated.accuracy();

@@ -1,6 +1,6 @@
 //! `blip2 data filter`.
 
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
 use anyhow::{Context, bail};
 use blip2::generate::GenerationConfig;
@@ -11,10 +11,12 @@ use indicatif::{ProgressBar, ProgressStyle};
 
 use crate::Done;
 use crate::args::{FilterArgs, SourceArgs};
-use crate::model::{Part, encode_picture, generation, open_source};
+use crate::generation::{self, Written};
+use crate::model::{Part, encode_picture, open_source, open_to_write};
 use crate::rows::RowsFile;
 
 pub(crate) fn run(args: &FilterArgs) -> anyhow::Result<Done> {
+    generation::check(&args.generation)?;
     if args.keep == 0 {
         bail!("--keep 0 would leave nothing: give 1 or more");
     }
@@ -73,17 +75,12 @@ struct Models {
 
 impl Models {
     fn open(args: &FilterArgs) -> anyhow::Result<Self> {
-        let source = |model: &Option<PathBuf>| SourceArgs { model: model.clone(), ..args.source.clone() };
-        let say = |message: &str| eprintln!("{message}");
-        let judge = args.matcher.as_ref().or(args.source.model.as_ref()).cloned();
-        let matcher =
-            open_source(&source(&judge), Part::Stage1, None, say).context("the model that judges")?;
+        // The writer first: its settings are checked before anything is loaded.
         let writer = if args.generate == 0 {
             None
         } else {
-            let model =
-                open_source(&args.source, Part::Stage2, None, say).context("the model that writes")?;
-            let mut config = generation(&model, None, &args.generation);
+            let (model, mut config) = open_to_write(&args.source, None, Written::Captions, &args.generation)
+                .context("the model that writes")?;
             if !config.do_sample {
                 // Beams differ in a word; captions that are drawn say different things.
                 config = GenerationConfig { do_sample: true, num_beams: 1, top_p: 0.9, ..config };
@@ -91,6 +88,10 @@ impl Models {
             config.num_return_sequences = args.generate;
             Some((model, config))
         };
+        let judge = args.matcher.as_ref().or(args.source.model.as_ref()).cloned();
+        let source = SourceArgs { model: judge, ..args.source.clone() };
+        let say = |message: &str| eprintln!("{message}");
+        let matcher = open_source(&source, Part::Stage1, None, say).context("the model that judges")?;
         Ok(Self { matcher, writer })
     }
 

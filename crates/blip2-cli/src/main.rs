@@ -14,6 +14,7 @@ mod eval;
 mod explain;
 mod filter;
 mod frozen;
+mod generation;
 mod hub;
 mod info;
 mod memory;
@@ -87,7 +88,7 @@ fn main() -> ExitCode {
         Err(error) if is_broken_pipe(&error) => ExitCode::SUCCESS,
         Err(error) => {
             eprintln!("blip2: {}", message(&error));
-            ExitCode::FAILURE
+            if error.is::<generation::WrongUsage>() { ExitCode::from(2) } else { ExitCode::FAILURE }
         }
     }
 }

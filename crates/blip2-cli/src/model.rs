@@ -1,15 +1,16 @@
-//! Which model, which pictures, how to generate: what several commands share.
+//! Which model and which pictures: what several commands share.
 
 use std::env;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, bail};
-use blip2::generate::{EarlyStopping, GenerationConfig};
+use blip2::generate::GenerationConfig;
 use blip2::image::{Limits, Pixels, RgbImage};
 use blip2::layers::{Precision, Quantization};
 use blip2::model::{Blip2, FILE_NAME, ImageFeatures, OpenOptions, Preset, memory_needed};
 
-use crate::args::{ComputeArg, EarlyStoppingArg, GenerationArgs, ModelArgs, PresetArg, SourceArgs};
+use crate::args::{ComputeArg, GenerationArgs, ModelArgs, PresetArg, SourceArgs};
+use crate::generation::{self, Written};
 use crate::hub::{self, Repository, Settings};
 use crate::{frozen, memory};
 
@@ -57,6 +58,25 @@ pub(crate) fn open_source(
     Ok(open_in_formats(args, part, preset, say)?.0)
 }
 
+/// Opens a model that writes, with the settings that it writes with. They are checked before its weights are read.
+///
+/// # Errors
+/// As [`open`], and when the settings cannot be.
+pub(crate) fn open_to_write(
+    args: &SourceArgs,
+    preset: Option<PresetArg>,
+    written: Written,
+    generation: &GenerationArgs,
+) -> anyhow::Result<(Blip2, GenerationConfig)> {
+    generation::check(generation)?;
+    let folder = locate(args)?;
+    written.check(&folder, preset, generation)?;
+    let say = |message: &str| eprintln!("{message}");
+    let (model, ..) = open_folder(folder, args, Part::Stage2, preset, say)?;
+    let settings = written.settings(&model, preset, generation);
+    Ok((model, settings))
+}
+
 /// [`open_source`], with the precision of products and in how few bits large matrices are held.
 ///
 /// # Errors
@@ -67,14 +87,27 @@ pub(crate) fn open_in_formats(
     preset: Option<PresetArg>,
     say: impl Fn(&str),
 ) -> anyhow::Result<(Blip2, Precision, Option<Quantization>)> {
-    let folder = match &args.model {
-        Some(model) => find(model, args.ignore_memory)?,
-        None => {
-            let folder = default_model()?;
-            frozen::ensure(part != Part::Stage1)?;
-            folder
-        }
-    };
+    open_folder(locate(args)?, args, part, preset, say)
+}
+
+/// The folder of the model that the arguments name, or of the default one. A model of the hub is fetched when it is not here.
+fn locate(args: &SourceArgs) -> anyhow::Result<PathBuf> {
+    match &args.model {
+        Some(model) => find(model, args.ignore_memory),
+        None => default_model(),
+    }
+}
+
+fn open_folder(
+    folder: PathBuf,
+    args: &SourceArgs,
+    part: Part,
+    preset: Option<PresetArg>,
+    say: impl Fn(&str),
+) -> anyhow::Result<(Blip2, Precision, Option<Quantization>)> {
+    if args.model.is_none() {
+        frozen::ensure(part != Part::Stage1)?;
+    }
     let is_hugging_face = blip2::model::is_hugging_face(&folder)?;
     let stored = blip2::model::stored_quantization(&folder)?;
     let (precision, quantization) = match args.dtype {
@@ -194,85 +227,11 @@ pub(crate) fn encode_picture(
     features.pop().ok_or_else(|| anyhow::anyhow!("the picture gave no features"))
 }
 
-/// The model's own settings for captions, or those of the preset, with what the arguments change.
-pub(crate) fn generation(
-    model: &Blip2,
-    preset: Option<PresetArg>,
-    args: &GenerationArgs,
-) -> GenerationConfig {
-    changed(model.generation(preset.map(Preset::from)), args)
-}
-
-/// The same for answers to questions.
-pub(crate) fn answering(model: &Blip2, preset: Option<PresetArg>, args: &GenerationArgs) -> GenerationConfig {
-    changed(model.answering(preset.map(Preset::from)), args)
-}
-
 impl From<PresetArg> for Preset {
     fn from(preset: PresetArg) -> Self {
         match preset {
             PresetArg::Hf => Self::Hf,
             PresetArg::Lavis => Self::Lavis,
         }
-    }
-}
-
-fn changed(mut config: GenerationConfig, args: &GenerationArgs) -> GenerationConfig {
-    let draws =
-        args.temperature.is_some() || args.top_k.is_some() || args.top_p.is_some() || args.min_p.is_some();
-    if draws {
-        config.do_sample = true;
-        config.num_beams = 1;
-    }
-    let GenerationArgs {
-        num_beams,
-        max_new_tokens,
-        min_new_tokens,
-        length_penalty,
-        repetition_penalty,
-        no_repeat_ngram,
-        early_stopping,
-        temperature,
-        top_k,
-        top_p,
-        min_p,
-        seed,
-        num_captions,
-        stop,
-    } = args;
-    set(&mut config.num_beams, *num_beams);
-    set(&mut config.max_new_tokens, *max_new_tokens);
-    // What counts new tokens holds instead of what counts the prompt too.
-    if max_new_tokens.is_some() {
-        config.max_length = None;
-    }
-    if min_new_tokens.is_some() {
-        config.min_length = 0;
-    }
-    set(&mut config.min_new_tokens, *min_new_tokens);
-    set(&mut config.length_penalty, *length_penalty);
-    set(&mut config.repetition_penalty, *repetition_penalty);
-    set(&mut config.no_repeat_ngram_size, *no_repeat_ngram);
-    let early_stopping = early_stopping.map(|given| match given {
-        EarlyStoppingArg::False => EarlyStopping::Heuristic,
-        EarlyStoppingArg::True => EarlyStopping::Immediate,
-        EarlyStoppingArg::Never => EarlyStopping::Never,
-    });
-    set(&mut config.early_stopping, early_stopping);
-    set(&mut config.temperature, *temperature);
-    set(&mut config.top_k, *top_k);
-    set(&mut config.top_p, *top_p);
-    set(&mut config.min_p, *min_p);
-    set(&mut config.seed, *seed);
-    set(&mut config.num_return_sequences, *num_captions);
-    if !stop.is_empty() {
-        config.stop_strings.clone_from(stop);
-    }
-    config
-}
-
-fn set<T>(field: &mut T, given: Option<T>) {
-    if let Some(value) = given {
-        *field = value;
     }
 }

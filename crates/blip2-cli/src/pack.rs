@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 
 use anyhow::{Context, bail};
 use blip2::generate::GenerationConfig;
-use blip2::model::layout::{ConvertOptions, Trained, trained_to_hugging_face};
+use blip2::model::layout::{ConvertOptions, Trained, TrainedPrompts, trained_to_hugging_face};
 use blip2::model::{
     EncoderOptions, FILE_NAME, ModelConfig, Stage1Config, Stage2Config, VisionConfig, open_encoder,
 };
@@ -126,6 +126,11 @@ fn hugging_face(args: &PackArgs) -> anyhow::Result<Done> {
             encoder: &run.encoder,
             encoder_options: run.encoder_options(),
             language_model: Some(&run.language_model),
+            prompts: Some(TrainedPrompts {
+                instruction: run.instructions.first().map_or("", String::as_str),
+                prompt: &run.prompt,
+                caption_prompt: run.caption_prompt(),
+            }),
             vocabulary: None,
         };
         trained_to_hugging_face(&trained, &args.out, &options)?;
@@ -138,6 +143,7 @@ fn hugging_face(args: &PackArgs) -> anyhow::Result<Done> {
             encoder: &run.encoder,
             encoder_options: run.encoder_options(),
             language_model: None,
+            prompts: None,
             vocabulary: Some(&run.vocabulary),
         };
         trained_to_hugging_face(&trained, &args.out, &options)?;
@@ -145,7 +151,10 @@ fn hugging_face(args: &PackArgs) -> anyhow::Result<Done> {
     };
     println!("{}", args.out.display());
     if let Some(side) = image_size {
-        eprintln!("it was trained with pictures of {side} pixels: use it with --image-size {side}");
+        eprintln!(
+            "it was trained with pictures of {side} pixels and opens with them here; transformers needs that size of its image \
+             processor, and interpolate_pos_encoding=True"
+        );
     }
     Ok(Done::All)
 }

@@ -51,10 +51,95 @@ fn a_model_that_is_none_is_named() {
     refused(&blip2(home.path(), &caption), 1, &["config.json", "colour"]);
 }
 
+/// A checkpoint in another form is what people have: they are told what makes a model's folder of it.
+#[test]
+fn checkpoints_that_are_no_folder_yet_are_told_the_remedy() {
+    let home = tempfile::tempdir().expect("a folder");
+    let path = |name: &str| home.path().join(name).to_str().expect("UTF-8").to_owned();
+    for folder in ["pickled", "bare"] {
+        std::fs::create_dir(path(folder)).expect("made");
+    }
+    std::fs::write(path("lavis.pth"), "PK").expect("written");
+    std::fs::write(path("bare/model.safetensors"), "weights").expect("written");
+    std::fs::write(path("pickled/config.json"), "{\"model_type\": \"blip-2\"}").expect("written");
+    std::fs::write(path("pickled/pytorch_model.bin"), "PK").expect("written");
+    let convert = |what: &str| format!("blip2 convert {what} NEW-FOLDER");
+    for (model, words) in [
+        (path("lavis.pth"), vec![path("lavis.pth"), convert(&path("lavis.pth"))]),
+        (path("pickled"), vec!["pytorch_model.bin".into(), convert(&path("pickled"))]),
+        (path("bare"), vec![path("bare/config.json"), convert("CHECKPOINT")]),
+        (path("pickled/pytorch_model.bin"), vec![format!("give {}", path("pickled"))]),
+    ] {
+        let words: Vec<&str> = words.iter().map(String::as_str).collect();
+        for verb in ["caption", "info"] {
+            let arguments = match verb {
+                "info" => vec![verb, "--model", &model],
+                _ => vec![verb, "a.jpg", "--model", &model],
+            };
+            refused(&blip2(home.path(), &arguments), 1, &words);
+        }
+    }
+}
+
 #[test]
 fn an_empty_question_is_refused_before_anything_is_loaded() {
     let home = tempfile::tempdir().expect("a folder");
     refused(&blip2(home.path(), &["ask", "a.jpg", "  "]), 1, &["question is empty"]);
+}
+
+/// What no model could be asked for is wrong usage before one is looked for.
+#[test]
+fn generation_settings_that_cannot_be_are_refused_first() {
+    let home = tempfile::tempdir().expect("a folder");
+    for (settings, said) in [
+        (&["--num-beams", "0"][..], "`--num-beams` is 0, expected 1 to 256"),
+        (&["--temperature", "0"], "`--temperature` is 0, expected above 0"),
+        (&["--top-p", "1.5"], "`--top-p` is 1.5, expected above 0 and at most 1"),
+        (&["--stop", ""], "`--stop` is an empty string"),
+        (
+            &["--max-new-tokens", "8", "--min-new-tokens", "9"],
+            "`--min-new-tokens` is 9, expected at most --max-new-tokens, 8",
+        ),
+        (
+            &["--num-beams", "2", "--num-captions", "3"],
+            "`--num-captions` is 3, expected at most --num-beams, 2",
+        ),
+        (&["--num-beams", "3", "--top-k", "5"], "leave out --num-beams, or --temperature, --top-k"),
+    ] {
+        for verb in [&["caption", "a.jpg"][..], &["ask", "a.jpg", "What?"], &["eval", "captions", "a.jsonl"]]
+        {
+            let output = blip2(home.path(), &[verb, settings, &["--model", "nowhere"]].concat());
+            refused(&output, 2, &[said]);
+            assert_eq!(String::from_utf8_lossy(&output.stderr).lines().count(), 1);
+        }
+    }
+    let chat = ["chat", "a.jpg", "--model", "nowhere", "--num-captions", "2"];
+    refused(&blip2(home.path(), &chat), 2, &["`--num-captions` is 2", "one answer"]);
+}
+
+/// What contradicts a model's own settings is wrong usage before its weights are read: here there are none.
+#[test]
+fn generation_settings_are_held_to_those_of_the_model() {
+    let home = tempfile::tempdir().expect("a folder");
+    std::fs::write(home.path().join("config.json"), "{\"model_type\": \"blip-2\"}").expect("written");
+    let model = home.path().to_str().expect("UTF-8");
+    let greedy =
+        "`--num-captions` is 3, expected 1: greedy search has one result (use beams or --temperature)";
+    let caption = |settings: &[&str]| {
+        blip2(home.path(), &[&["caption", "a.jpg", "--model", model][..], settings].concat())
+    };
+    for (settings, said) in [
+        (&["--min-new-tokens", "40"][..], "`--min-new-tokens` is 40, expected at most --max-new-tokens, 30"),
+        (&["--num-captions", "3", "--num-beams", "1"], greedy),
+        (&["--num-captions", "3", "--preset", "hf"], greedy),
+        (&["--num-captions", "6"], "`--num-captions` is 6, expected at most --num-beams, 5"),
+    ] {
+        refused(&caption(settings), 2, &[said]);
+    }
+    // A folder with other settings of its own is asked the same without a mistake; then its weights are missed.
+    let own = "{\"max_new_tokens\": 50, \"do_sample\": true}";
+    std::fs::write(home.path().join("generation_config.json"), own).expect("written");
+    refused(&caption(&["--min-new-tokens", "40", "--num-captions", "6"]), 1, &["model.safetensors"]);
 }
 
 /// Without pip and without a network the message says which file to put where.

@@ -74,6 +74,7 @@ fn presets_and_prompts_change_what_is_written() {
         let refused =
             blip2(&["caption", "--model", &model, &picture, "--preset", "hf", "--num-captions", "2"]);
         assert!(String::from_utf8_lossy(&refused.stderr).contains("greedy search has one result"));
+        assert_eq!(refused.status.code(), Some(2));
     }
 }
 

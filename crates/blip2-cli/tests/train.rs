@@ -5,6 +5,7 @@
 mod support;
 
 use std::collections::BTreeMap;
+use std::process::Command;
 use std::path::{Path, PathBuf};
 
 use blip2::weights::safetensors::{NamedTensor, Safetensors, Values, write_safetensors};
@@ -131,6 +132,58 @@ fn a_published_model_is_fine_tuned_and_written_back() {
         }
         assert_eq!(captions(&own, &picture), written);
     }
+}
+
+/// A packed folder is spoken to as it was trained, and sees pictures of that size, whatever its name.
+#[test]
+fn a_packed_folder_opens_with_what_it_was_trained_with() {
+    let work = Work::new();
+    let published = golden("blip2_opt");
+    let prompts = OPT_PROMPTS.replacen("Question: {prompt} Answer:", "Q: {prompt} A:", 1);
+    let fields = stage2(&published, &published, &published, &prompts)
+        .replace("instructions = [\"\"]", "instructions = [\"a photo of\"]");
+    let checkpoint = work.train("run", "both.jsonl", &format!("{fields}image_size = 42\n"));
+    let tuned = work.path("tuned");
+    done(&[&"pack", &"--stage2", &checkpoint, &"--out", &tuned, &"--hugging-face"]);
+    let config = |folder: &Path| -> Json {
+        let printed = done(&[&"info", &"--json", &"--model", &folder]);
+        serde_json::from_str::<Json>(&printed).expect("JSON")["config"].take()
+    };
+    let opened = config(&tuned);
+    assert_eq!(opened["stage2"]["instruction"], "a photo of");
+    assert_eq!(opened["stage2"]["prompt"]["template"], "{image}Q: {prompt} A:");
+    assert_eq!(opened["stage2"]["caption_prompt"], config(&published)["stage2"]["caption_prompt"]);
+    assert_eq!(opened["vision"]["image_size"], 42);
+
+    // It writes what this project's own folder of the run writes, which has always known all of this.
+    let own = work.path("own");
+    done(&[&"pack", &"--stage2", &checkpoint, &"--out", &own, &"--dtype", &"f32"]);
+    let frozen = own.join("blip2_opt");
+    std::fs::create_dir(&frozen).expect("a folder");
+    for entry in std::fs::read_dir(&published).expect("readable") {
+        let entry = entry.expect("a file");
+        std::fs::copy(entry.path(), frozen.join(entry.file_name())).expect("copied");
+    }
+    let greedy = ["--dtype", "f32", "--num-beams", "1", "--max-new-tokens", "8", "--no-repeat-ngram", "0"];
+    let said = |model: &Path, verb: &str, words: &[&str]| {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_blip2"));
+        command.arg(verb).arg(work.path("red.png")).args(words).args(greedy).arg("--json");
+        let output = command.arg("--model").arg(model).output().expect("the command runs");
+        assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+        let rows: Json = serde_json::from_slice(&output.stdout).expect("JSON");
+        rows[0]["token_ids"].clone()
+    };
+    for (verb, words) in [("caption", &[][..]), ("ask", &["What?"])] {
+        assert_eq!(said(&tuned, verb, words), said(&own, verb, words), "{verb}");
+    }
+
+    // As the encoder of another run it sees pictures of that size again, and what comes of that says so.
+    let checkpoint = work.train("again", "both.jsonl", &stage2(&tuned, &tuned, &tuned, &prompts));
+    let again = work.path("again-tuned");
+    done(&[&"pack", &"--stage2", &checkpoint, &"--out", &again, &"--hugging-face"]);
+    let opened = config(&again);
+    assert_eq!(opened["vision"]["image_size"], 42);
+    assert_eq!(opened["stage2"]["instruction"], "");
 }
 
 /// Both stages from parts by themselves: LAVIS's image encoder, OPT's own folder, and a Q-Former with its heads.

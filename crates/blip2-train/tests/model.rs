@@ -13,7 +13,8 @@ use blip2::config::QFormerConfig;
 use blip2::generate::GenerationConfig;
 use blip2::layers::{Loader, Precision, TensorSource, Trainable};
 use blip2::model::{
-    Blip2, ImageFeatures, ModelConfig, OpenOptions, Preset, Stage1Config, Stage2Config, VisionConfig,
+    Blip2, GenerationDefaults, ImageFeatures, ModelConfig, OpenOptions, Preset, Stage1Config, Stage2Config,
+    VisionConfig,
 };
 use blip2::qformer::{QFormer, TextSide};
 use blip2::text::{PromptFormat, Turn};
@@ -212,7 +213,10 @@ fn a_wrong_folder_is_refused_by_name() {
         Blip2::open(dir.path(), &options).expect_err("refused").to_string()
     };
     assert!(refused(&|config| config["colour"] = "red".into()).contains("colour"));
-    assert!(refused(&|config| config["stage2"]["instruction"] = " ".into()).contains("stage2.instruction"));
+    assert!(
+        refused(&|config| config["stage2"]["instruction"] = " ".into())
+            .contains("config.json: `stage2.instruction`")
+    );
     assert!(
         refused(&|config| config["stage1"]["weights"][0] = "stage2.safetensors".into())
             .contains("has no tensor `qformer.")
@@ -242,6 +246,8 @@ fn answers_have_their_own_settings() {
     let (captions, answers) = (model.generation(None), model.answering(None));
     assert_eq!((captions.num_beams, captions.length_penalty), (1, 1.0));
     assert_eq!((answers.num_beams, answers.length_penalty), (3, -1.0));
+    let defaults = GenerationDefaults::read(dir.path(), None).expect("defaults");
+    assert_eq!((defaults.captions, defaults.answers), (captions, answers));
     assert_eq!(model.answering(Some(Preset::Lavis)), model.generation(Some(Preset::Lavis)));
     config["stage2"]["answering"]["num_beams"] = 0.into();
     write_config(dir.path(), &config);

@@ -1,6 +1,6 @@
 //! The library's error type.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 /// Result with the library's [`Error`].
 pub type Result<T> = std::result::Result<T, Error>;
@@ -81,6 +81,14 @@ pub enum Error {
         /// Names of tensors that the model does not have.
         unknown: Vec<String>,
     },
+    /// The tensors in a model's folder are not right.
+    #[error("{}: {source}", path.display())]
+    Folder {
+        /// The folder.
+        path: PathBuf,
+        /// What is wrong with them.
+        source: Box<Error>,
+    },
     /// Text could not be turned into tokens or back.
     #[error("tokenizer: {0}")]
     Tokenizer(String),
@@ -101,6 +109,24 @@ pub enum Error {
     /// The tensor engine failed.
     #[error("tensor engine: {0}")]
     Tensor(#[from] candle_core::Error),
+}
+
+impl Error {
+    /// The same, with the model's folder or the configuration in it where the error itself does not say which.
+    pub(crate) fn in_folder(self, folder: &Path) -> Self {
+        match self {
+            Self::Config { field, reason } => {
+                let path = folder.join(crate::model::FILE_NAME);
+                Self::File { path, reason: format!("`{field}` {reason}") }
+            }
+            Self::MissingTensor { .. }
+            | Self::TensorShape { .. }
+            | Self::NotFinite { .. }
+            | Self::UnusedTensors { .. }
+            | Self::TensorNames { .. } => Self::Folder { path: folder.into(), source: Box::new(self) },
+            error => error,
+        }
+    }
 }
 
 /// Names in a message that stays readable when all of a model is missing.

@@ -129,8 +129,9 @@ impl LanguageModel {
             return Err(Error::File { path: path.into(), reason });
         }
         let file = Safetensors::open_files(&weights)?;
-        let model = Self::from_safetensors(&config, &file, "", format)?;
-        file.finish()?;
+        let in_folder = |error: Error| error.in_folder(path);
+        let model = Self::from_safetensors(&config, &file, "", format).map_err(in_folder)?;
+        file.finish().map_err(in_folder)?;
         Ok((model, LanguageTokenizer::from_folder(path)?))
     }
 

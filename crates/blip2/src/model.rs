@@ -29,7 +29,7 @@ pub use config::{FILE_NAME, ModelConfig, Stage1Config, Stage2Config, VisionConfi
 pub use explain::{HeatMap, Word};
 pub use memory::memory_needed;
 pub use parts::{EncoderOptions, open_encoder, open_language_model, open_trained, qformer_config};
-pub use preset::Preset;
+pub use preset::{GenerationDefaults, Preset};
 pub use quantize::{quantize, stored_quantization};
 pub use random::{RandomModel, SHAPES};
 pub use stage1::{LabelScore, MatchScore};
@@ -127,7 +127,8 @@ impl Blip2 {
     ///
     /// # Errors
     /// When the configuration or a file is missing or wrong; a frozen part that is nowhere is named with the folders
-    /// that were looked in.
+    /// that were looked in. Of a Hugging Face folder [`Error::Folder`] has all tensors that are missing, misshapen or
+    /// unknown, and no weight was read.
     pub fn open(folder: impl AsRef<Path>, options: &OpenOptions) -> Result<Self> {
         let folder = folder.as_ref();
         if let Some(json) = hugging_face::read_config(folder)? {
@@ -162,10 +163,9 @@ impl Blip2 {
         };
         let vision = options.vision.then(open_vision).transpose()?;
         if let Some(vision) = vision.as_ref().filter(|v| v.width() != config.qformer.encoder_hidden_size) {
-            return Err(Error::Config {
-                field: "qformer.encoder_hidden_size".into(),
-                reason: format!("must be the image encoder's {}", vision.width()),
-            });
+            let reason = format!("must be the image encoder's {}", vision.width());
+            let wrong = Error::Config { field: "qformer.encoder_hidden_size".into(), reason };
+            return Err(wrong.in_folder(folder));
         }
         let stage1 = config.stage1.as_ref().filter(|_| options.stage1);
         let stage1 =

@@ -5,8 +5,8 @@ use std::path::{Path, PathBuf};
 
 use blip2::generate::GenerationConfig;
 use blip2::image::{self, Limits, Pixels};
-use blip2::model::{Blip2, ImageFeatures, OpenOptions, Preset};
-use blip2::text::Turn;
+use blip2::model::{Blip2, GenerationDefaults, ImageFeatures, OpenOptions, Preset};
+use blip2::text::{AnswerForm, Turn};
 use blip2::weights::safetensors::{NamedTensor, Safetensors, Values, write_safetensors};
 use serde::Deserialize;
 use serde_json::Value as Json;
@@ -131,6 +131,51 @@ fn a_coco_model_begins_its_captions() {
         let generation = generation(text.num_beams, expected.max_new_tokens);
         let answers = model.caption(&[&features(&model)], &generation).expect("a caption");
         assert_eq!(answers[0][0].token_ids, text.token_ids);
+    }
+}
+
+/// What a folder says of its training holds before its name, and before what its family does.
+#[test]
+fn a_folder_is_spoken_to_as_it_was_trained() {
+    let dir = tempfile::tempdir().expect("a folder");
+    let folder = dir.path().join("not-coco");
+    std::fs::create_dir(&folder).expect("made");
+    copy("blip2_opt", &folder);
+    let path = folder.join("config.json");
+    let published: Json = serde_json::from_slice(&std::fs::read(&path).expect("readable")).expect("JSON");
+    let open = |trained_with: Json| {
+        let mut config = published.clone();
+        config["trained_with"] = trained_with;
+        std::fs::write(&path, config.to_string()).expect("written");
+        Blip2::open(&folder, &OpenOptions::default())
+    };
+    let stage2 = |model: &Blip2| model.config().stage2.clone().expect("stage 2");
+    let usual = stage2(&open(Json::Null).expect("a model"));
+    assert_eq!(usual.instruction, "a photo of");
+    let prompt = serde_json::json!({"kind": "plain", "template": "{image}{prompt}!", "bos": true, "end_of_answer": ".",
+        "between_turns": " "});
+    let trained_with = serde_json::json!({"instruction": "", "prompt": prompt, "image_size": 42});
+    let model = open(trained_with).expect("a model");
+    let found = stage2(&model);
+    assert_eq!(found.instruction, "");
+    assert_eq!(serde_json::to_value(&found.prompt).expect("JSON")["template"], prompt["template"]);
+    assert_eq!((found.chat_prompt, found.caption_prompt), (None, usual.caption_prompt));
+    let (features_of_nine, generation) = (features(&model), generation(1, 8));
+    assert_eq!(features_of_nine.tokens().dims(), [10, 24], "nine patches and the class token");
+    // The end is the format's, not the line break that the folder names.
+    let form = model.grammar(&AnswerForm::Regex("ab".into()), &generation).expect("a grammar");
+    let answers = model.ask_for(&[(&features_of_nine, "who?")], &generation, Some(&form));
+    let dot = model.language_tokenizer().expect("a tokenizer").encode_text(".").expect("tokens");
+    assert_eq!(answers.expect("an answer")[0][0].token_ids.last(), dot.last());
+    let larger = OpenOptions { image_size: Some(56), ..OpenOptions::default() };
+    let model = Blip2::open(&folder, &larger).expect("a model");
+    assert_eq!(features(&model).tokens().dims(), [17, 24], "the caller's word is the last");
+    for (wrong, expected) in [
+        (serde_json::json!({"image_size": 13}), "trained_with.image_size"),
+        (serde_json::json!({"instruction": 1}), "trained_with"),
+    ] {
+        let error = open(wrong).expect_err("refused").to_string();
+        assert!(error.contains(expected), "{error}");
     }
 }
 
@@ -267,6 +312,23 @@ fn presets_prepare_texts_as_their_source_does() {
     assert!(lavis.match_texts(&features(&lavis), &["(...)"]).is_err());
 }
 
+/// What a command checks its settings against before it opens the model is what the opened model says.
+#[test]
+fn the_defaults_of_a_folder_are_those_of_its_model() {
+    let dir = changed("blip2_opt", |_| {});
+    let settings = r#"{"num_beams": 3, "max_length": 40, "repetition_penalty": 1.2}"#;
+    std::fs::write(dir.path().join("generation_config.json"), settings).expect("written");
+    let model = Blip2::open(dir.path(), &OpenOptions::default()).expect("a model");
+    for preset in [None, Some(Preset::Hf), Some(Preset::Lavis)] {
+        let defaults = GenerationDefaults::read(dir.path(), preset).expect("defaults");
+        for (found, of_model) in
+            [(defaults.captions, model.generation(preset)), (defaults.answers, model.answering(preset))]
+        {
+            assert_eq!(found, GenerationConfig { eos_token_id: Vec::new(), ..of_model }, "{preset:?}");
+        }
+    }
+}
+
 /// Grad-CAM over the picture's patches; the golden's first token is the class token.
 #[test]
 fn a_heat_map_is_the_weighted_attention_of_transformers() {
@@ -392,12 +454,121 @@ fn what_does_not_fit_is_refused_by_name() {
     ] {
         assert!(message.contains(expected), "{expected}: {message}");
     }
+    // Errors of a configuration name its file.
+    let dir = changed("blip2_opt", |c| c["vision_config"]["hidden_act"] = "relu".into());
+    let expected = format!("{}: `vision_config.hidden_act` is", dir.path().join("config.json").display());
+    assert!(refused(&dir).starts_with(&expected), "{}", refused(&dir));
     let dir = changed("blip2_opt", |_| {});
     std::fs::remove_file(dir.path().join("model.safetensors")).expect("removed");
     assert!(refused(&dir).contains("neither model.safetensors nor model.safetensors.index.json"));
+    let file = dir.path().join("tokenizer.json");
+    let error = Blip2::open(&file, &OpenOptions::default()).expect_err("refused").to_string();
+    assert!(error.contains(&format!("a model is a folder: give {}", dir.path().display())), "{error}");
     let config = std::fs::File::create(dir.path().join("config.json")).expect("made");
     config.set_len(1 << 40).expect("a file with holes");
     assert!(refused(&dir).contains("config.json: has 1099511627776 bytes"), "{}", refused(&dir));
+}
+
+/// A golden folder with other tensors: `change` gives the name and shape that each gets, or leaves it out; `more` come on top.
+fn with_tensors(
+    family: &str,
+    change: impl Fn(&str, Vec<usize>) -> Option<(String, Vec<usize>)>,
+    more: &[&str],
+) -> tempfile::TempDir {
+    let whole = Safetensors::open(golden(family)).expect("weights");
+    let kept: Vec<_> = whole
+        .names()
+        .filter_map(|name| {
+            let (new, shape) = change(name, whole.shape(name).expect("a shape").to_vec())?;
+            Some((new, shape, whole.read_f32(name).expect("values")))
+        })
+        .collect();
+    let mut tensors: Vec<_> = kept
+        .iter()
+        .map(|(name, shape, values)| NamedTensor {
+            name: name.clone(),
+            shape: shape.clone(),
+            values: Values::F32(values),
+        })
+        .collect();
+    let one = |name: &&str| NamedTensor { name: (*name).into(), shape: vec![1], values: Values::F32(&[0.0]) };
+    tensors.extend(more.iter().map(one));
+    let dir = changed(family, |_| {});
+    write_safetensors(dir.path().join("model.safetensors"), &tensors, &BTreeMap::new()).expect("written");
+    dir
+}
+
+#[test]
+fn all_tensors_that_are_wrong_are_named_at_once_before_a_weight_is_read() {
+    let dir = with_tensors(
+        "blip2_opt",
+        |name, mut shape| match name {
+            "query_tokens" | "language_model.model.decoder.layers.1.fc2.bias" => None,
+            "qformer.layernorm.bias" => Some(("qformer.layernorm.offset".into(), shape)),
+            "vision_model.encoder.layers.0.mlp.fc1.weight" => {
+                shape.reverse();
+                Some((name.into(), shape))
+            }
+            _ => Some((name.into(), shape)),
+        },
+        &["language_model.model.decoder.layers.2.fc2.bias"],
+    );
+    // Nothing in the file is a number, which reading would notice.
+    let path = dir.path().join("model.safetensors");
+    let mut bytes = std::fs::read(&path).expect("readable");
+    let n_header = 8 + u64::from_le_bytes(bytes[..8].try_into().expect("eight bytes")) as usize;
+    bytes[n_header..].fill(0xff);
+    std::fs::write(&path, bytes).expect("written");
+    let error = Blip2::open(dir.path(), &OpenOptions::default()).expect_err("refused");
+    let message = error.to_string();
+    assert!(
+        message.starts_with(&format!("{}: ", dir.path().display())) && !message.contains('\n'),
+        "{message}"
+    );
+    let blip2::Error::Folder { source, .. } = error else { panic!("{message}") };
+    let blip2::Error::TensorNames { missing, misshapen, unknown } = *source else { panic!("{message}") };
+    let of_layer = |i: usize| format!("language_model.model.decoder.layers.{i}.fc2.bias");
+    assert_eq!(missing, ["query_tokens".into(), "qformer.layernorm.bias".into(), of_layer(1)]);
+    assert_eq!(misshapen, ["vision_model.encoder.layers.0.mlp.fc1.weight is [24, 40], expected [40, 24]"]);
+    assert_eq!(unknown, [of_layer(2), "qformer.layernorm.offset".into()]);
+
+    let matching = with_tensors(
+        "blip2_itm",
+        |name, shape| (!name.starts_with("itm_head.")).then(|| (name.into(), shape)),
+        &["temp.scale"],
+    );
+    let message = refused(&matching);
+    assert!(message.contains("missing: itm_head.weight, itm_head.bias; unknown: temp.scale"), "{message}");
+    // A model that writes lacks its projection; it is no model that matches.
+    let none =
+        |name: &str, shape| (!name.starts_with("language_projection")).then(|| (name.to_owned(), shape));
+    let message = refused(&with_tensors("blip2_t5", none, &[]));
+    assert!(message.contains("missing: language_projection.weight, language_projection.bias"), "{message}");
+    assert!(!message.contains("unknown"), "{message}");
+}
+
+/// Copies of tied weights, counters, and names that published files have besides or instead.
+#[test]
+fn what_says_nothing_new_may_be_in_a_file() {
+    let same = |name: &str, shape| Some((name.to_owned(), shape));
+    let headless = |name: &str, shape| {
+        Some((name.replace("language_model.model.decoder.", "language_model.decoder."), shape))
+    };
+    let counters = ["embeddings.position_ids", "qformer.embeddings.position_ids"];
+    let tied = ["language_model.lm_head.weight", counters[0], counters[1]];
+    let copies = [
+        "language_model.encoder.embed_tokens.weight",
+        "language_model.decoder.embed_tokens.weight",
+        "language_model.decoder.block.0.layer.1.EncDecAttention.relative_attention_bias.weight",
+    ];
+    for dir in [
+        with_tensors("blip2_opt", same, &tied),
+        with_tensors("blip2_opt", headless, &tied),
+        with_tensors("blip2_t5", same, &copies),
+        with_tensors("blip2_itm", same, &counters),
+    ] {
+        Blip2::open(dir.path(), &OpenOptions::default()).expect("a model");
+    }
 }
 
 fn refused(dir: &tempfile::TempDir) -> String {

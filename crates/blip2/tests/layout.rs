@@ -144,6 +144,42 @@ fn converted_models_write_the_texts_of_transformers() {
     }
 }
 
+/// Nothing in a checkpoint says that it was taught to begin its captions, but for the size of its pictures.
+#[test]
+fn a_model_that_was_tuned_on_coco_begins_its_captions_in_any_folder() {
+    let work = tempfile::tempdir().expect("a folder");
+    let (positions, n_tokens) = ("model.visual_encoder.pos_embed", 26 * 26 + 1);
+    let checkpoint = Checkpoint::open(lavis("t5.pth")).expect("a checkpoint");
+    let names: Vec<&str> = checkpoint.names().into_iter().collect();
+    let about = |name: &&str| {
+        let StoredTensor { mut shape, encoding, .. } = checkpoint.stored(name).expect("a tensor");
+        if *name == positions {
+            shape[1] = n_tokens;
+        }
+        TensorAbout { name: name.strip_prefix("model.").expect("a state dict").into(), shape, encoding }
+    };
+    let abouts: Vec<_> = names.iter().map(about).collect();
+    let tuned = work.path().join("tuned.pth");
+    write_torch(&tuned, "model", &abouts, |i, file| {
+        let bytes = checkpoint.stored(names[i]).expect("a tensor").bytes;
+        if names[i] != positions {
+            return file.write_all(&bytes);
+        }
+        let row = bytes.len() / checkpoint.shape(positions).expect("a shape")[1];
+        (0..n_tokens).try_for_each(|_| file.write_all(&bytes[..row]))
+    })
+    .expect("written");
+    let instruction = |from: &Path, name: &str| {
+        let out = work.path().join(name);
+        layout::to_hugging_face(from, &out, &parts("t5", work.path()), &ConvertOptions::default())
+            .expect("converted");
+        let model = Blip2::open(&out, &OpenOptions::default()).expect("a model");
+        model.config().stage2.as_ref().expect("stage 2").instruction.clone()
+    };
+    assert_eq!(instruction(&tuned, "tuned"), "a photo of");
+    assert_eq!(instruction(&lavis("t5.pth"), "plain"), "");
+}
+
 #[test]
 fn a_stage_1_folder_has_the_names_of_transformers_and_the_dropped_heads() {
     let work = tempfile::tempdir().expect("a folder");

@@ -46,7 +46,8 @@ pub(super) fn weights(listed: &[String], snapshot: &Path) -> anyhow::Result<Vec<
     if !has(INDEX_NAME) {
         let pickles = listed.iter().any(|name| name.ends_with(".bin"));
         let instead = if pickles {
-            ", only PyTorch's .bin files, which can hold programs: another revision may have them"
+            ", only PyTorch's .bin files, which can hold programs: another revision may have them, or fetch it with `hf \
+             download`, and `blip2 convert FOLDER NEW-FOLDER` makes safetensors of them and runs nothing"
         } else {
             ""
         };
@@ -122,6 +123,7 @@ mod tests {
         assert!(error.contains(shards[1]), "{error}");
         let error = weights(&list(&["pytorch_model.bin"]), folder.path()).unwrap_err().to_string();
         assert!(error.contains("no weights as safetensors, only PyTorch's .bin"), "{error}");
+        assert!(error.contains("blip2 convert FOLDER NEW-FOLDER"), "{error}");
     }
 
     #[test]

@@ -97,7 +97,8 @@ impl Stage2Config {
         EncoderOptions { image_size: self.image_size, num_attention_heads: self.encoder_heads }
     }
 
-    fn caption_prompt(&self) -> &PromptFormat {
+    /// How the language model is asked for a caption.
+    pub fn caption_prompt(&self) -> &PromptFormat {
         self.caption_prompt.as_ref().unwrap_or(&self.prompt)
     }
 

@@ -155,7 +155,8 @@ impl GenerationConfig {
         check("repetition_penalty", penalty, is_positive(penalty), "above 0 (1 is none)")?;
         check("max_new_tokens", self.max_new_tokens, self.max_new_tokens > 0, "at least 1")?;
         let is_reachable = self.max_length.is_some() || self.min_new_tokens <= self.max_new_tokens;
-        check("min_new_tokens", self.min_new_tokens, is_reachable, "at most max_new_tokens")?;
+        let most = format!("at most max_new_tokens, {}", self.max_new_tokens);
+        check("min_new_tokens", self.min_new_tokens, is_reachable, &most)?;
         if let Some(max_length) = self.max_length {
             check("max_length", max_length, max_length > 0, "at least 1")?;
             check("min_length", self.min_length, self.min_length <= max_length, "at most max_length")?;
@@ -168,7 +169,8 @@ impl GenerationConfig {
         let n = self.num_return_sequences;
         check("num_return_sequences", n, n > 0, "at least 1")?;
         if self.num_beams > 1 {
-            check("num_return_sequences", n, n <= self.num_beams, "at most num_beams")?;
+            let most = format!("at most num_beams, {}", self.num_beams);
+            check("num_return_sequences", n, n <= self.num_beams, &most)?;
             check("do_sample", self.do_sample, !self.do_sample, "false with more than one beam")?;
         } else if !self.do_sample {
             check(

@@ -120,7 +120,7 @@ impl ModelConfig {
         let bytes = std::fs::read(&path).map_err(|source| Error::Io { path: path.clone(), source })?;
         let config: Self = serde_json::from_slice(&bytes)
             .map_err(|error| Error::File { path: path.clone(), reason: error.to_string() })?;
-        config.validate()?;
+        config.validate().map_err(|error| error.in_folder(folder))?;
         Ok(config)
     }
 

@@ -4,6 +4,7 @@
 //! queries replace. Here the queries are rows between words in either case, so both are the same model.
 
 mod config;
+mod trained_with;
 
 use std::borrow::Borrow;
 use std::path::{Path, PathBuf};
@@ -13,17 +14,18 @@ use serde_json::Value as Json;
 
 use self::config::{processor, size, token, tokens, wrong};
 pub(super) use self::config::{qformer_config, read_json, vit_config};
+pub(super) use self::trained_with::TrainedWith;
 use super::config::{ModelConfig, Stage1Config, Stage2Config, VisionConfig};
+use super::layout;
 use super::parts;
 use super::preset::{FolderGeneration, Preset};
 use super::stage1::{Stage1, Texts};
 use super::stage2::{Source, Stage2};
 use super::{Blip2, OpenOptions};
 use crate::config::{LN_VISION_EPS, QFormerConfig};
-use crate::generate::GenerationConfig;
 use crate::image::ImageProcessor;
 use crate::language::LanguageModel;
-use crate::layers::{FrozenFormat, FrozenWeight, Loader, Precision, TensorSource};
+use crate::layers::{FrozenFormat, FrozenWeight, Loader, Precision, Quantization, TensorSource};
 use crate::qformer::{QFormer, TextSide};
 use crate::text::{BertTokenizer, LanguageTokenizer, PromptFormat};
 use crate::vision::VisionEncoder;
@@ -33,7 +35,10 @@ use crate::weights::{StoredTensor, TensorRows};
 use crate::{Error, Result};
 
 /// What the names of the language model's tensors begin with.
-const LANGUAGE_MODEL: &str = "language_model.";
+pub(super) const LANGUAGE_MODEL: &str = "language_model.";
+
+/// How the models that were fine-tuned on COCO's captions were taught to begin one.
+pub(super) const COCO_INSTRUCTION: &str = "a photo of";
 
 /// Reads `config.json` if it is that of a BLIP-2 model from Hugging Face; nothing if it is this project's.
 pub(super) fn read_config(folder: &Path) -> Result<Option<Json>> {
@@ -51,7 +56,8 @@ pub(super) fn read_config(folder: &Path) -> Result<Option<Json>> {
 /// Opens a model of either kind.
 ///
 /// # Errors
-/// When the configuration asks for what is not there, a file is missing, or the tensors are not exactly those of the model.
+/// When the configuration asks for what is not there, a file is missing, or the tensors are not exactly those of the model:
+/// [`Error::Folder`] then has all of their names, and no weight was read.
 pub(super) fn open(folder: &Path, json: &Json, options: &OpenOptions) -> Result<Blip2> {
     let file = Safetensors::open(folder)?;
     if let (Some(stored), Some(wanted)) = (file.quantization(), options.quantization)
@@ -66,7 +72,7 @@ pub(super) fn open(folder: &Path, json: &Json, options: &OpenOptions) -> Result<
 /// [`open`] with the checkpoint opened.
 pub(super) fn load(folder: &Path, json: &Json, file: &Safetensors, options: &OpenOptions) -> Result<Blip2> {
     let field = "architectures";
-    match json[field][0].as_str() {
+    let opened = match json[field][0].as_str() {
         // A configuration that was made by hand may not say; captions are what most models are for.
         None | Some("Blip2ForConditionalGeneration") => open_generation(folder, json, file, options),
         Some("Blip2ForImageTextRetrieval") => open_retrieval(folder, json, file, options),
@@ -74,7 +80,14 @@ pub(super) fn load(folder: &Path, json: &Json, file: &Safetensors, options: &Ope
             field,
             &format!("is `{other}`, expected Blip2ForConditionalGeneration or Blip2ForImageTextRetrieval"),
         )),
-    }
+    };
+    opened.map_err(|error| error.in_folder(folder))
+}
+
+/// Says all that is wrong with the tensors' names and shapes before the first is read. What is stored in few bits was made by a
+/// model that was opened.
+fn check_tensors(file: &Safetensors, json: &Json, writes: bool) -> Result<()> {
+    if file.quantization().is_some() { Ok(()) } else { layout::check_tensors(file, json, writes) }
 }
 
 /// Opens a model for matching and features (`Blip2ForImageTextRetrieval`).
@@ -89,10 +102,11 @@ fn open_retrieval(folder: &Path, json: &Json, file: &Safetensors, options: &Open
         );
         return Err(Error::File { path: folder.into(), reason: format!("the vocabulary {reason}") });
     }
+    let pictures = Pictures::of(folder, json, &vit, options.image_size)?;
+    check_tensors(file, json, false)?;
     let source = Renamed(file);
     let loader = Loader::frozen(&source, options.precision);
-    let (encoder, processor) = load_vision(folder, vit, &loader, options)?;
-    let vit = encoder.config().clone();
+    let encoder = load_vision(&vit, &pictures, &loader, options.quantization)?;
     let bridge = QFormer::load(&qformer, &loader, TextSide::Matching)?;
     file.ignore(|name| name.ends_with(".position_ids"));
     file.finish()?;
@@ -102,11 +116,16 @@ fn open_retrieval(folder: &Path, json: &Json, file: &Safetensors, options: &Open
     let shapes = file.names().filter(is_trained).filter_map(|name| file.shape(name).ok());
     let n_parameters = shapes.map(|shape| shape.iter().product::<usize>()).sum();
     let stage1 = Stage1Config { weights: file_names(file), vocabulary: "vocab.txt".into() };
-    let vision = vision(options, encoder, processor, &name, vit.image_size)?;
     let texts = Texts::of(options.preset, Texts::AsGiven);
     let loaded = options.stage1.then(|| Stage1::new(bridge, tokenizer, texts, n_parameters));
-    let config =
-        ModelConfig { name, vision: VisionConfig::Vit(vit), qformer, stage1: Some(stage1), stage2: None };
+    let config = ModelConfig {
+        vision: VisionConfig::Vit(pictures.vit.clone()),
+        name,
+        qformer,
+        stage1: Some(stage1),
+        stage2: None,
+    };
+    let vision = vision(options, encoder, pictures, &config.name)?;
     Ok(Blip2 { config, vision, stage1: loaded, stage2: None })
 }
 
@@ -129,25 +148,48 @@ fn sizes(json: &Json, preset: Option<Preset>) -> Result<(VitConfig, QFormerConfi
     Ok((vit, qformer))
 }
 
-/// The encoder, for pictures of the configured size or of the one that the caller wants, and how they are prepared.
+/// The pictures that an encoder sees, known before any weight is read.
+struct Pictures {
+    /// The encoder's sizes for them.
+    vit: VitConfig,
+    /// How they are prepared.
+    processor: ImageProcessor,
+}
+
+impl Pictures {
+    /// Of the size that the caller wants, or else of the one that the model was trained with.
+    fn of(folder: &Path, json: &Json, stored: &VitConfig, wanted: Option<usize>) -> Result<Self> {
+        let mut processor = processor(folder, stored.image_size)?;
+        let mut vit = stored.clone();
+        let trained = TrainedWith::read(json)?.image_size;
+        if let Some(side) = wanted.or(trained) {
+            (vit.image_size, processor.image_side) = (side, side);
+            vit.validate().map_err(|error| match wanted {
+                Some(_) => Error::Request(format!("pictures of {side} pixels: {error}")),
+                None => {
+                    let reason = format!("is {side}: no size for patches of {} pixels", vit.patch_size);
+                    wrong("trained_with.image_size", &reason)
+                }
+            })?;
+        }
+        Ok(Self { vit, processor })
+    }
+}
+
+/// The encoder, whose tensors are those of the sizes in `stored`, for pictures of another size maybe.
 fn load_vision(
-    folder: &Path,
-    mut config: VitConfig,
+    stored: &VitConfig,
+    pictures: &Pictures,
     loader: &Loader<'_>,
-    options: &OpenOptions,
-) -> Result<(Vit, ImageProcessor)> {
-    let mut processor = processor(folder, config.image_size)?;
-    let loader = loader.at("vision_model").quantizing(options.quantization);
-    let expected = vec![1, config.n_tokens(), config.hidden_size];
+    quantization: Option<Quantization>,
+) -> Result<Vit> {
+    let loader = loader.at("vision_model").quantizing(quantization);
+    let expected = vec![1, stored.n_tokens(), stored.hidden_size];
     if let Some(found) = loader.shape("embeddings.position_embedding").filter(|found| *found != expected) {
         let name = "vision_model.embeddings.position_embedding".into();
         return Err(Error::TensorShape { name, expected, found });
     }
-    if let Some(side) = options.image_size {
-        (config.image_size, processor.image_side) = (side, side);
-    }
-    let align = AlignCorners::of(&config);
-    Ok((Vit::load(config, &loader, align)?, processor))
+    Vit::load(pictures.vit.clone(), &loader, AlignCorners::of(stored))
 }
 
 /// The encoder of a folder by itself.
@@ -157,10 +199,10 @@ pub(super) fn open_encoder(
     file: &Safetensors,
     image_size: Option<usize>,
 ) -> Result<VisionEncoder> {
+    let stored = vit_config(&json["vision_config"])?;
+    let pictures = Pictures::of(folder, json, &stored, image_size)?;
     let source = Renamed(file);
-    let loader = Loader::frozen(&source, Precision::F32);
-    let options = OpenOptions { image_size, ..OpenOptions::default() };
-    let (encoder, processor) = load_vision(folder, vit_config(&json["vision_config"])?, &loader, &options)?;
+    let encoder = load_vision(&stored, &pictures, &Loader::frozen(&source, Precision::F32), None)?;
     let is_of_it =
         |name: &&str| name.starts_with("vision_model.") && !name.starts_with("vision_model.post_layernorm.");
     let tensors = file.names().filter(is_of_it).map(|name| {
@@ -168,7 +210,7 @@ pub(super) fn open_encoder(
         let (shape, encoding) = (rows.shape().to_vec(), rows.encoding());
         Ok((name, StoredTensor { shape, encoding, bytes: rows.bytes().into() }))
     });
-    VisionEncoder::vit(encoder, processor, parts::fingerprint(tensors)?)
+    VisionEncoder::vit(encoder, pictures.processor, parts::fingerprint(tensors)?)
 }
 
 /// The language model of a folder by itself.
@@ -195,14 +237,11 @@ fn file_names(file: &Safetensors) -> Vec<PathBuf> {
 fn vision(
     options: &OpenOptions,
     encoder: Vit,
-    processor: ImageProcessor,
+    pictures: Pictures,
     name: &str,
-    image_size: usize,
 ) -> Result<Option<VisionEncoder>> {
-    options
-        .vision
-        .then(|| VisionEncoder::vit(encoder, processor, format!("{name}, {image_size} pixels")))
-        .transpose()
+    let fingerprint = format!("{name}, {} pixels", pictures.vit.image_size);
+    options.vision.then(|| VisionEncoder::vit(encoder, pictures.processor, fingerprint)).transpose()
 }
 
 /// Opens a model for captions and answers (`Blip2ForConditionalGeneration`).
@@ -210,13 +249,16 @@ fn open_generation(folder: &Path, json: &Json, file: &Safetensors, options: &Ope
     let (vit, qformer) = sizes(json, options.preset)?;
     let text = text_config(json);
     let family = Family::of(&text)?;
+    let trained_with = TrainedWith::read(json)?;
     let tokenizer = tokenizer(folder, &text, family)?;
+    let folder_generation = FolderGeneration::read(folder)?;
+    let pictures = Pictures::of(folder, json, &vit, options.image_size)?;
+    check_tensors(file, json, true)?;
     let source = Renamed(file);
     let loader = Loader::frozen(&source, options.precision);
 
     // Every part is loaded, asked for or not: what is left over then is a mistake.
-    let (encoder, processor) = load_vision(folder, vit, &loader, options)?;
-    let vit = encoder.config().clone();
+    let encoder = load_vision(&vit, &pictures, &loader, options.quantization)?;
     let bridge = QFormer::load(&qformer, &loader, TextSide::None)?;
     let language_model =
         LanguageModel::from_safetensors(&text, file, LANGUAGE_MODEL, options.frozen_format())?;
@@ -227,20 +269,17 @@ fn open_generation(folder: &Path, json: &Json, file: &Safetensors, options: &Ope
     file.finish()?;
 
     let name = model_name(folder, file);
-    // The models that were fine-tuned on COCO's captions expect the beginning of one.
-    let instruction = if name.contains("coco") { "a photo of" } else { "" };
-    let folder_generation = FolderGeneration::read(folder)?;
-    // LAVIS's defaults, which the published captions were made with, and what the folder changes of them.
-    let mut generation = GenerationConfig {
-        num_beams: 5,
-        max_new_tokens: 30,
-        sees_prompt: true,
-        ..GenerationConfig::default()
-    };
-    folder_generation.apply(&mut generation);
+    // Of published folders the name alone says it.
+    let instruction = trained_with
+        .instruction
+        .unwrap_or_else(|| if name.contains("coco") { COCO_INSTRUCTION.into() } else { String::new() });
+    let generation = folder_generation.own();
+    let prompt = trained_with.prompt.unwrap_or_else(|| family.question());
     let source = Source {
         image_token: token(json, "config", "image_token_index")?.or(token(json, "config", "image_token_id")?),
         end_tokens: match folder_generation.end_tokens() {
+            // The configurations of the language model know how the family's answers end.
+            _ if !prompt.ends_answers_as(&family.question()) => None,
             Some(tokens) => Some(tokens),
             None => tokens(&text, "text_config", "eos_token_id")?,
         },
@@ -250,14 +289,14 @@ fn open_generation(folder: &Path, json: &Json, file: &Safetensors, options: &Ope
         weights: file_names(file),
         language_model: folder.into(),
         language_model_sha256: None,
-        prompt: family.question(),
-        caption_prompt: Some(family.caption()),
-        chat_prompt: Some(family.turn()),
-        instruction: instruction.into(),
+        // Who was taught another way to ask was not taught the authors' way to talk.
+        chat_prompt: (prompt == family.question()).then(|| family.turn()),
+        prompt,
+        caption_prompt: Some(trained_with.caption_prompt.unwrap_or_else(|| family.caption())),
+        instruction,
         generation,
         answering: None,
     };
-    let vision = vision(options, encoder, processor, &name, vit.image_size)?;
     let loaded = options
         .stage2
         .then(|| {
@@ -265,8 +304,14 @@ fn open_generation(folder: &Path, json: &Json, file: &Safetensors, options: &Ope
             Stage2::new(bridge, projection, language_model, tokenizer, config, source)
         })
         .transpose()?;
-    let config =
-        ModelConfig { name, vision: VisionConfig::Vit(vit), qformer, stage1: None, stage2: Some(stage2) };
+    let config = ModelConfig {
+        vision: VisionConfig::Vit(pictures.vit.clone()),
+        name,
+        qformer,
+        stage1: None,
+        stage2: Some(stage2),
+    };
+    let vision = vision(options, encoder, pictures, &config.name)?;
     Ok(Blip2 { config, vision, stage1: None, stage2: loaded })
 }
 
@@ -307,13 +352,17 @@ fn folder_name(folder: &Path) -> String {
 
 /// The two families of language models that BLIP-2 was published with.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Family {
+pub(super) enum Family {
     Opt,
     T5,
 }
 
 impl Family {
-    fn of(text: &Json) -> Result<Self> {
+    /// Of the language model's configuration.
+    ///
+    /// # Errors
+    /// [`Error::Config`] when it is another.
+    pub(super) fn of(text: &Json) -> Result<Self> {
         match text["model_type"].as_str().unwrap_or_default() {
             "opt" => Ok(Self::Opt),
             "t5" => Ok(Self::T5),
@@ -322,7 +371,7 @@ impl Family {
     }
 
     /// What is said as it is: the beginning of a caption.
-    fn caption(self) -> PromptFormat {
+    pub(super) fn caption(self) -> PromptFormat {
         self.format("{image}{prompt}", " ")
     }
 
@@ -332,7 +381,7 @@ impl Family {
     }
 
     /// How BLIP-2's authors ask a question.
-    fn question(self) -> PromptFormat {
+    pub(super) fn question(self) -> PromptFormat {
         match self {
             Self::Opt => self.format("{image}Question: {prompt} Answer:", ". "),
             Self::T5 => self.format("{image}Question: {prompt} Short answer:", ". "),

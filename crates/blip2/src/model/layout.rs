@@ -8,6 +8,7 @@
 //!
 //! `table` has the names; a checkpoint must hold exactly the tensors of its table, in their shapes.
 
+mod check;
 mod encoder;
 mod folder;
 mod language;
@@ -22,15 +23,17 @@ use std::path::{Path, PathBuf};
 
 use serde_json::Value as Json;
 
+use self::check::Check;
 pub(super) use self::encoder::LavisEncoder;
 use self::folder::NewFolder;
 use self::language::{Family, Language, check_layers};
 use self::output::Output;
 use self::state::State;
 use self::table::{Architecture, Head, Table};
-pub use self::trained::{Trained, trained_to_hugging_face};
-use super::hugging_face;
+pub use self::trained::{Trained, TrainedPrompts, trained_to_hugging_face};
+use super::hugging_face::{self, TrainedWith};
 use crate::weights::Checkpoint;
+use crate::weights::safetensors::Safetensors;
 use crate::{Error, Result};
 
 /// The layout that a checkpoint's tensor names are of.
@@ -143,7 +146,8 @@ pub fn to_lavis(
             _ => unknown_layout(&checkpoint),
         });
     }
-    let model = read_architecture(&checkpoint, &json_of(folder)?)?;
+    let json = json_of(folder)?;
+    let model = read_architecture(&checkpoint, &json).map_err(|error| error.in_folder(folder))?;
     let table = Table::of(&model);
     let mut state = State::of(&checkpoint, |name| Some(name.to_owned()))?;
     let left_out = allowed(&mut state, options, |state| state.check_hugging_face(&table))?;
@@ -215,7 +219,8 @@ fn lavis_to_hugging_face(
         }
         (Some(family), Some(folder)) => {
             let mut json = json_of(folder)?;
-            if Family::of(&json)? != family {
+            let in_folder = |error: Error| error.in_folder(folder);
+            if Family::of(&json).map_err(in_folder)? != family {
                 return request(format!(
                     "{path} was trained with a model of the family {family:?}, {} is another",
                     folder.display()
@@ -226,7 +231,8 @@ fn lavis_to_hugging_face(
                 language_model = Checkpoint::open(folder)?;
                 state.add(&language_model, |name| family.own_name(name).map(|name| named(&name)))?;
             }
-            let language = Language::of(&json, state.names().count(), |name| state.contains(&named(name)))?;
+            let language = Language::of(&json, state.names().count(), |name| state.contains(&named(name)))
+                .map_err(in_folder)?;
             check_projection(checkpoint, &state, &language, folder)?;
             small_files::adapt_text_config(&mut json, folder, &language)?;
             text = Some(json);
@@ -239,8 +245,11 @@ fn lavis_to_hugging_face(
     left_out.extend(allowed(&mut state, options, |state| state.check_lavis(&table))?);
     let outputs = output::hugging_face(&table, &state)?;
 
+    let trained_with =
+        TrainedWith { instruction: caption_instruction(&model).map(Into::into), ..TrainedWith::default() };
     let new = NewFolder::create(out)?;
-    small_files::write(&new, &model, text.as_ref(), parts, output::widest_dtype(&outputs))?;
+    let dtype = output::widest_dtype(&outputs);
+    small_files::write(&new, &model, text.as_ref(), parts, dtype, &trained_with)?;
     new.write_tensors(&outputs, &state, options.max_shard_bytes)?;
     new.finish()?;
     Ok(converted(&model, &table, &state, outputs.len(), left_out))
@@ -260,7 +269,8 @@ fn repack_hugging_face(
         );
         return Err(Error::Request(reason));
     }
-    let model = read_architecture(checkpoint, &json_of(from)?)?;
+    let json = json_of(from)?;
+    let model = read_architecture(checkpoint, &json).map_err(|error| error.in_folder(from))?;
     let table = Table::of(&model);
     let mut state = State::of(checkpoint, |name| Some(name.to_owned()))?;
     let left_out = allowed(&mut state, options, |state| state.check_hugging_face(&table))?;
@@ -389,22 +399,65 @@ fn architecture(state: &State<'_>, head: Head, config: Option<&Path>) -> Result<
     })
 }
 
+/// Whether the tensors of a Hugging Face folder have the names and shapes of the model that its configuration describes, one that
+/// writes or one that matches. Only the headers of its files are read. What loading passes over is passed over: copies of tied
+/// weights, counters of positions, a leftover of T5's first conversions.
+///
+/// # Errors
+/// [`Error::TensorNames`] with all that is missing, misshapen or unknown; [`Error::Config`].
+pub(super) fn check_tensors(file: &Safetensors, json: &Json, writes: bool) -> Result<()> {
+    let model = architecture_of(json, writes, file.names().count(), |name| file.contains(name))?;
+    let table = Table::of(&model);
+    let prefix = hugging_face::LANGUAGE_MODEL;
+    let usual_name = |name: &str| match (&model.head, name.strip_prefix(prefix)) {
+        (Head::Language(language), Some(own)) => {
+            language.family.own_name(own).map(|own| format!("{prefix}{own}"))
+        }
+        _ => Some(name.to_owned()),
+    };
+    let named = file.names().filter_map(|name| Some((usual_name(name)?, file.shape(name).ok()?)));
+    let mut check = Check::of(named);
+    check.hugging_face(&table);
+    check.pass_over_all(|name| name.ends_with(".position_ids"));
+    for (name, _) in &table.derived_hugging_face {
+        check.pass_over(name);
+    }
+    check.finish()
+}
+
 /// The sizes that a Hugging Face folder's configuration says.
 fn read_architecture(checkpoint: &Checkpoint, json: &Json) -> Result<Architecture> {
+    let contains = |name: &str| checkpoint.contains(name);
+    architecture_of(json, contains("language_projection.weight"), checkpoint.names().len(), contains)
+}
+
+/// As [`read_architecture`], of a model that writes or one that matches, with `n_tensors` tensors.
+fn architecture_of(
+    json: &Json,
+    writes: bool,
+    n_tensors: usize,
+    contains: impl Fn(&str) -> bool,
+) -> Result<Architecture> {
     let vision = hugging_face::vit_config(&json["vision_config"])?;
     let mut qformer = hugging_face::qformer_config(json)?;
     qformer.encoder_hidden_size = vision.hidden_size;
     qformer.validate()?;
-    let n_tensors = checkpoint.names().len();
     check_layers("vision_config.num_hidden_layers", vision.num_hidden_layers, n_tensors)?;
     check_layers("qformer_config.num_hidden_layers", qformer.num_hidden_layers, n_tensors)?;
-    let head = if checkpoint.contains("language_projection.weight") {
-        let has = |name: &str| checkpoint.contains(&format!("language_model.{name}"));
+    let head = if writes {
+        let has = |name: &str| contains(&format!("{}{name}", hugging_face::LANGUAGE_MODEL));
         Head::Language(Language::of(&hugging_face::text_config(json), n_tensors, has)?)
     } else {
         Head::Matching
     };
     Ok(Architecture { vision, qformer, head })
+}
+
+/// How the models that LAVIS fine-tuned on COCO's captions were taught to begin one. Nothing in a checkpoint says it; of those
+/// that write they alone see pictures of 364 pixels.
+fn caption_instruction(model: &Architecture) -> Option<&'static str> {
+    let is_tuned = matches!(model.head, Head::Language(_)) && model.vision.image_size == 364;
+    is_tuned.then_some(hugging_face::COCO_INSTRUCTION)
 }
 
 /// The width of the projection is the language model's: another size of the same family shows here.

@@ -38,7 +38,8 @@ pub fn open_encoder(path: impl AsRef<Path>, options: EncoderOptions) -> Result<V
     let path = path.as_ref();
     if path.is_dir() {
         let (json, file) = open_folder(path)?;
-        return hugging_face::open_encoder(path, &json, &file, options.image_size);
+        return hugging_face::open_encoder(path, &json, &file, options.image_size)
+            .map_err(|error| error.in_folder(path));
     }
     let checkpoint = Checkpoint::open(path)?;
     if Layout::of(&checkpoint) != Some(Layout::ImageEncoder) {
@@ -73,6 +74,7 @@ pub fn open_language_model(
     }
     let (json, file) = open_folder(path)?;
     hugging_face::open_language_model(path, &json, &file, format.into())
+        .map_err(|error| error.in_folder(path))
 }
 
 /// The sizes of the Q-Former in a Hugging Face folder; nothing where `path` is no such folder.
@@ -85,8 +87,10 @@ pub fn qformer_config(path: impl AsRef<Path>) -> Result<Option<QFormerConfig>> {
         return Ok(None);
     }
     let json = hugging_face::read_config(path)?.unwrap_or_default();
-    let mut config = hugging_face::qformer_config(&json)?;
-    config.encoder_hidden_size = hugging_face::vit_config(&json["vision_config"])?.hidden_size;
+    let in_folder = |error: Error| error.in_folder(path);
+    let mut config = hugging_face::qformer_config(&json).map_err(in_folder)?;
+    config.encoder_hidden_size =
+        hugging_face::vit_config(&json["vision_config"]).map_err(in_folder)?.hidden_size;
     Ok(Some(config))
 }
 

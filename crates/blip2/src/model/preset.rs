@@ -6,7 +6,7 @@ use std::path::Path;
 use serde::Deserialize;
 use serde_json::Value as Json;
 
-use super::Blip2;
+use super::{Blip2, ModelConfig, hugging_face};
 use crate::generate::{EarlyStopping, GenerationConfig};
 use crate::{Error, Result};
 
@@ -43,9 +43,18 @@ impl Blip2 {
     }
 
     fn preset(&self, preset: Preset) -> GenerationConfig {
-        let loaded = self.stage2.as_ref();
-        match preset {
-            Preset::Hf => {
+        match &self.stage2 {
+            Some(stage2) => preset.generation(stage2.folder_generation(), stage2.end_of_answer()),
+            None => preset.generation(&FolderGeneration::default(), &[]),
+        }
+    }
+}
+
+impl Preset {
+    /// Its defaults, with what a folder changes of them; `end_of_answer` ends a text by the prompt's format.
+    fn generation(self, folder: &FolderGeneration, end_of_answer: &[u32]) -> GenerationConfig {
+        match self {
+            Self::Hf => {
                 let mut config = GenerationConfig {
                     num_beams: 1,
                     max_new_tokens: 20,
@@ -53,20 +62,51 @@ impl Blip2 {
                     sees_prompt: true,
                     ..GenerationConfig::default()
                 };
-                if let Some(stage2) = loaded {
-                    stage2.folder_generation().apply(&mut config);
-                }
+                folder.apply(&mut config);
                 config
             }
             // Its `min_length` of 1 counts the prompt (OPT) or the start token (T5), so that it forbids nothing.
-            Preset::Lavis => GenerationConfig {
+            Self::Lavis => GenerationConfig {
                 num_beams: 5,
                 max_new_tokens: 30,
                 top_p: 0.9,
-                eos_token_id: loaded.map(|stage2| stage2.end_of_answer().to_vec()).unwrap_or_default(),
+                eos_token_id: end_of_answer.to_vec(),
                 ..GenerationConfig::default()
             },
         }
+    }
+}
+
+/// How the model in a folder writes unless the caller says otherwise, as its small files say: known before the model is opened.
+#[derive(Debug, Clone, PartialEq)]
+pub struct GenerationDefaults {
+    /// What [`Blip2::generation`] will give, but for the tokens that end a text, which a tokenizer knows.
+    pub captions: GenerationConfig,
+    /// What [`Blip2::answering`] will give, likewise.
+    pub answers: GenerationConfig,
+}
+
+impl GenerationDefaults {
+    /// Of a folder of this project or of Hugging Face, in the model's own way or with the defaults of `preset`.
+    ///
+    /// # Errors
+    /// When the folder holds no model, or what it says cannot be read.
+    pub fn read(folder: impl AsRef<Path>, preset: Option<Preset>) -> Result<Self> {
+        let folder = folder.as_ref();
+        let for_both = |config: GenerationConfig| Self { captions: config.clone(), answers: config };
+        if hugging_face::read_config(folder)?.is_some() {
+            let settings = FolderGeneration::read(folder)?;
+            return Ok(for_both(match preset {
+                Some(preset) => preset.generation(&settings, &[]),
+                None => settings.own(),
+            }));
+        }
+        let own = ModelConfig::read(folder)?.stage2;
+        Ok(match (preset, own) {
+            (Some(preset), _) => for_both(preset.generation(&FolderGeneration::default(), &[])),
+            (None, Some(stage2)) => Self { answers: stage2.answering().clone(), captions: stage2.generation },
+            (None, None) => for_both(GenerationConfig::default()),
+        })
     }
 }
 
@@ -175,6 +215,18 @@ impl FolderGeneration {
         read.apply(&mut config);
         config.validate().map_err(|error| refuse(error.to_string()))?;
         Ok(read)
+    }
+
+    /// LAVIS's defaults, which the published captions were made with, and what the file changes of them.
+    pub(super) fn own(&self) -> GenerationConfig {
+        let mut config = GenerationConfig {
+            num_beams: 5,
+            max_new_tokens: 30,
+            sees_prompt: true,
+            ..GenerationConfig::default()
+        };
+        self.apply(&mut config);
+        config
     }
 
     /// The tokens that end a text, if the file names them.

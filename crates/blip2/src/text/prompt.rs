@@ -244,6 +244,15 @@ impl PromptFormat {
         }
     }
 
+    /// Whether answers end with the same text or mark in both formats.
+    pub(crate) fn ends_answers_as(&self, other: &Self) -> bool {
+        match (self, other) {
+            (Self::ChatMl, Self::ChatMl) => true,
+            (Self::Plain { end_of_answer: one, .. }, Self::Plain { end_of_answer: two, .. }) => one == two,
+            _ => false,
+        }
+    }
+
     /// The ids that end an answer.
     ///
     /// # Errors

@@ -7,18 +7,17 @@ use std::{
 };
 
 use super::{
-    Encoding, StoredTensor, refuse, safetensors::Safetensors, safetensors::shards,
+    Encoding, StoredTensor, refuse,
+    safetensors::{INDEX_NAME, SINGLE_NAME, Safetensors, shards},
     torch_pickle::TorchCheckpoint,
 };
 use crate::{Error, Result};
 
+/// The names under which a Hugging Face folder may hold PyTorch's files.
+pub(super) const TORCH_FILES: [&str; 2] = ["pytorch_model.bin", "pytorch_model.bin.index.json"];
+
 /// The names under which a folder may hold a checkpoint, in the order in which they are looked for.
-const FILES: [&str; 4] = [
-    "model.safetensors",
-    "model.safetensors.index.json",
-    "pytorch_model.bin",
-    "pytorch_model.bin.index.json",
-];
+const FILES: [&str; 4] = [SINGLE_NAME, INDEX_NAME, TORCH_FILES[0], TORCH_FILES[1]];
 
 /// Tensors by name, whatever file they are in; the files are memory-mapped.
 #[derive(Debug)]

@@ -12,6 +12,7 @@ use std::{
 use blip2_kernels::quantized::QuantizedWeight;
 use safetensors::{Dtype, SafeTensorError, SafeTensors};
 
+use super::checkpoint::TORCH_FILES;
 use super::quantized::{Index, Matrix};
 use super::{Encoding, MappedFile, TensorRows, recognise, refuse};
 use crate::layers::{FrozenWeight, Quantization, TensorSource};
@@ -67,9 +68,7 @@ impl Safetensors {
             return match (file.exists(), index.exists()) {
                 (true, _) => Self::open_files(&[file]),
                 (false, true) => Self::open_shards(&index),
-                (false, false) => {
-                    Err(refuse(path, format!("this folder has neither {SINGLE_NAME} nor {INDEX_NAME}")))
-                }
+                (false, false) => Err(refuse(path, no_weights(path))),
             };
         }
         if path.extension().is_some_and(|extension| extension == "json") {
@@ -314,6 +313,19 @@ impl Safetensors {
 
     fn entry(&self, name: &str) -> Result<&Entry> {
         self.tensors.get(name).ok_or_else(|| Error::MissingTensor { name: name.into() })
+    }
+}
+
+/// Why a folder without safetensors cannot be opened, with the remedy where it has PyTorch's files.
+fn no_weights(folder: &Path) -> String {
+    let lacks = format!("this folder has neither {SINGLE_NAME} nor {INDEX_NAME}");
+    match TORCH_FILES.iter().find(|name| folder.join(name).exists()) {
+        Some(found) => format!(
+            "{lacks} but {found}, which can hold programs: `blip2 convert {} NEW-FOLDER` makes safetensors of it and runs \
+             nothing",
+            folder.display()
+        ),
+        None => lacks,
     }
 }
 

@@ -23,17 +23,39 @@ pub(super) fn wrong(field: &str, reason: &str) -> Error {
 /// When there is none, it is too long or no JSON.
 pub(in crate::model) fn read_json(folder: &Path) -> Result<Json> {
     let path = folder.join(crate::model::FILE_NAME);
-    let io = |source| Error::Io { path: path.clone(), source };
-    let n_bytes = std::fs::metadata(&path).map_err(io)?.len();
+    let unreadable = |source| unreadable(folder, &path, source);
+    let n_bytes = std::fs::metadata(&path).map_err(unreadable)?.len();
     if n_bytes > MAX_CONFIG_BYTES {
         return Err(Error::File {
             path,
             reason: format!("has {n_bytes} bytes: no configuration is that long"),
         });
     }
-    let bytes = std::fs::read(&path).map_err(io)?;
+    let bytes = std::fs::read(&path).map_err(unreadable)?;
     serde_json::from_slice(&bytes)
         .map_err(|error| Error::File { path: path.clone(), reason: error.to_string() })
+}
+
+/// Why a folder's configuration cannot be read; of what is no model's folder, what makes one of it.
+fn unreadable(folder: &Path, path: &Path, source: std::io::Error) -> Error {
+    let refuse = |path: &Path, reason: String| Error::File { path: path.into(), reason };
+    if folder.is_file() {
+        let parent = folder.parent().filter(|parent| parent.join(crate::model::FILE_NAME).is_file());
+        let remedy = match parent {
+            Some(parent) if parent.as_os_str().is_empty() => "give the folder that it is in".into(),
+            Some(parent) => format!("give {}", parent.display()),
+            None => {
+                format!("`blip2 convert {} NEW-FOLDER` makes one of a LAVIS checkpoint", folder.display())
+            }
+        };
+        return refuse(folder, format!("this is a file, and a model is a folder: {remedy}"));
+    }
+    if source.kind() == std::io::ErrorKind::NotFound && folder.is_dir() {
+        let reason = "there is no such file, so this is no model's folder: give one that is, or let `blip2 convert \
+                      CHECKPOINT NEW-FOLDER` make one of a checkpoint";
+        return refuse(path, reason.into());
+    }
+    Error::Io { path: path.into(), source }
 }
 
 /// A whole number of `part`, or the value that Hugging Face has for it.

@@ -10,7 +10,7 @@ use super::language::{Family, Language};
 use super::sizes;
 use super::table::{Architecture, Head};
 use crate::image::ImageProcessor;
-use crate::model::hugging_face;
+use crate::model::hugging_face::{self, TrainedWith};
 use crate::text::{BertTokenizer, LanguageTokenizer, TOKENIZER_FILES};
 use crate::{Error, Result};
 
@@ -65,6 +65,7 @@ pub(super) fn write(
     text: Option<&Json>,
     parts: &FrozenParts,
     dtype: &str,
+    trained_with: &TrainedWith,
 ) -> Result<()> {
     let image_token = match (&model.head, &parts.language_model, &parts.vocabulary) {
         (Head::Language(language), Some(folder), _) => {
@@ -89,7 +90,9 @@ pub(super) fn write(
             return Err(Error::Request("the language model's folder is missing".into()));
         }
     };
-    new.write_json("config.json", &sizes::config_json(model, text, image_token, dtype))?;
+    let mut config = sizes::config_json(model, text, image_token, dtype);
+    trained_with.write(&mut config);
+    new.write_json("config.json", &config)?;
     if let Some(text) = text {
         let fields = ["bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_token_id"];
         let known = fields.into_iter().filter(|field| !text[*field].is_null());

@@ -1,8 +1,9 @@
-//! Tensors by name, from one or several checkpoints, compared with a table of what should be there.
+//! Tensors by name, from one or several checkpoints.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeMap;
 
-use super::table::{Derived, Entry, Lavis, Table};
+use super::check::Check;
+use super::table::{Derived, Table};
 use crate::weights::{Checkpoint, Encoding, StoredTensor};
 use crate::{Error, Result};
 
@@ -102,22 +103,9 @@ impl<'a> State<'a> {
     /// [`Error::TensorNames`] with all that is missing, misshapen or unknown; [`Error::File`] when a tensor is no copy of
     /// the one that it should be a copy of.
     pub(super) fn check_lavis(&self, table: &Table) -> Result<()> {
-        let mut check = Check::new(self);
-        for entry @ Entry { shape, lavis, .. } in &table.entries {
-            if self.does_without(entry, table, Entry::lavis_name) {
-                continue;
-            }
-            match lavis {
-                Lavis::Same(name, shape) => check.require(name, shape),
-                Lavis::QueryValueBias(stem) => {
-                    let third = [shape[0] / 3];
-                    check.require(&format!("{stem}.q_bias"), &third);
-                    check.require(&format!("{stem}.v_bias"), &third);
-                    check.allow(&format!("{stem}.k_bias"), &third);
-                }
-            }
-        }
-        check.derived(&table.derived_lavis)?;
+        let mut check = self.check();
+        check.lavis(table);
+        self.pass_over_derived(&mut check, &table.derived_lavis)?;
         check.finish()
     }
 
@@ -126,71 +114,32 @@ impl<'a> State<'a> {
     /// # Errors
     /// As [`check_lavis`](Self::check_lavis).
     pub(super) fn check_hugging_face(&self, table: &Table) -> Result<()> {
-        let mut check = Check::new(self);
-        for entry in &table.entries {
-            if !self.does_without(entry, table, |entry| &entry.name) {
-                check.require(&entry.name, &entry.shape);
-            }
-        }
-        check.derived(&table.derived_hugging_face)?;
+        let mut check = self.check();
+        check.hugging_face(table);
+        self.pass_over_derived(&mut check, &table.derived_hugging_face)?;
         check.finish()
     }
 
-    /// Whether a tensor belongs to what Hugging Face's conversion leaves out, and nothing of that is here.
-    fn does_without(&self, entry: &Entry, table: &Table, name: impl Fn(&Entry) -> &str) -> bool {
-        let is_of_it = |other: &&Entry| other.is_extra && other.module() == entry.module();
-        entry.is_extra && !table.entries.iter().filter(is_of_it).any(|other| self.contains(name(other)))
-    }
-}
-
-fn missing(name: &str) -> Error {
-    Error::MissingTensor { name: name.into() }
-}
-
-/// Collects what is wrong, so that one message says all of it.
-struct Check<'a, 's> {
-    state: &'s State<'a>,
-    unknown: BTreeSet<&'s str>,
-    missing: Vec<String>,
-    misshapen: Vec<String>,
-}
-
-impl<'a, 's> Check<'a, 's> {
-    fn new(state: &'s State<'a>) -> Self {
-        Self { state, unknown: state.names().collect(), missing: Vec::new(), misshapen: Vec::new() }
+    fn check(&self) -> Check<'a> {
+        Check::of(self.names().filter_map(|name| Some((name.to_owned(), self.shape(name).ok()?))))
     }
 
-    fn require(&mut self, name: &str, shape: &[usize]) {
-        if !self.allow(name, shape) {
-            self.missing.push(name.into());
-        }
-    }
-
-    /// Whether the tensor is there.
-    fn allow(&mut self, name: &str, shape: &[usize]) -> bool {
-        let Ok(found) = self.state.shape(name) else { return false };
-        self.unknown.remove(name);
-        if found != shape {
-            self.misshapen.push(format!("{name} is {found:?}, expected {shape:?}"));
-        }
-        true
-    }
-
-    fn derived(&mut self, derived: &[(String, Derived)]) -> Result<()> {
+    /// Passes over tensors that say nothing new, which is looked at.
+    fn pass_over_derived(&self, check: &mut Check<'_>, derived: &[(String, Derived)]) -> Result<()> {
         for (name, derived) in derived {
-            if !self.unknown.remove(name.as_str()) {
+            if !check.pass_over(name) {
                 continue;
             }
-            let stored = self.state.stored(name)?;
+            let stored = self.stored(name)?;
             let is_right = match derived {
                 // What it is a copy of may be missing, which is said elsewhere.
-                Derived::CopyOf(of) => self.state.stored(of).is_ok_and(|original| original == stored),
+                Derived::CopyOf(of) => self.stored(of).is_ok_and(|original| original == stored),
                 Derived::Positions(n) => stored == positions(*n),
             };
             if !is_right {
-                let (checkpoint, stored_name) = self.state.place(name)?;
+                let (checkpoint, stored_name) = self.place(name)?;
                 let what = match derived {
-                    Derived::CopyOf(of) if !self.state.contains(of) => continue,
+                    Derived::CopyOf(of) if !self.contains(of) => continue,
                     Derived::CopyOf(of) => format!("no copy of `{of}`, with which BLIP-2 ties it"),
                     Derived::Positions(n) => format!("not the numbers from 0 to {}", n.saturating_sub(1)),
                 };
@@ -200,17 +149,10 @@ impl<'a, 's> Check<'a, 's> {
         }
         Ok(())
     }
+}
 
-    fn finish(self) -> Result<()> {
-        if self.missing.is_empty() && self.misshapen.is_empty() && self.unknown.is_empty() {
-            return Ok(());
-        }
-        Err(Error::TensorNames {
-            missing: self.missing,
-            misshapen: self.misshapen,
-            unknown: self.unknown.into_iter().map(str::to_owned).collect(),
-        })
-    }
+fn missing(name: &str) -> Error {
+    Error::MissingTensor { name: name.into() }
 }
 
 /// The numbers from 0 as `[1, n]`.

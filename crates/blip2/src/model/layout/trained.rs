@@ -12,8 +12,9 @@ use super::state::State;
 use super::table::{Architecture, Head, Table};
 use super::{ConvertOptions, Converted, FrozenParts, Layout, add_vision, converted, output, small_files};
 use crate::config::QFormerConfig;
-use crate::model::hugging_face::{self, Renamed};
+use crate::model::hugging_face::{self, Renamed, TrainedWith};
 use crate::model::parts::EncoderOptions;
+use crate::text::PromptFormat;
 use crate::vision::vit::VitConfig;
 use crate::weights::Checkpoint;
 use crate::{Error, Result};
@@ -28,12 +29,39 @@ pub struct Trained<'a> {
     /// The image encoder: a vision transformer as LAVIS loads it, or the folder of a BLIP-2 model.
     pub encoder: &'a Path,
     /// How the encoder was opened. Its position embeddings are written as they are stored, for pictures of the size that it was
-    /// made for.
+    /// made for; another size that it was trained with stands in the configuration, and the folder opens with it.
     pub encoder_options: EncoderOptions,
     /// Of stage 2 the language model: its Hugging Face folder, or that of a BLIP-2 model.
     pub language_model: Option<&'a Path>,
+    /// Of stage 2 how the language model was spoken to, which the folder then does as well.
+    pub prompts: Option<TrainedPrompts<'a>>,
     /// Of stage 1 BERT's vocabulary.
     pub vocabulary: Option<&'a Path>,
+}
+
+/// How a language model was spoken to in training.
+#[derive(Debug, Clone, Copy)]
+pub struct TrainedPrompts<'a> {
+    /// What asked for a caption, or how one began; may be empty.
+    pub instruction: &'a str,
+    /// How questions were asked.
+    pub prompt: &'a PromptFormat,
+    /// How captions were asked for.
+    pub caption_prompt: &'a PromptFormat,
+}
+
+impl TrainedPrompts<'_> {
+    /// What of it the language model's family does not say by itself.
+    fn trained_with(&self, text: &Json) -> Result<TrainedWith> {
+        let family = hugging_face::Family::of(text)?;
+        let unusual = |format: &PromptFormat, usual| (*format != usual).then(|| format.clone());
+        Ok(TrainedWith {
+            instruction: Some(self.instruction.into()),
+            prompt: unusual(self.prompt, family.question()),
+            caption_prompt: unusual(self.caption_prompt, family.caption()),
+            image_size: None,
+        })
+    }
 }
 
 /// Makes a Hugging Face folder of a checkpoint of training and its frozen parts. All tensors keep their bits. `out` appears only
@@ -57,11 +85,18 @@ pub fn trained_to_hugging_face(
     if let Some(opened) = &language {
         state.add(&opened.checkpoint, |name| opened.name(name))?;
         let has = |name: &str| state.contains(&format!("language_model.{name}"));
-        let language = Language::of(&opened.text, state.names().count(), has)?;
+        let language = Language::of(&opened.text, state.names().count(), has)
+            .map_err(|error| error.in_folder(opened.folder))?;
         text = Some(opened.adapted(&language)?);
         head = Head::Language(language);
     }
     let (vision, vision_table) = encoder.sizes(trained.encoder_options.num_attention_heads)?;
+    let spoken = trained.prompts.zip(language.as_ref());
+    let spoken = spoken.map(|(prompts, language)| prompts.trained_with(&language.text)).transpose()?;
+    let trained_with = TrainedWith {
+        image_size: encoder.image_size(trained.encoder_options)?.filter(|side| *side != vision.image_size),
+        ..spoken.unwrap_or_default()
+    };
     let model = Architecture { vision, qformer: trained.qformer.clone(), head };
     let table = Table::without_encoder(&model);
     state.check_hugging_face(&table)?;
@@ -75,7 +110,8 @@ pub fn trained_to_hugging_face(
         vocabulary: trained.vocabulary.map(Into::into),
         ..FrozenParts::default()
     };
-    small_files::write(&new, &model, text.as_ref(), &parts, output::widest_dtype(&outputs))?;
+    let dtype = output::widest_dtype(&outputs);
+    small_files::write(&new, &model, text.as_ref(), &parts, dtype, &trained_with)?;
     if encoder.json.is_some() {
         small_files::copy_existing(&new, trained.encoder, &["preprocessor_config.json"])?;
     }
@@ -127,6 +163,12 @@ impl Encoder {
         Ok((config, table))
     }
 
+    /// Side of the pictures, where the options or the encoder's folder name one.
+    fn image_size(&self, options: EncoderOptions) -> Result<Option<usize>> {
+        let of_folder = self.json.as_ref().map(TrainedWith::read).transpose()?;
+        Ok(options.image_size.or(of_folder.and_then(|trained_with| trained_with.image_size)))
+    }
+
     fn add_to<'a>(&'a self, state: &mut State<'a>) -> Result<()> {
         match self.json {
             Some(_) => state.add(&self.checkpoint, inside),
@@ -167,7 +209,7 @@ impl<'a> OpenedLanguage<'a> {
         let json = hugging_face::read_json(folder)?;
         let is_inside = json["model_type"] == "blip-2";
         let text = if is_inside { hugging_face::text_config(&json) } else { json };
-        let family = Family::of(&text)?;
+        let family = Family::of(&text).map_err(|error| error.in_folder(folder))?;
         Ok(Self { folder, checkpoint: Checkpoint::open(folder)?, text, family, is_inside })
     }
 

@@ -112,7 +112,12 @@ fn shards_are_one_checkpoint() {
     fs::write(at("model.safetensors.index.json"), outside).unwrap();
     assert!(Safetensors::open(folder.path()).unwrap_err().to_string().contains("not a plain file name"));
     fs::remove_file(at("model.safetensors.index.json")).unwrap();
-    assert!(Safetensors::open(folder.path()).unwrap_err().to_string().contains("neither model.safetensors"));
+    let error = || Safetensors::open(folder.path()).unwrap_err().to_string();
+    assert!(error().contains("neither model.safetensors") && !error().contains("convert"), "{}", error());
+    fs::write(at("pytorch_model.bin"), b"PK").unwrap();
+    let remedy =
+        format!("pytorch_model.bin, which can hold programs: `blip2 convert {}", folder.path().display());
+    assert!(error().contains(&remedy), "{}", error());
 }
 
 #[test]
