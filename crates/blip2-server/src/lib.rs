@@ -45,6 +45,8 @@ mod picture;
 mod recent;
 mod stream;
 mod tasks;
+#[cfg(test)]
+mod testing;
 mod text;
 mod wire;
 

@@ -36,6 +36,14 @@ pub(super) struct Worker {
     pub(super) row_bytes: usize,
 }
 
+/// A request for writing that was taken from the queue.
+struct NewWrite {
+    write: Box<Write>,
+    events: UnboundedSender<Event>,
+    accepted: Instant,
+    span: tracing::Span,
+}
+
 /// A request that is being answered.
 struct Writing {
     id: usize,
@@ -166,7 +174,9 @@ impl Worker {
         let mut writes = Vec::new();
         for job in jobs {
             match job.work {
-                Work::Write { write, events } => writes.push((*write, events, job.accepted, job.span)),
+                Work::Write { write, events } => {
+                    writes.push(NewWrite { write, events, accepted: job.accepted, span: job.span });
+                }
                 Work::Compute { pictures, run, .. } => {
                     let _entered = job.span.enter();
                     let pictures: Vec<_> = pictures.iter().map(|picture| seen.of(picture)).collect();
@@ -176,32 +186,49 @@ impl Worker {
                 }
             }
         }
-        let Some(batch) = batch.filter(|_| !writes.is_empty()) else { return };
+        if let Some(batch) = batch.filter(|_| !writes.is_empty()) {
+            self.begin_writing(writes, &seen, batch, writing);
+        }
+    }
+
+    /// Reads the prompts of newcomers; who is refused hears of it, the others begin.
+    fn begin_writing(
+        &self,
+        writes: Vec<NewWrite>,
+        seen: &Seen,
+        batch: &mut AnswerBatch<'_>,
+        writing: &mut Vec<Writing>,
+    ) {
         let start = Instant::now();
-        let asks: Vec<Ask> = writes
-            .iter()
-            .filter_map(|(write, ..)| {
-                Some(Ask {
-                    prompt: write.prompt.clone(),
-                    soft_tokens: seen.of(&write.picture).soft_tokens.get()?.clone(),
-                    read: self.read.get(write.picture.key()),
-                    generation: write.generation.clone(),
-                    constraint: write.constraint.clone(),
-                })
-            })
-            .collect();
-        let ids = match batch.join(&asks) {
-            Ok(ids) if ids.len() == writes.len() => ids,
-            result => {
-                let error = result
-                    .map_or_else(|error| ApiError::library(&error, "messages"), |_| ApiError::internal());
-                return writes.into_iter().for_each(|(_, events, ..)| {
-                    let _ = events.send(Event::Done(Err(error.clone())));
-                });
-            }
-        };
+        let (mut asks, mut asking) = (Vec::new(), Vec::new());
+        for new in writes {
+            let NewWrite { write, events, .. } = &new;
+            let Some(soft_tokens) = seen.of(&write.picture).soft_tokens.get().cloned() else {
+                let _ = events.send(Event::Done(Err(ApiError::internal())));
+                continue;
+            };
+            asks.push(Ask {
+                prompt: write.prompt.clone(),
+                soft_tokens,
+                read: self.read.get(write.picture.key()),
+                generation: write.generation.clone(),
+                constraint: write.constraint.clone(),
+            });
+            asking.push(new);
+        }
+        let joined = join(batch, &asks);
         self.metrics.stage(Stage::Prompt, start.elapsed());
-        for ((id, ask), (write, events, accepted, span)) in ids.into_iter().zip(&asks).zip(writes) {
+        for ((joined, ask), new) in joined.into_iter().zip(&asks).zip(asking) {
+            let NewWrite { write, events, accepted, span } = new;
+            let id = match joined {
+                Ok(id) => id,
+                Err(error) => {
+                    let _entered = span.enter();
+                    let error = ApiError::library(&error, "messages");
+                    let _ = events.send(Event::Done(Err(error)));
+                    continue;
+                }
+            };
             self.remember(batch, id, ask, *write.picture.key());
             let n_rows = write.prompt.n_rows(self.model.config().qformer.num_query_tokens);
             let n_cached = ask.n_known();
@@ -355,6 +382,16 @@ impl Seen {
             Picture::Seen(seen) => seen.clone(),
             Picture::New { key, .. } => self.0[key].clone(),
         }
+    }
+}
+
+/// Reads the prompts of newcomers, all in one pass; gives the name of each. A pass that fails lets none in: then each is read
+/// alone, so that a prompt that is refused is nobody else's affair.
+fn join(batch: &mut AnswerBatch<'_>, asks: &[Ask]) -> Vec<blip2::Result<usize>> {
+    match batch.join(asks) {
+        Ok(ids) => ids.into_iter().map(Ok).collect(),
+        Err(error) if asks.len() == 1 => vec![Err(error)],
+        Err(_) => asks.iter().flat_map(|ask| join(batch, std::slice::from_ref(ask))).collect(),
     }
 }
 
