@@ -55,8 +55,12 @@ impl GenerationFields {
     /// grows, and with room for more than a caption.
     pub(crate) fn for_chat(own: &GenerationConfig, limits: &Limits) -> GenerationConfig {
         const ROOM: usize = 256;
-        let max_new_tokens = own.max_new_tokens.max(ROOM).min(limits.tokens);
-        GenerationConfig { num_beams: 1, max_new_tokens, ..own.clone() }
+        let own = in_new_tokens(own.clone(), limits);
+        GenerationConfig {
+            num_beams: 1,
+            max_new_tokens: own.max_new_tokens.max(ROOM).min(limits.tokens),
+            ..own
+        }
     }
 
     /// Changes `base` by what the request says.
@@ -77,8 +81,7 @@ impl GenerationFields {
     }
 
     fn generation(&self, base: GenerationConfig, limits: &Limits) -> Result<GenerationConfig, ApiError> {
-        let mut config = base;
-        config.max_new_tokens = config.max_new_tokens.min(limits.tokens);
+        let mut config = in_new_tokens(base, limits);
         self.apply_lengths(&mut config, limits)?;
         self.apply_choice(&mut config, limits)?;
         set(&mut config.length_penalty, self.length_penalty);
@@ -170,7 +173,11 @@ impl GenerationFields {
         let max = config.max_new_tokens;
         config.min_new_tokens = match self.min_tokens {
             None => config.min_new_tokens.min(max),
-            Some(min) if min <= max => min,
+            Some(min) if min <= max => {
+                // As for the longest: what counts the prompt would hold as well.
+                config.min_length = 0;
+                min
+            }
             Some(min) => {
                 let message = format!("min_tokens is {min}, more than the longest answer of {max}");
                 return Err(ApiError::invalid("min_tokens", message));
@@ -196,6 +203,13 @@ impl GenerationFields {
         }
         Ok(())
     }
+}
+
+/// The longest text as requests count it. A model folder's `generation_config.json` may bound the prompt and the text together,
+/// which holds in place of `max_new_tokens`: then neither a request's limit would hold nor the memory that is set aside.
+fn in_new_tokens(own: GenerationConfig, limits: &Limits) -> GenerationConfig {
+    let longest = own.max_length.unwrap_or(own.max_new_tokens);
+    GenerationConfig { max_new_tokens: longest.min(limits.tokens), max_length: None, ..own }
 }
 
 /// At most four, as OpenAI has it, and none that is empty or a text of its own.
@@ -242,6 +256,29 @@ mod tests {
         let limits = apply(limits).expect("valid");
         assert_eq!((limits.max_new_tokens, limits.min_new_tokens), (7, 2));
         assert_eq!(limits.stop_strings, ["x"]);
+    }
+
+    #[test]
+    fn a_folders_lengths_give_way_to_a_requests() {
+        let limits = Limits { tokens: 300, ..Limits::default() };
+        let own = |max_length| GenerationConfig {
+            max_length: Some(max_length),
+            min_length: 9,
+            ..Default::default()
+        };
+        let lengths = |own: GenerationConfig, json: &str| {
+            let fields: GenerationFields = serde_json::from_str(json).expect("fields");
+            let config = fields.apply(own, &limits).expect("valid").generation;
+            assert_eq!(config.max_length, None, "it would hold instead of max_new_tokens");
+            (config.max_new_tokens, config.min_new_tokens, config.min_length)
+        };
+        assert_eq!(lengths(own(40), "{}"), (40, 0, 9));
+        assert_eq!(lengths(own(400), "{}"), (300, 0, 9));
+        assert_eq!(lengths(own(40), r#"{"max_tokens": 60}"#), (60, 0, 9));
+        assert_eq!(lengths(own(40), r#"{"max_tokens": 60, "min_tokens": 50}"#), (60, 50, 0));
+        assert_eq!(lengths(own(40), r#"{"min_tokens": 0}"#), (40, 0, 0));
+        assert_eq!(lengths(GenerationFields::for_chat(&own(40), &limits), "{}"), (256, 0, 9));
+        assert_eq!(lengths(GenerationFields::for_chat(&own(400), &limits), "{}"), (300, 0, 9));
     }
 
     #[test]

@@ -6,6 +6,7 @@ use std::io::{Read, Write};
 use std::sync::Barrier;
 use std::time::{Duration, Instant};
 
+use blip2::generate::GenerationConfig;
 use blip2_server::{Keys, Limits, ROUTES, ServerConfig};
 use serde_json::{Value as Json, json};
 use support::{Response, TestServer, chat, config, text_of};
@@ -139,6 +140,37 @@ fn a_request_that_can_never_fit_is_told_so() {
     let response = server.post("/v1/chat/completions", &chat(1, "who?", &json!({"max_tokens": 400})));
     assert!(response.text().contains("memory"), "{}", response.text());
     server.post("/v1/chat/completions", &chat(1, "who?", &json!({"max_tokens": 2}))).ok();
+}
+
+/// A folder's `max_length` holds in place of the number of new tokens, unless it is turned into one.
+#[test]
+fn a_folders_lengths_are_no_way_around_the_limits() {
+    let model = support::model_with("blip2_t5", &json!({"max_length": 400, "min_length": 400}));
+    let caption = |fields: &Json| {
+        let mut request = json!({"image": support::data_url(1), "num_beams": 1});
+        fields.as_object().expect("fields").iter().for_each(|(name, value)| request[name] = value.clone());
+        request
+    };
+    let server = TestServer::with_model(model.clone(), config());
+    let n_tokens =
+        |fields: &Json| server.post("/v1/caption", &caption(fields)).ok()["captions"][0]["n_tokens"].clone();
+    assert_eq!(n_tokens(&json!({})), 400);
+    assert_eq!(n_tokens(&json!({"max_tokens": 7})), 7);
+    let free = GenerationConfig { min_new_tokens: 1, max_new_tokens: 300, ..GenerationConfig::default() };
+    let features = server.model.encode(&[support::picture(1)]).expect("features").remove(0);
+    let expected = server.model.caption(&[&features], &free).expect("a caption")[0][0].token_ids.len();
+    assert_eq!(n_tokens(&json!({"min_tokens": 1, "max_tokens": 300})), expected, "the end may come");
+    let answer = server.post("/v1/chat/completions", &chat(1, "who?", &json!({"max_tokens": 5}))).ok();
+    assert_eq!(answer["usage"]["completion_tokens"], 5);
+
+    let limits = Limits { tokens: 11, ..Limits::default() };
+    let server = TestServer::with_model(model.clone(), ServerConfig { limits, ..config() });
+    assert_eq!(server.post("/v1/caption", &caption(&json!({}))).ok()["captions"][0]["n_tokens"], 11);
+
+    let server = TestServer::with_model(model, ServerConfig { kv_bytes: 100_000, ..config() });
+    let response = server.post("/v1/caption", &caption(&json!({})));
+    assert!(response.status == 400 && response.text().contains("memory"), "{}", response.text());
+    server.post("/v1/caption", &caption(&json!({"max_tokens": 2}))).ok();
 }
 
 fn impatient() -> ServerConfig {
