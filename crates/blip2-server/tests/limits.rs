@@ -101,10 +101,33 @@ fn a_client_that_leaves_stops_the_work() {
         drop(stream);
         server.wait_for("blip2_running_texts", |n| n == 0.0);
         let written = server.metric("blip2_generated_tokens_total") - before;
+        // How many depends on when the connection's end is noticed; from then on it is a step: `engine/tests.rs`.
         assert!(written < n_all as f64, "{written} of {n_all} tokens, streamed: {is_stream}");
     }
     let left = "blip2_requests_total{route=\"/v1/chat/completions\",outcome=\"client_disconnected\"}";
     server.wait_for(left, |n| n == 2.0);
+}
+
+#[test]
+fn heat_maps_whose_clients_left_are_not_computed() {
+    let server = TestServer::start("blip2_t5", ServerConfig { batch: 4, ..config() });
+    let begin = |path: &str, body: &Json| server.begin("POST", path, &[], body.to_string().as_bytes());
+    // One is written, the others wait for its place; whatever comes later waits behind them.
+    let chats: Vec<_> = (0..8).map(|i| begin("/v1/chat/completions", &long(i))).collect();
+    server.wait_for("blip2_queue_requests", |n| n > 4.0);
+    let asked = json!({"image": support::data_url(1), "text": "a red cat", "caption": true});
+    let explained: Vec<_> = (0..20).map(|_| begin("/v1/explain", &asked)).collect();
+    server.wait_for("blip2_queue_requests", |n| n > 20.0);
+    drop(explained);
+    let left = "blip2_requests_total{route=\"/v1/explain\",outcome=\"client_disconnected\"}";
+    server.wait_for(left, |n| n == 20.0);
+    drop(chats);
+    server.wait_for("blip2_queue_requests", |n| n == 0.0);
+    server.wait_for("blip2_running_texts", |n| n == 0.0);
+    let n_computed = "blip2_stage_seconds_count{stage=\"compute\"}";
+    assert_eq!(server.metric(n_computed), 0.0);
+    server.post("/v1/explain", &asked).ok();
+    server.wait_for(n_computed, |n| n == 1.0);
 }
 
 #[test]

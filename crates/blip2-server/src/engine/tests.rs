@@ -1,5 +1,6 @@
 //! The rounds, seen from inside: nothing here depends on how fast the machine is.
 
+use std::sync::atomic::AtomicUsize;
 use std::sync::atomic::Ordering::Relaxed;
 use std::sync::mpsc;
 use std::time::Duration;
@@ -106,4 +107,66 @@ async fn who_is_refused_takes_no_neighbour_along() {
     let refused = || Err(("invalid_value", Some("max_length".to_owned())));
     assert_eq!(outcomes, [Ok(3), refused(), Ok(5), refused()]);
     running.end();
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn texts_grow_between_two_computations() {
+    let mut running = Running::start();
+    let held = running.hold().await;
+    let events = running.write(tokens(20));
+    let computations: Vec<_> = (0..10)
+        .map(|_| {
+            let (engine, metrics) = (running.engine.clone(), running.metrics.clone());
+            tokio::spawn(async move {
+                engine.compute(Vec::new(), move |_, _| Ok(metrics.generated_tokens.load(Relaxed))).await
+            })
+        })
+        .collect();
+    running.wait_for_queue(11).await;
+    drop(held);
+    let mut n_before = Vec::new();
+    for computation in computations {
+        n_before.push(computation.await.expect("not cancelled").expect("computed"));
+    }
+    n_before.sort_unstable();
+    assert_eq!(n_before, (0..10).collect::<Vec<_>>(), "tokens before each of them");
+    assert_eq!(n_written(events).await, Ok(20));
+    running.end();
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_computation_whose_client_left_is_not_begun() {
+    let mut running = Running::start();
+    let held = running.hold().await;
+    // The next two are taken from the queue together.
+    let (begun, release) = running.occupy();
+    running.wait_for_queue(1).await;
+    let n_run = Arc::new(AtomicUsize::new(0));
+    let left = tokio::spawn({
+        let (engine, n_run) = (running.engine.clone(), n_run.clone());
+        async move { engine.compute(Vec::new(), move |_, _| Ok(n_run.fetch_add(1, Relaxed))).await }
+    });
+    running.wait_for_queue(2).await;
+    drop(held);
+    begun.await.expect("it began");
+    left.abort();
+    assert!(left.await.is_err(), "cancelled");
+    drop(release);
+    running.end();
+    assert_eq!(n_run.load(Relaxed), 0);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn texts_whose_client_left_end_with_the_step_under_way() {
+    const N_TEXTS: u64 = 4;
+    let mut running = Running::start();
+    let drawn = GenerationConfig { do_sample: true, num_return_sequences: N_TEXTS as usize, ..tokens(400) };
+    let mut events = running.write(drawn);
+    assert!(matches!(events.recv().await, Some(Event::Token(_))), "it began");
+    drop(events);
+    let before = running.metrics.generated_tokens.load(Relaxed);
+    // Waits for all that is written.
+    running.end();
+    let after = running.metrics.generated_tokens.load(Relaxed) - before;
+    assert!(after <= 2 * N_TEXTS, "{after} tokens for nobody");
 }

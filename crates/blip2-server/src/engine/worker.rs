@@ -116,6 +116,7 @@ impl Worker {
         let mut kv_left = self.kv_budget.saturating_sub(writing.iter().map(|writing| writing.kv_bytes).sum());
         let (mut pictures_left, mut rows_left) = (PICTURES_A_ROUND, PROMPT_ROWS_A_ROUND);
         let mut is_first = true;
+        let (mut do_texts_grow, mut is_computing) = (!writing.is_empty(), false);
         move |job| {
             let (n_pictures, n_rows, n_texts, kv_bytes) = match &job.work {
                 Work::Write { write, .. } => (
@@ -128,6 +129,11 @@ impl Worker {
                     (pictures.iter().filter(|picture| picture.is_new()).count(), 0, 0, 0)
                 }
             };
+            let is_computation = matches!(job.work, Work::Compute { .. });
+            // Texts that grow wait for as long as it takes, so they wait for one at a time.
+            if is_computation && is_computing && do_texts_grow {
+                return false;
+            }
             let has_place = n_texts <= texts_left && kv_bytes <= kv_left;
             let is_short = n_pictures <= pictures_left && n_rows <= rows_left;
             // The first may be longer than a round should be: it has to begin some time.
@@ -139,6 +145,8 @@ impl Worker {
             pictures_left = pictures_left.saturating_sub(n_pictures);
             rows_left = rows_left.saturating_sub(n_rows);
             is_first = false;
+            is_computing |= is_computation;
+            do_texts_grow |= !is_computation;
             true
         }
     }
@@ -177,12 +185,18 @@ impl Worker {
                 Work::Write { write, events } => {
                     writes.push(NewWrite { write, events, accepted: job.accepted, span: job.span });
                 }
-                Work::Compute { pictures, run, .. } => {
+                Work::Compute { pictures, run, is_wanted } => {
+                    // Those before it took their time: its client may have left by now.
+                    if !is_wanted() {
+                        continue;
+                    }
+                    let start = Instant::now();
                     let _entered = job.span.enter();
                     let pictures: Vec<_> = pictures.iter().map(|picture| seen.of(picture)).collect();
                     let features: Vec<&ImageFeatures> =
                         pictures.iter().map(|picture| &picture.features).collect();
                     run(Ok((&self.model, &features)));
+                    self.metrics.stage(Stage::Compute, start.elapsed());
                 }
             }
         }
