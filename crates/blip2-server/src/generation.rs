@@ -87,6 +87,8 @@ impl GenerationFields {
         set(&mut config.length_penalty, self.length_penalty);
         set(&mut config.early_stopping, self.early_stopping);
         set(&mut config.repetition_penalty, self.repetition_penalty);
+        set(&mut config.presence_penalty, self.presence_penalty);
+        set(&mut config.frequency_penalty, self.frequency_penalty);
         set(&mut config.no_repeat_ngram_size, self.no_repeat_ngram_size);
         if let Some(stop) = &self.stop {
             config.stop_strings = stop_strings(stop.as_slice())?;
@@ -188,17 +190,12 @@ impl GenerationFields {
 
     /// What clients may ask for and does not exist here is said, not left out.
     fn refuse_unsupported(&self) -> Result<(), ApiError> {
-        let is_set = |penalty: Option<f32>| penalty.is_some_and(|penalty| penalty != 0.0);
         let has_tools = [&self.tools, &self.functions].into_iter().flatten().any(|tools| !tools.is_empty());
-        for (param, is_asked, instead) in [
-            ("presence_penalty", is_set(self.presence_penalty), "repetition_penalty is"),
-            ("frequency_penalty", is_set(self.frequency_penalty), "repetition_penalty is"),
-            ("logit_bias", self.logit_bias.as_ref().is_some_and(|bias| !bias.is_empty()), ""),
-            ("tools", has_tools, ""),
-        ] {
+        let has_bias = self.logit_bias.as_ref().is_some_and(|bias| !bias.is_empty());
+        for (param, is_asked) in [("logit_bias", has_bias), ("tools", has_tools)] {
             if is_asked {
-                let instead = if instead.is_empty() { String::new() } else { format!("; {instead}") };
-                return Err(ApiError::unsupported(param, format!("{param} is not supported here{instead}")));
+                let message = format!("{param} is not supported here: leave it out");
+                return Err(ApiError::unsupported(param, message));
             }
         }
         Ok(())
@@ -259,6 +256,14 @@ mod tests {
     }
 
     #[test]
+    fn openais_penalties_are_taken() {
+        let config = apply(r#"{"presence_penalty": 0.5, "frequency_penalty": -1}"#).expect("valid");
+        assert_eq!((config.presence_penalty, config.frequency_penalty), (0.5, -1.0));
+        let config = apply(r#"{"presence_penalty": null, "frequency_penalty": 0}"#).expect("valid");
+        assert_eq!((config.presence_penalty, config.frequency_penalty), (0.0, 0.0));
+    }
+
+    #[test]
     fn a_folders_lengths_give_way_to_a_requests() {
         let limits = Limits { tokens: 300, ..Limits::default() };
         let own = |max_length| GenerationConfig {
@@ -302,7 +307,8 @@ mod tests {
             (r#"{"repetition_penalty": 0}"#, "repetition_penalty", "invalid_value"),
             (r#"{"stop": ["a", "b", "c", "d", "e"]}"#, "stop", "invalid_value"),
             (r#"{"stop": ""}"#, "stop", "invalid_value"),
-            (r#"{"presence_penalty": 0.5}"#, "presence_penalty", "unsupported_value"),
+            (r#"{"presence_penalty": 2.5}"#, "presence_penalty", "invalid_value"),
+            (r#"{"frequency_penalty": -2.5}"#, "frequency_penalty", "invalid_value"),
             (r#"{"logit_bias": {"5": 1}}"#, "logit_bias", "unsupported_value"),
             (r#"{"response_format": {"type": "xml"}}"#, "response_format", "unsupported_value"),
             (r#"{"guided_choice": "a"}"#, "guided_choice", "invalid_value"),

@@ -159,6 +159,10 @@ fn ollamas_conversations_are_lines_of_json() {
         let whole = server.post(path, &whole).ok();
         assert_eq!((text(&whole), &whole["done"]), (expected.text.clone(), &json!(true)));
     }
+    // Clients that write out what they leave unset.
+    let unset =
+        json!({"prompt": "who?", "images": [image], "stream": false, "options": null, "format": null});
+    assert_eq!(server.post("/api/generate", &unset).ok()["done"], true);
     let load = server.post("/api/generate", &json!({"model": server.name})).ok();
     assert_eq!((&load["done"], &load["done_reason"]), (&json!(true), &json!("load")));
 }
