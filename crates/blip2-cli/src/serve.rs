@@ -89,6 +89,9 @@ struct LimitArgs {
     /// Pixels of a picture.
     #[arg(long, env = "BLIP2_MAX_PIXELS", default_value_t = 89_478_485, value_name = "N")]
     max_pixels: u64,
+    /// Memory for pictures that are being decoded; others wait for it.
+    #[arg(long, env = "BLIP2_MAX_DECODE_MIB", default_value_t = 1024, value_name = "MIB")]
+    max_decode_mib: usize,
     /// Pictures of a request.
     #[arg(long, env = "BLIP2_MAX_PICTURES", default_value_t = 16, value_name = "N")]
     max_pictures: usize,
@@ -143,6 +146,7 @@ fn config(args: &ServeArgs) -> anyhow::Result<ServerConfig> {
         max_bodies_mib,
         max_picture_mib,
         max_pixels,
+        max_decode_mib,
         max_pictures,
         max_text_bytes,
         max_texts,
@@ -171,6 +175,7 @@ fn config(args: &ServeArgs) -> anyhow::Result<ServerConfig> {
             all_body_bytes: max_bodies_mib << 20,
             picture_bytes: max_picture_mib << 20,
             picture_pixels: max_pixels,
+            decode_bytes: max_decode_mib << 20,
             pictures: max_pictures,
             text_bytes: max_text_bytes,
             texts: max_texts,

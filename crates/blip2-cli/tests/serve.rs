@@ -133,6 +133,7 @@ fn what_is_not_safe_or_not_possible_does_not_start() {
         (&["--api-key-file", "/nonexistent/keys"], &[], "/nonexistent/keys"),
         (&["--queue", "0"], &[], "queue"),
         (&["--max-bodies-mib", "1"], &[], "bodies"),
+        (&[], &[("BLIP2_MAX_DECODE_MIB", "0")], "decoding"),
     ] {
         let output = serve(arguments, environment).output().expect("it ends");
         let said = String::from_utf8_lossy(&output.stderr);
