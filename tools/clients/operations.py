@@ -11,6 +11,7 @@ import base64
 import collections
 import http.client
 import json
+import os
 import pathlib
 import random
 import signal
@@ -29,10 +30,12 @@ class Server:
 
     def __init__(self, arguments, *more):
         command = [arguments.binary, "serve", "--port", "0", "--log-format", "json", *more]
-        for name in ("model", "frozen"):
-            if value := getattr(arguments, name):
-                command += [f"--{name}", value]
-        self.process = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL)
+        if arguments.model:
+            command += ["--model", arguments.model]
+        environment = dict(os.environ)
+        if arguments.frozen:
+            environment["BLIP2_FROZEN"] = arguments.frozen
+        self.process = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL)
         self.address = None
         for line in self.process.stderr:
             event = json.loads(line)

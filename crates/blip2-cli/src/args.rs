@@ -3,6 +3,7 @@
 use std::num::NonZeroUsize;
 use std::path::PathBuf;
 
+use clap::builder::BoolishValueParser;
 use clap::{Parser, Subcommand};
 
 /// BLIP-2 in Rust: a small trained bridge that lets a frozen language model see.
@@ -70,13 +71,13 @@ pub(crate) struct SourceArgs {
     pub(crate) model: Option<PathBuf>,
     /// In what to compute: published checkpoints in f32, or as they were quantised, unless this says otherwise; models packed
     /// here in bf16.
-    #[arg(long, value_enum, value_name = "TYPE")]
+    #[arg(long, env = "BLIP2_DTYPE", value_enum, value_name = "TYPE")]
     pub(crate) dtype: Option<ComputeArg>,
     /// Let a vision transformer see pictures of this side, in pixels, instead of the one it was trained with.
-    #[arg(long, value_name = "PIXELS")]
+    #[arg(long, env = "BLIP2_IMAGE_SIZE", value_name = "PIXELS")]
     pub(crate) image_size: Option<usize>,
     /// Load the model even where the memory that it needs is not free.
-    #[arg(long)]
+    #[arg(long, env = "BLIP2_IGNORE_MEMORY", value_parser = BoolishValueParser::new())]
     pub(crate) ignore_memory: bool,
 }
 

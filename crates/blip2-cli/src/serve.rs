@@ -2,11 +2,13 @@
 
 use std::env;
 use std::io::IsTerminal;
-use std::net::{IpAddr, SocketAddr};
+use std::net::{SocketAddr, ToSocketAddrs};
 use std::path::PathBuf;
 use std::time::Duration;
 
+use anyhow::Context;
 use blip2_server::{Keys, Limits, ServerConfig};
+use clap::builder::BoolishValueParser;
 
 use crate::args::SourceArgs;
 use crate::model::{Part, open_source};
@@ -22,9 +24,9 @@ pub(crate) struct ServeArgs {
     /// What the model is called in requests; its own name by default.
     #[arg(long, env = "BLIP2_MODEL_NAME", value_name = "NAME")]
     model_name: Option<String>,
-    /// The address to listen on; one that other machines reach needs a key.
-    #[arg(long, env = "BLIP2_HOST", default_value = "127.0.0.1", value_name = "IP")]
-    host: IpAddr,
+    /// The address to listen on, or the name of one; one that other machines reach needs a key.
+    #[arg(long, env = "BLIP2_HOST", default_value = "127.0.0.1", value_name = "ADDRESS")]
+    host: String,
     /// The port to listen on; 0 takes a free one.
     #[arg(long, env = "BLIP2_PORT", default_value_t = 8080)]
     port: u16,
@@ -32,7 +34,7 @@ pub(crate) struct ServeArgs {
     #[arg(long, env = "BLIP2_API_KEY_FILE", value_name = "FILE")]
     api_key_file: Option<PathBuf>,
     /// Let everybody in who reaches the address.
-    #[arg(long, env = "BLIP2_ALLOW_NO_KEY")]
+    #[arg(long, env = "BLIP2_ALLOW_NO_KEY", value_parser = BoolishValueParser::new())]
     allow_no_key: bool,
     /// Another name by which a server without keys may be called; may be given several times.
     #[arg(long = "allowed-host", env = "BLIP2_ALLOWED_HOSTS", value_delimiter = ',', value_name = "NAME")]
@@ -87,6 +89,9 @@ struct LimitArgs {
     /// Pixels of a picture.
     #[arg(long, env = "BLIP2_MAX_PIXELS", default_value_t = 89_478_485, value_name = "N")]
     max_pixels: u64,
+    /// Memory for pictures that are being decoded; others wait for it.
+    #[arg(long, env = "BLIP2_MAX_DECODE_MIB", default_value_t = 1024, value_name = "MIB")]
+    max_decode_mib: usize,
     /// Pictures of a request.
     #[arg(long, env = "BLIP2_MAX_PICTURES", default_value_t = 16, value_name = "N")]
     max_pictures: usize,
@@ -141,6 +146,7 @@ fn config(args: &ServeArgs) -> anyhow::Result<ServerConfig> {
         max_bodies_mib,
         max_picture_mib,
         max_pixels,
+        max_decode_mib,
         max_pictures,
         max_text_bytes,
         max_texts,
@@ -150,7 +156,7 @@ fn config(args: &ServeArgs) -> anyhow::Result<ServerConfig> {
         request_seconds,
     } = args.limits;
     Ok(ServerConfig {
-        address: SocketAddr::new(args.host, args.port),
+        address: address(&args.host, args.port)?,
         keys,
         allow_no_key: args.allow_no_key,
         allowed_hosts: args.allowed_hosts.clone(),
@@ -169,6 +175,7 @@ fn config(args: &ServeArgs) -> anyhow::Result<ServerConfig> {
             all_body_bytes: max_bodies_mib << 20,
             picture_bytes: max_picture_mib << 20,
             picture_pixels: max_pixels,
+            decode_bytes: max_decode_mib << 20,
             pictures: max_pictures,
             text_bytes: max_text_bytes,
             texts: max_texts,
@@ -181,6 +188,14 @@ fn config(args: &ServeArgs) -> anyhow::Result<ServerConfig> {
     })
 }
 
+/// An address, or what a name stands for: of several the first of IPv4, which every client of `localhost` tries.
+fn address(host: &str, port: u16) -> anyhow::Result<SocketAddr> {
+    let wrong = || format!("--host {host} is neither an address nor a name that stands for one");
+    let found: Vec<_> = (host, port).to_socket_addrs().with_context(wrong)?.collect();
+    let first = found.iter().find(|address| address.is_ipv4()).or(found.first());
+    first.copied().with_context(wrong)
+}
+
 fn log_to_standard_error(format: LogFormat) {
     let logger = tracing_subscriber::fmt()
         .with_writer(std::io::stderr)
@@ -189,5 +204,38 @@ fn log_to_standard_error(format: LogFormat) {
     match format {
         LogFormat::Text => logger.with_ansi(std::io::stderr().is_terminal()).compact().init(),
         LogFormat::Json => logger.json().flatten_event(true).with_span_list(false).init(),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use clap::Args;
+
+    use super::*;
+
+    #[test]
+    fn every_argument_is_an_environment_variable_too() {
+        let command = ServeArgs::augment_args(clap::Command::new("serve"));
+        let mut names = Vec::new();
+        for argument in command.get_arguments() {
+            let name = argument.get_env().and_then(|name| name.to_str()).unwrap_or_default();
+            assert!(name.starts_with("BLIP2_"), "--{} has no environment variable", argument.get_id());
+            assert!(!names.contains(&name), "{name} stands for two arguments");
+            names.push(name);
+        }
+        assert!(names.contains(&"BLIP2_MODEL") && names.len() > 20, "{names:?}");
+    }
+
+    #[test]
+    fn a_host_is_an_address_or_its_name() {
+        for (host, expected) in
+            [("127.0.0.1", "127.0.0.1:80"), ("0.0.0.0", "0.0.0.0:80"), ("::", "[::]:80"), ("::1", "[::1]:80")]
+        {
+            assert_eq!(address(host, 80).expect(host).to_string(), expected);
+        }
+        assert!(address("localhost", 80).expect("localhost").ip().is_loopback());
+        // Longer than a name can be, so that nobody is asked for it.
+        let error = address(&"a".repeat(300), 80).expect_err("refused");
+        assert!(error.to_string().contains("--host aaa"), "{error}");
     }
 }

@@ -113,13 +113,27 @@ fn keys_come_from_the_environment() {
 }
 
 #[test]
+fn switches_and_names_of_hosts_come_from_the_environment() {
+    let open = [("BLIP2_HOST", "0.0.0.0"), ("BLIP2_ALLOW_NO_KEY", "1"), ("BLIP2_IGNORE_MEMORY", "yes")];
+    let server = Running::start(&open);
+    assert!(server.address.starts_with("0.0.0.0:"), "{}", server.address);
+    let server = Running::start(&[("BLIP2_HOST", "localhost"), ("BLIP2_ALLOW_NO_KEY", "false")]);
+    assert!(server.address.starts_with("127.0.0.1:") || server.address.starts_with("[::1]:"));
+    // A misspelt word does not open the door.
+    let output = serve(&[], &[("BLIP2_ALLOW_NO_KEY", "flase")]).output().expect("it ends");
+    assert_eq!(output.status.code(), Some(2), "{output:?}");
+}
+
+#[test]
 fn what_is_not_safe_or_not_possible_does_not_start() {
     for (arguments, environment, word) in [
         (&["--host", "0.0.0.0"][..], &[][..], "key"),
         (&[], &[("BLIP2_HOST", "::")], "key"),
+        (&["--host", "0.0.0.0"], &[("BLIP2_ALLOW_NO_KEY", "0")], "key"),
         (&["--api-key-file", "/nonexistent/keys"], &[], "/nonexistent/keys"),
         (&["--queue", "0"], &[], "queue"),
         (&["--max-bodies-mib", "1"], &[], "bodies"),
+        (&[], &[("BLIP2_MAX_DECODE_MIB", "0")], "decoding"),
     ] {
         let output = serve(arguments, environment).output().expect("it ends");
         let said = String::from_utf8_lossy(&output.stderr);

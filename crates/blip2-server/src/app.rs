@@ -102,7 +102,8 @@ impl App {
             .route("/ready", get(ready))
             .route("/metrics", get(metrics))
             .route("/v1/models", get(openai::models::list))
-            .route("/v1/models/{model}", get(openai::models::one))
+            // With the slashes that names on the hub have.
+            .route("/v1/models/{*model}", get(openai::models::one))
             .route("/v1/chat/completions", post(openai::chat::complete))
             .route("/v1/embeddings", post(openai::embeddings::embed))
             .route("/v1/caption", post(tasks::caption))
@@ -132,14 +133,14 @@ impl App {
         RequestBody::read(&parts.headers, body, &self.config.limits, &self.budget).await
     }
 
-    /// Whether a request means this model; one that names none does.
+    /// Whether a request means this model; one that names none does. Capitals make no difference, as on the hub.
     pub(crate) fn check_model(&self, asked: Option<&str>) -> Result<(), ApiError> {
-        match asked {
-            Some(asked) if asked.strip_suffix(":latest").unwrap_or(asked) != self.name => {
-                Err(ApiError::model_not_found(asked, &self.name))
-            }
-            _ => Ok(()),
+        let Some(asked) = asked else { return Ok(()) };
+        let names = [Some(asked), asked.strip_suffix(":latest")];
+        if names.into_iter().flatten().any(|name| name.eq_ignore_ascii_case(&self.name)) {
+            return Ok(());
         }
+        Err(ApiError::model_not_found(asked, &self.name))
     }
 
     /// Who may ask this.
@@ -174,7 +175,8 @@ const REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id");
 /// What happens around every handler.
 async fn around(State(app): State<Arc<App>>, mut request: Request, next: Next) -> Response {
     let start = Instant::now();
-    let path = request.extensions().get::<MatchedPath>().map(|path| path.as_str().to_owned());
+    // `ROUTES` names a parameter alike, whether it may have slashes or not.
+    let path = request.extensions().get::<MatchedPath>().map(|path| path.as_str().replace("{*", "{"));
     let route = path.and_then(|path| ROUTES.iter().find(|(_, known, _)| *known == path));
     // An address that is none is answered like one that needs a key: nobody without one learns which there are.
     let (route, is_open) = route.map_or(("other", false), |(_, path, is_open)| (*path, *is_open));

@@ -1,4 +1,4 @@
-//! A request's body, read within limits and within a memory budget of all requests.
+//! A request's body, read within limits and within a memory budget of all requests; and what such a budget is.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -17,13 +17,30 @@ use crate::error::ApiError;
 /// How much memory one permit stands for: a semaphore counts to 2²⁹ at most.
 const PERMIT_BYTES: usize = 4 << 10;
 
-/// Memory that the bodies of all requests share.
+/// Memory that all requests share, for one thing: their bodies, or pictures that are decoded.
 #[derive(Debug, Clone)]
-pub(crate) struct Budget(Arc<Semaphore>);
+pub(crate) struct Budget {
+    permits: Arc<Semaphore>,
+    n_permits: u32,
+}
 
 impl Budget {
     pub(crate) fn new(bytes: usize) -> Self {
-        Self(Arc::new(Semaphore::new(bytes.div_ceil(PERMIT_BYTES))))
+        let n_permits = u32::try_from(bytes.div_ceil(PERMIT_BYTES)).unwrap_or(u32::MAX);
+        Self { permits: Arc::new(Semaphore::new(n_permits as usize)), n_permits }
+    }
+
+    /// Takes a share, if it is free.
+    fn try_take(&self, n_permits: usize) -> Option<OwnedSemaphorePermit> {
+        self.permits.clone().try_acquire_many_owned(u32::try_from(n_permits).ok()?).ok()
+    }
+
+    /// Waits for a share, first come first served. What would need more than there is takes all of it.
+    pub(crate) async fn take(&self, bytes: u64) -> Memory {
+        let wanted = u32::try_from(bytes.div_ceil(PERMIT_BYTES as u64)).unwrap_or(u32::MAX);
+        // Nobody closes the semaphore, so that there is no error.
+        let permit = self.permits.clone().acquire_many_owned(wanted.min(self.n_permits)).await;
+        Memory { _permit: permit.ok() }
     }
 }
 
@@ -34,7 +51,7 @@ pub(crate) struct RequestBody {
     memory: Memory,
 }
 
-/// A share of the budget, held while what was read is being understood.
+/// A share of the budget, held as long as what takes the memory.
 #[derive(Debug, Default)]
 pub(crate) struct Memory {
     _permit: Option<OwnedSemaphorePermit>,
@@ -77,9 +94,7 @@ impl RequestBody {
             let wanted = (2 * (bytes.len() + data.len())).div_ceil(PERMIT_BYTES);
             let held = memory.as_ref().map_or(0, OwnedSemaphorePermit::num_permits);
             if let Some(missing) = wanted.checked_sub(held).filter(|missing| *missing > 0) {
-                let more =
-                    u32::try_from(missing).ok().and_then(|n| budget.0.clone().try_acquire_many_owned(n).ok());
-                let Some(more) = more else {
+                let Some(more) = budget.try_take(missing) else {
                     drop((bytes, memory));
                     discard(body).await;
                     return Err(ApiError::overloaded());
@@ -148,6 +163,20 @@ mod tests {
         assert_eq!(read(100_000, &limits, &budget).await.expect_err("no memory").status, 429);
         drop(first);
         assert!(read(100_000, &limits, &budget).await.is_ok());
+    }
+
+    #[tokio::test]
+    async fn shares_are_waited_for_and_never_larger_than_all() {
+        let budget = Budget::new(300_000);
+        let is_free = async |bytes| timeout(Duration::from_millis(20), budget.take(bytes)).await.is_ok();
+        let small = budget.take(200_000).await;
+        assert!(is_free(100_000).await && !is_free(200_000).await);
+        assert!(!is_free(u64::MAX).await, "it waits for all");
+        drop(small);
+        let all = budget.take(u64::MAX).await;
+        assert!(!is_free(1).await);
+        drop(all);
+        assert!(is_free(300_000).await);
     }
 
     #[tokio::test]

@@ -81,6 +81,8 @@ pub struct Limits {
     pub pictures: usize,
     /// Pictures that are decoded at once.
     pub decode_threads: usize,
+    /// Memory of all pictures that are being decoded, in bytes: others wait. One that needs more by itself is decoded alone.
+    pub decode_bytes: usize,
     /// Bytes of all text of a request.
     pub text_bytes: usize,
     /// Texts or labels of a request.
@@ -110,6 +112,8 @@ impl Default for Limits {
             picture_pixels: pictures.max_pixels,
             pictures: 16,
             decode_threads: std::thread::available_parallelism().map_or(1, usize::from).min(4),
+            // The largest picture at 12 bytes a pixel, or a handful of a phone's.
+            decode_bytes: 1 << 30,
             text_bytes: 8 << 10,
             texts: 64,
             tokens: 512,
@@ -155,6 +159,9 @@ impl ServerConfig {
                 return Err(StartError::Config(format!("the limit of {name} is {value}: give 1 or more")));
             }
         }
+        if self.limits.decode_bytes == 0 || self.limits.decode_bytes > 1 << 40 {
+            return Err(StartError::Config("the memory for decoding pictures is 0 or too large".into()));
+        }
         if self.limits.body_bytes > self.limits.all_body_bytes || self.limits.all_body_bytes > 1 << 40 {
             let reason = "the memory for all bodies must hold at least one body of the largest size";
             return Err(StartError::Config(reason.into()));
@@ -190,7 +197,12 @@ mod tests {
     fn limits_that_allow_nothing_are_refused() {
         let config = ServerConfig { queue: 0, ..ServerConfig::default() };
         assert!(config.validate().expect_err("refused").to_string().contains("queue"));
-        let limits = Limits { all_body_bytes: 1, ..Limits::default() };
-        assert!(ServerConfig { limits, ..ServerConfig::default() }.validate().is_err());
+        for limits in [
+            Limits { all_body_bytes: 1, ..Limits::default() },
+            Limits { decode_bytes: 0, ..Limits::default() },
+            Limits { decode_bytes: 1 << 41, ..Limits::default() },
+        ] {
+            assert!(ServerConfig { limits, ..ServerConfig::default() }.validate().is_err());
+        }
     }
 }

@@ -5,6 +5,8 @@
 //! before its next token.
 
 mod queue;
+#[cfg(test)]
+mod tests;
 mod worker;
 
 use std::sync::Arc;

@@ -5,7 +5,8 @@
 //! those answers; every redirect goes through the same door. Nothing in a request's text is ever fetched.
 
 use std::io;
-use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, ToSocketAddrs};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, ToSocketAddrs};
+use std::sync::mpsc;
 use std::time::{Duration, Instant};
 
 use ureq::config::Config;
@@ -17,7 +18,7 @@ use ureq::unversioned::transport::{DefaultConnector, NextTimeout};
 
 use crate::error::ApiError;
 
-/// All hops together.
+/// All hops together, names and bodies included.
 const LONGEST: Duration = Duration::from_secs(10);
 const MAX_REDIRECTS: usize = 3;
 
@@ -29,6 +30,7 @@ pub(crate) struct Fetcher {
     max_bytes: u64,
     /// Of http and of https.
     ports: [u16; 2],
+    longest: Duration,
     agent: ureq::Agent,
 }
 
@@ -59,7 +61,7 @@ impl Refusal {
 
 impl Fetcher {
     pub(crate) fn new(domains: &[String], max_bytes: u64) -> Self {
-        Self::with_resolver(domains, max_bytes, PublicResolver { is_allowed: is_public })
+        Self::with_resolver(domains, max_bytes, PublicResolver { is_allowed: is_public, look_up })
     }
 
     fn with_resolver(domains: &[String], max_bytes: u64, resolver: PublicResolver) -> Self {
@@ -74,7 +76,7 @@ impl Fetcher {
             .build();
         let agent = ureq::Agent::with_parts(config, DefaultConnector::default(), resolver);
         let domains = domains.iter().map(|domain| domain.to_ascii_lowercase()).collect();
-        Self { domains, max_bytes, ports: [80, 443], agent }
+        Self { domains, max_bytes, ports: [80, 443], longest: LONGEST, agent }
     }
 
     /// The bytes at an address. Blocks; takes no longer than ten seconds.
@@ -87,7 +89,7 @@ impl Fetcher {
     }
 
     fn follow(&self, url: &str) -> Result<Vec<u8>, Refusal> {
-        let deadline = Instant::now() + LONGEST;
+        let deadline = Instant::now() + self.longest;
         let mut uri = self.check(url)?;
         for _ in 0..=MAX_REDIRECTS {
             let left = deadline.saturating_duration_since(Instant::now());
@@ -175,27 +177,49 @@ fn absolute(from: &Uri, target: &str) -> Result<String, Refusal> {
 #[derive(Debug, Clone, Copy)]
 struct PublicResolver {
     is_allowed: fn(IpAddr) -> bool,
+    /// The addresses of `host:port`.
+    look_up: fn(&str) -> io::Result<Vec<SocketAddr>>,
 }
 
 impl Resolver for PublicResolver {
-    fn resolve(&self, uri: &Uri, _: &Config, _: NextTimeout) -> Result<ResolvedSocketAddrs, ureq::Error> {
+    fn resolve(
+        &self,
+        uri: &Uri,
+        _: &Config,
+        timeout: NextTimeout,
+    ) -> Result<ResolvedSocketAddrs, ureq::Error> {
         let refused = || ureq::Error::Io(io::ErrorKind::PermissionDenied.into());
         let (Some(scheme), Some(authority)) = (uri.scheme(), uri.authority()) else { return Err(refused()) };
         let name = DefaultResolver::host_and_port(scheme, authority).ok_or_else(refused)?;
-        let mut addresses = self.empty();
-        let mut n_found = 0;
-        for address in name.to_socket_addrs()? {
-            if !(self.is_allowed)(address.ip()) {
-                return Err(refused());
-            }
-            n_found += 1;
-            // The list holds sixteen.
-            if n_found <= 16 {
-                addresses.push(address);
-            }
+        let found = look_up_within(*timeout.after, self.look_up, name)?;
+        let found = found.ok_or(ureq::Error::Timeout(timeout.reason))?;
+        if found.iter().any(|address| !(self.is_allowed)(address.ip())) {
+            return Err(refused());
         }
-        if n_found == 0 { Err(ureq::Error::HostNotFound) } else { Ok(addresses) }
+        let mut addresses = self.empty();
+        // The list holds sixteen.
+        found.iter().take(16).for_each(|&address| addresses.push(address));
+        if found.is_empty() { Err(ureq::Error::HostNotFound) } else { Ok(addresses) }
     }
+}
+
+fn look_up(name: &str) -> io::Result<Vec<SocketAddr>> {
+    name.to_socket_addrs().map(Iterator::collect)
+}
+
+/// The addresses of a name; `None` when they are not known in time. The operating system gives its answer no deadline, and half
+/// a minute is usual where a name's servers say nothing: a thread waits for it, and ends when it comes.
+fn look_up_within(
+    longest: Duration,
+    look_up: fn(&str) -> io::Result<Vec<SocketAddr>>,
+    name: String,
+) -> io::Result<Option<Vec<SocketAddr>>> {
+    let (sender, receiver) = mpsc::sync_channel(1);
+    std::thread::Builder::new().name("blip2-resolver".into()).spawn(move || {
+        // Nobody listens any more when it comes too late.
+        let _ = sender.send(look_up(&name));
+    })?;
+    receiver.recv_timeout(longest).ok().transpose()
 }
 
 /// Whether an address is one of the public network, by IANA's registries of special addresses.

@@ -55,8 +55,12 @@ impl GenerationFields {
     /// grows, and with room for more than a caption.
     pub(crate) fn for_chat(own: &GenerationConfig, limits: &Limits) -> GenerationConfig {
         const ROOM: usize = 256;
-        let max_new_tokens = own.max_new_tokens.max(ROOM).min(limits.tokens);
-        GenerationConfig { num_beams: 1, max_new_tokens, ..own.clone() }
+        let own = in_new_tokens(own.clone(), limits);
+        GenerationConfig {
+            num_beams: 1,
+            max_new_tokens: own.max_new_tokens.max(ROOM).min(limits.tokens),
+            ..own
+        }
     }
 
     /// Changes `base` by what the request says.
@@ -77,13 +81,14 @@ impl GenerationFields {
     }
 
     fn generation(&self, base: GenerationConfig, limits: &Limits) -> Result<GenerationConfig, ApiError> {
-        let mut config = base;
-        config.max_new_tokens = config.max_new_tokens.min(limits.tokens);
+        let mut config = in_new_tokens(base, limits);
         self.apply_lengths(&mut config, limits)?;
         self.apply_choice(&mut config, limits)?;
         set(&mut config.length_penalty, self.length_penalty);
         set(&mut config.early_stopping, self.early_stopping);
         set(&mut config.repetition_penalty, self.repetition_penalty);
+        set(&mut config.presence_penalty, self.presence_penalty);
+        set(&mut config.frequency_penalty, self.frequency_penalty);
         set(&mut config.no_repeat_ngram_size, self.no_repeat_ngram_size);
         if let Some(stop) = &self.stop {
             config.stop_strings = stop_strings(stop.as_slice())?;
@@ -170,7 +175,11 @@ impl GenerationFields {
         let max = config.max_new_tokens;
         config.min_new_tokens = match self.min_tokens {
             None => config.min_new_tokens.min(max),
-            Some(min) if min <= max => min,
+            Some(min) if min <= max => {
+                // As for the longest: what counts the prompt would hold as well.
+                config.min_length = 0;
+                min
+            }
             Some(min) => {
                 let message = format!("min_tokens is {min}, more than the longest answer of {max}");
                 return Err(ApiError::invalid("min_tokens", message));
@@ -181,21 +190,23 @@ impl GenerationFields {
 
     /// What clients may ask for and does not exist here is said, not left out.
     fn refuse_unsupported(&self) -> Result<(), ApiError> {
-        let is_set = |penalty: Option<f32>| penalty.is_some_and(|penalty| penalty != 0.0);
         let has_tools = [&self.tools, &self.functions].into_iter().flatten().any(|tools| !tools.is_empty());
-        for (param, is_asked, instead) in [
-            ("presence_penalty", is_set(self.presence_penalty), "repetition_penalty is"),
-            ("frequency_penalty", is_set(self.frequency_penalty), "repetition_penalty is"),
-            ("logit_bias", self.logit_bias.as_ref().is_some_and(|bias| !bias.is_empty()), ""),
-            ("tools", has_tools, ""),
-        ] {
+        let has_bias = self.logit_bias.as_ref().is_some_and(|bias| !bias.is_empty());
+        for (param, is_asked) in [("logit_bias", has_bias), ("tools", has_tools)] {
             if is_asked {
-                let instead = if instead.is_empty() { String::new() } else { format!("; {instead}") };
-                return Err(ApiError::unsupported(param, format!("{param} is not supported here{instead}")));
+                let message = format!("{param} is not supported here: leave it out");
+                return Err(ApiError::unsupported(param, message));
             }
         }
         Ok(())
     }
+}
+
+/// The longest text as requests count it. A model folder's `generation_config.json` may bound the prompt and the text together,
+/// which holds in place of `max_new_tokens`: then neither a request's limit would hold nor the memory that is set aside.
+fn in_new_tokens(own: GenerationConfig, limits: &Limits) -> GenerationConfig {
+    let longest = own.max_length.unwrap_or(own.max_new_tokens);
+    GenerationConfig { max_new_tokens: longest.min(limits.tokens), max_length: None, ..own }
 }
 
 /// At most four, as OpenAI has it, and none that is empty or a text of its own.
@@ -245,6 +256,37 @@ mod tests {
     }
 
     #[test]
+    fn openais_penalties_are_taken() {
+        let config = apply(r#"{"presence_penalty": 0.5, "frequency_penalty": -1}"#).expect("valid");
+        assert_eq!((config.presence_penalty, config.frequency_penalty), (0.5, -1.0));
+        let config = apply(r#"{"presence_penalty": null, "frequency_penalty": 0}"#).expect("valid");
+        assert_eq!((config.presence_penalty, config.frequency_penalty), (0.0, 0.0));
+    }
+
+    #[test]
+    fn a_folders_lengths_give_way_to_a_requests() {
+        let limits = Limits { tokens: 300, ..Limits::default() };
+        let own = |max_length| GenerationConfig {
+            max_length: Some(max_length),
+            min_length: 9,
+            ..Default::default()
+        };
+        let lengths = |own: GenerationConfig, json: &str| {
+            let fields: GenerationFields = serde_json::from_str(json).expect("fields");
+            let config = fields.apply(own, &limits).expect("valid").generation;
+            assert_eq!(config.max_length, None, "it would hold instead of max_new_tokens");
+            (config.max_new_tokens, config.min_new_tokens, config.min_length)
+        };
+        assert_eq!(lengths(own(40), "{}"), (40, 0, 9));
+        assert_eq!(lengths(own(400), "{}"), (300, 0, 9));
+        assert_eq!(lengths(own(40), r#"{"max_tokens": 60}"#), (60, 0, 9));
+        assert_eq!(lengths(own(40), r#"{"max_tokens": 60, "min_tokens": 50}"#), (60, 50, 0));
+        assert_eq!(lengths(own(40), r#"{"min_tokens": 0}"#), (40, 0, 0));
+        assert_eq!(lengths(GenerationFields::for_chat(&own(40), &limits), "{}"), (256, 0, 9));
+        assert_eq!(lengths(GenerationFields::for_chat(&own(400), &limits), "{}"), (300, 0, 9));
+    }
+
+    #[test]
     fn what_cannot_be_is_named() {
         for (json, param, code) in [
             (r#"{"n": 0}"#, "n", "invalid_value"),
@@ -265,7 +307,8 @@ mod tests {
             (r#"{"repetition_penalty": 0}"#, "repetition_penalty", "invalid_value"),
             (r#"{"stop": ["a", "b", "c", "d", "e"]}"#, "stop", "invalid_value"),
             (r#"{"stop": ""}"#, "stop", "invalid_value"),
-            (r#"{"presence_penalty": 0.5}"#, "presence_penalty", "unsupported_value"),
+            (r#"{"presence_penalty": 2.5}"#, "presence_penalty", "invalid_value"),
+            (r#"{"frequency_penalty": -2.5}"#, "frequency_penalty", "invalid_value"),
             (r#"{"logit_bias": {"5": 1}}"#, "logit_bias", "unsupported_value"),
             (r#"{"response_format": {"type": "xml"}}"#, "response_format", "unsupported_value"),
             (r#"{"guided_choice": "a"}"#, "guided_choice", "invalid_value"),

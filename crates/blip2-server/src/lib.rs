@@ -5,8 +5,9 @@
 //! 1. [`Server`] accepts connections itself: a bounded number, a deadline for headers and for writes, HTTP/1.1.
 //! 2. `app` names the request, checks host and key, and finds its handler; every error leaves through one conversion
 //!    (`error`), in the shape of the interface that was spoken to.
-//! 3. `body` reads within limits and a memory budget of all requests; `picture` decodes on a thread of its own and
-//!    prepares pixels, unless the picture's features are cached; `fetch` gets it from the network, where that is allowed.
+//! 3. `body` reads within limits and a memory budget of all requests; `picture` decodes within another, on a thread of its
+//!    own, and prepares pixels, unless the picture's features are cached; `fetch` gets it from the network, where that is
+//!    allowed.
 //! 4. `engine` admits the request to a bounded queue. One thread owns the computing: it encodes pictures in batches, lets
 //!    answers join and leave between two tokens, and stops those whose client has gone.
 //! 5. The handler (`openai`, `ollama`, `tasks`) turns what the engine sends into JSON, or into a stream of it.
@@ -45,6 +46,8 @@ mod picture;
 mod recent;
 mod stream;
 mod tasks;
+#[cfg(test)]
+mod testing;
 mod text;
 mod wire;
 

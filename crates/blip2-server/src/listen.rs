@@ -276,12 +276,13 @@ pub(crate) fn signal() -> Result<impl Future<Output = ()>, StartError> {
     })
 }
 
-/// A model's name as programs write it: `blip2 default, interim` is `blip2-default-interim`.
+/// A model's name as programs write it: `blip2 default, interim` is `blip2-default-interim`. Capitals stay, as names on the hub
+/// have them.
 fn plain_name(name: &str) -> String {
     let words: Vec<String> = name
         .split(|c: char| !(c.is_ascii_alphanumeric() || "._-/".contains(c)))
         .filter(|word| !word.is_empty())
-        .map(str::to_ascii_lowercase)
+        .map(str::to_owned)
         .collect();
     if words.is_empty() { "blip2".into() } else { words.join("-") }
 }
@@ -291,7 +292,7 @@ mod tests {
     #[test]
     fn names_are_plain() {
         assert_eq!(super::plain_name("blip2 default, interim"), "blip2-default-interim");
-        assert_eq!(super::plain_name("Salesforce/blip2-opt-2.7b"), "salesforce/blip2-opt-2.7b");
+        assert_eq!(super::plain_name("Salesforce/blip2-opt-2.7b"), "Salesforce/blip2-opt-2.7b");
         assert_eq!(super::plain_name("…"), "blip2");
     }
 }

@@ -19,7 +19,7 @@ pub(crate) struct Metrics {
     request_seconds: Histogram,
     first_token_seconds: Histogram,
     between_tokens_seconds: Histogram,
-    stages: [Histogram; 5],
+    stages: [Histogram; 6],
     batch_texts: Histogram,
     pub(crate) connections: AtomicUsize,
     pub(crate) queued: AtomicUsize,
@@ -44,6 +44,8 @@ pub(crate) enum Stage {
     Wait,
     /// The image encoder and the Q-Former, for a batch of pictures.
     Encode,
+    /// One computation about pictures that is not writing: a match, labels, a heat map.
+    Compute,
     /// The language model reads prompts.
     Prompt,
     /// One token for each text of the batch.
@@ -51,10 +53,11 @@ pub(crate) enum Stage {
 }
 
 impl Stage {
-    const ALL: [(Self, &'static str); 5] = [
+    const ALL: [(Self, &'static str); 6] = [
         (Self::Decode, "decode"),
         (Self::Wait, "wait"),
         (Self::Encode, "encode"),
+        (Self::Compute, "compute"),
         (Self::Prompt, "prompt"),
         (Self::Step, "step"),
     ];

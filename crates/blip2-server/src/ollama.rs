@@ -29,8 +29,7 @@ struct ChatRequest {
     stream: Option<bool>,
     format: Option<Value>,
     tools: Option<Vec<Value>>,
-    #[serde(default)]
-    options: Options,
+    options: Option<Options>,
 }
 
 #[derive(Debug, Deserialize)]
@@ -53,8 +52,7 @@ struct GenerateRequest {
     suffix: Option<String>,
     template: Option<String>,
     raw: Option<bool>,
-    #[serde(default)]
-    options: Options,
+    options: Option<Options>,
 }
 
 /// Ollama's names of what decides how to write; those of its runner's own (threads, GPU layers) are left alone.
@@ -69,6 +67,8 @@ struct Options {
     num_predict: Option<i64>,
     stop: Option<OneOrMany<String>>,
     repeat_penalty: Option<f32>,
+    presence_penalty: Option<f32>,
+    frequency_penalty: Option<f32>,
     num_beams: Option<usize>,
 }
 
@@ -78,7 +78,8 @@ impl Options {
         let fields = json!({
             "temperature": self.temperature, "top_k": self.top_k, "top_p": self.top_p, "min_p": self.min_p,
             "seed": self.seed, "stop": stop, "num_beams": self.num_beams,
-            "repetition_penalty": self.repeat_penalty,
+            "repetition_penalty": self.repeat_penalty, "presence_penalty": self.presence_penalty,
+            "frequency_penalty": self.frequency_penalty,
         });
         let fields: GenerationFields = serde_json::from_value(fields).map_err(|_| ApiError::internal())?;
         let mut base = GenerationFields::for_chat(own, limits);
@@ -126,7 +127,7 @@ pub(crate) async fn chat(
             })
             .collect(),
         format: asked.format,
-        options: asked.options,
+        options: asked.options.unwrap_or_default(),
         stream: asked.stream,
         is_chat: true,
     };
@@ -155,7 +156,7 @@ pub(crate) async fn generate(
         model: asked.model,
         messages,
         format: asked.format,
-        options: asked.options,
+        options: asked.options.unwrap_or_default(),
         stream: asked.stream,
         is_chat: false,
     };

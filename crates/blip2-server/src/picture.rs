@@ -1,18 +1,19 @@
-//! Pictures of requests: from base64 to pixels within limits, unless they were seen before.
+//! Pictures of requests: from base64 to pixels within limits and a memory budget of all, unless they were seen before.
 
 use std::sync::atomic::Ordering;
 use std::sync::{Arc, OnceLock};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use base64::Engine as _;
 use base64::engine::DecodePaddingMode;
 use base64::engine::general_purpose::{GeneralPurpose, GeneralPurposeConfig};
-use blip2::image::{Limits, Pixels, decode};
+use blip2::image::{Limits, Pixels, decode, memory_to_decode};
 use blip2::model::{Blip2, ImageFeatures};
 use candle_core::Tensor;
 use sha2::{Digest, Sha256};
 use tokio::sync::Semaphore;
 
+use crate::body::Budget;
 use crate::config::ServerConfig;
 use crate::error::ApiError;
 use crate::fetch::Fetcher;
@@ -78,6 +79,22 @@ impl From<String> for Source {
     }
 }
 
+/// What a picture's file turned out to be.
+enum Read {
+    Seen(Arc<SeenPicture>),
+    New(NewFile),
+}
+
+/// The file of a picture that is to be decoded.
+struct NewFile {
+    key: Key,
+    bytes: Vec<u8>,
+    /// What decoding takes, by its header.
+    memory: u64,
+    /// How long reading it took.
+    took: Duration,
+}
+
 /// Makes pictures of what requests send.
 #[derive(Debug)]
 pub(crate) struct PictureReader {
@@ -86,6 +103,7 @@ pub(crate) struct PictureReader {
     metrics: Arc<Metrics>,
     limits: Limits,
     slots: Arc<Semaphore>,
+    memory: Budget,
     fetcher: Option<Fetcher>,
     fetches: Arc<Semaphore>,
     /// What besides the file's bytes decides the features: the encoder and how pictures are prepared for it.
@@ -118,6 +136,7 @@ impl PictureReader {
             metrics: metrics.clone(),
             limits: picture_limits,
             slots: Arc::new(Semaphore::new(limits.decode_threads)),
+            memory: Budget::new(limits.decode_bytes),
             fetcher: (!config.image_domains.is_empty())
                 .then(|| Fetcher::new(&config.image_domains, limits.picture_bytes)),
             fetches: Arc::new(Semaphore::new(FETCHES)),
@@ -131,11 +150,31 @@ impl PictureReader {
             return Err(ApiError::part_missing("see pictures"));
         }
         let source = self.fetched(source, param).await?;
+        let owned = param.to_owned();
+        let file = match self.on_a_thread(move |reader| reader.read_file(source, &owned)).await? {
+            Read::Seen(seen) => return Ok(Picture::Seen(seen)),
+            Read::New(file) => file,
+        };
+        // Between the two threads, so that those who wait for memory keep none of the others waiting.
+        let memory = self.memory.take(file.memory).await;
+        let owned = param.to_owned();
+        self.on_a_thread(move |reader| {
+            let _memory = memory;
+            reader.decode(&file, &owned)
+        })
+        .await
+    }
+
+    /// Runs on one of the threads for pictures.
+    async fn on_a_thread<T: Send + 'static>(
+        self: &Arc<Self>,
+        run: impl FnOnce(&Self) -> Result<T, ApiError> + Send + 'static,
+    ) -> Result<T, ApiError> {
         let slot = self.slots.clone().acquire_owned().await.map_err(|_| ApiError::internal())?;
-        let (reader, owned) = (self.clone(), param.to_owned());
+        let reader = self.clone();
         let work = move || {
             let _slot = slot;
-            reader.read_now(source, &owned)
+            run(&reader)
         };
         tokio::task::spawn_blocking(work).await.map_err(|_| ApiError::internal())?
     }
@@ -156,7 +195,8 @@ impl PictureReader {
         tokio::task::spawn_blocking(work).await.map_err(|_| ApiError::internal())?
     }
 
-    fn read_now(&self, source: Source, param: &str) -> Result<Picture, ApiError> {
+    /// Reads a file and its header, unless the picture was seen before.
+    fn read_file(&self, source: Source, param: &str) -> Result<Read, ApiError> {
         let start = Instant::now();
         let bytes = match source {
             Source::Text(text) => self.file(&text, param)?,
@@ -165,15 +205,22 @@ impl PictureReader {
         let key = self.key(&bytes);
         if let Some(seen) = self.cache.get(&key) {
             self.metrics.picture_hits.fetch_add(1, Ordering::Relaxed);
-            return Ok(Picture::Seen(seen));
+            return Ok(Read::Seen(seen));
         }
         self.metrics.picture_misses.fetch_add(1, Ordering::Relaxed);
+        let memory =
+            memory_to_decode(&bytes, &self.limits).map_err(|error| ApiError::picture(&error, param))?;
+        Ok(Read::New(NewFile { key, bytes, memory, took: start.elapsed() }))
+    }
+
+    fn decode(&self, file: &NewFile, param: &str) -> Result<Picture, ApiError> {
+        let start = Instant::now();
         let Some(vision) = self.model.vision() else { return Err(ApiError::part_missing("see pictures")) };
-        let picture =
-            decode(&bytes, &self.limits, Pixels::AsSeen).map_err(|error| ApiError::picture(&error, param))?;
+        let picture = decode(&file.bytes, &self.limits, Pixels::AsSeen)
+            .map_err(|error| ApiError::picture(&error, param))?;
         let pixels = vision.processor().pixels(&picture);
-        self.metrics.stage(Stage::Decode, start.elapsed());
-        Ok(Picture::New { key, pixels: Arc::new(pixels) })
+        self.metrics.stage(Stage::Decode, file.took + start.elapsed());
+        Ok(Picture::New { key: file.key, pixels: Arc::new(pixels) })
     }
 
     /// The bytes of a file.
@@ -237,4 +284,55 @@ impl PictureReader {
 fn is_remote(text: &str) -> bool {
     let scheme = text.trim().split_once(':').map(|(scheme, _)| scheme);
     scheme.is_some_and(|scheme| scheme.eq_ignore_ascii_case("http") || scheme.eq_ignore_ascii_case("https"))
+}
+
+#[cfg(test)]
+mod tests {
+    use blip2::image::{RgbImage, png};
+    use tokio::time::timeout;
+
+    use super::*;
+    use crate::testing::model;
+
+    fn reader(decode_bytes: usize) -> Arc<PictureReader> {
+        let mut config = ServerConfig::default();
+        config.limits.decode_bytes = decode_bytes;
+        let cache = Arc::new(Recent::new(config.picture_cache_bytes));
+        Arc::new(PictureReader::new(&model("blip2_opt"), &cache, &Arc::new(Metrics::new()), &config))
+    }
+
+    fn file(grey: u8) -> Source {
+        Source::File(png(&RgbImage::from_pixel(99, 99, [grey; 3].into())))
+    }
+
+    #[tokio::test(flavor = "multi_thread")]
+    async fn large_pictures_wait_for_each_other_and_seen_ones_for_nobody() {
+        let reader = reader(1 << 20);
+        let first = reader.read(file(1), "image").await.expect("a picture");
+        let features = reader.model.encode(&[RgbImage::new(9, 9)]).expect("features").remove(0);
+        let seen = SeenPicture { key: *first.key(), features, soft_tokens: OnceLock::new() };
+        reader.cache.insert(*first.key(), Arc::new(seen), 1);
+
+        let all = reader.memory.take(u64::MAX).await;
+        let waits = timeout(Duration::from_millis(100), reader.read(file(2), "image")).await;
+        assert!(waits.is_err(), "there is no memory for it");
+        assert!(matches!(reader.read(file(1), "image").await, Ok(Picture::Seen(_))));
+        let error = reader.read(Source::File(b"none".to_vec()), "image").await.expect_err("no picture");
+        assert_eq!(error.code, "invalid_image_format", "known from its beginning");
+        drop(all);
+        assert!(matches!(reader.read(file(2), "image").await, Ok(Picture::New { .. })));
+    }
+
+    #[tokio::test(flavor = "multi_thread")]
+    async fn pictures_that_need_more_than_all_memory_are_read_one_by_one() {
+        let reader = reader(1);
+        let read = |grey| {
+            let reader = reader.clone();
+            tokio::spawn(async move { reader.read(file(grey), "image").await })
+        };
+        let reading: Vec<_> = (0..20).map(read).collect();
+        for reading in reading {
+            assert!(matches!(reading.await.expect("not cancelled"), Ok(Picture::New { .. })));
+        }
+    }
 }

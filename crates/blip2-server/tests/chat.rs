@@ -279,6 +279,43 @@ fn a_seed_decides_and_without_one_answers_differ() {
 }
 
 #[test]
+fn penalties_are_the_librarys_in_every_interface() {
+    let server = TestServer::start("blip2_opt", config());
+    let features = server.model.encode(&[picture(1)]).expect("features").remove(0);
+    let mut texts = Vec::new();
+    // Below 0 a token that came a few times comes for ever; above it, none does.
+    for penalty in [0.0, 2.0, -2.0] {
+        let expected = |min_new_tokens| {
+            let config = GenerationConfig {
+                presence_penalty: penalty,
+                frequency_penalty: penalty,
+                min_new_tokens,
+                ..greedy(40)
+            };
+            let answers = server.model.ask(&[(&features, "which city?")], &config).expect("an answer");
+            answers[0][0].text.clone()
+        };
+        let mut options =
+            json!({"presence_penalty": penalty, "frequency_penalty": penalty, "num_predict": 40});
+        let mut fields = json!({"max_tokens": 40, "min_tokens": 40, "num_beams": 1, "question": "which city?",
+            "presence_penalty": penalty, "frequency_penalty": penalty});
+        texts.push(expected(40));
+        let response = server.post("/v1/chat/completions", &chat(1, "which city?", &fields)).ok();
+        assert_eq!(text_of(&response), texts[texts.len() - 1]);
+        fields["image"] = data_url(1).into();
+        let response = server.post("/v1/vqa", &fields).ok();
+        assert_eq!(response["answers"][0]["text"], texts[texts.len() - 1]);
+        // Ollama knows no shortest answer.
+        let image = base64(&png(&picture(1)));
+        options["temperature"] = 0.into();
+        let request =
+            json!({"prompt": "which city?", "images": [image], "stream": false, "options": options});
+        assert_eq!(server.post("/api/generate", &request).ok()["response"], expected(0));
+    }
+    assert!(texts.iter().any(|text| *text != texts[0]), "they make a difference");
+}
+
+#[test]
 fn every_mistake_has_its_code() {
     let server = TestServer::start("blip2_opt", config());
     let with = |fields: Json| chat(8, "who?", &fields);
@@ -307,7 +344,8 @@ fn every_mistake_has_its_code() {
         (with(json!({"top_logprobs": 3})), 400, "invalid_value"),
         (with(json!({"logprobs": true, "top_logprobs": 21})), 400, "invalid_value"),
         (with(json!({"logprobs": true, "top_logprobs": 2, "num_beams": 2})), 400, "invalid_value"),
-        (with(json!({"presence_penalty": 1})), 400, "unsupported_value"),
+        (with(json!({"presence_penalty": 3})), 400, "invalid_value"),
+        (with(json!({"logit_bias": {"50256": -100}})), 400, "unsupported_value"),
         (with(json!({"response_format": {"type": "xml"}})), 400, "unsupported_value"),
         (with(json!({"guided_choice": [], "max_tokens": 3})), 400, "invalid_constraint"),
         (with(json!({"guided_regex": "("})), 400, "invalid_constraint"),

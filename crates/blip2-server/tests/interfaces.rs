@@ -8,7 +8,7 @@ use std::sync::Arc;
 
 use blip2::generate::GenerationConfig;
 use blip2::model::{Blip2, OpenOptions};
-use blip2_server::ROUTES;
+use blip2_server::{ROUTES, ServerConfig};
 use serde_json::{Value as Json, json};
 use support::{TestServer, base64, config, data_url, picture, png};
 
@@ -107,6 +107,29 @@ fn models_are_told_in_both_interfaces() {
 }
 
 #[test]
+fn a_model_is_known_by_its_name_on_the_hub_however_it_is_written() {
+    let name = "Salesforce/blip2-opt-2.7b";
+    let config = ServerConfig { model_name: Some(name.into()), ..config() };
+    let server = TestServer::start("blip2_opt", config);
+    assert_eq!(server.name, name);
+    let described = server.get("/v1/models").ok()["data"][0].clone();
+    assert_eq!(described["id"], name);
+    for path in [name, "salesforce/BLIP2-OPT-2.7b", "Salesforce%2Fblip2-opt-2.7b"] {
+        assert_eq!(server.get(&format!("/v1/models/{path}")).ok(), described, "{path}");
+    }
+    for asked in [name, "salesforce/blip2-opt-2.7b", "SALESFORCE/blip2-opt-2.7b:latest"] {
+        let request = support::chat(1, "who?", &json!({"model": asked, "max_tokens": 2}));
+        assert_eq!(server.post("/v1/chat/completions", &request).ok()["model"], name, "{asked}");
+    }
+    for path in ["Salesforce", "Salesforce/blip2-opt-2.7b/x", "blip2-opt-2.7b", "Salesforce//blip2-opt-2.7b"]
+    {
+        assert_eq!(server.get(&format!("/v1/models/{path}")).error_code(), "model_not_found", "{path}");
+    }
+    let told = "blip2_requests_total{route=\"/v1/models/{model}\",outcome=\"ok\"}";
+    server.wait_for(told, |n| n == 3.0);
+}
+
+#[test]
 fn ollamas_conversations_are_lines_of_json() {
     let server = TestServer::start("blip2_t5", config());
     let features = server.model.encode(&[picture(2)]).expect("features").remove(0);
@@ -136,6 +159,10 @@ fn ollamas_conversations_are_lines_of_json() {
         let whole = server.post(path, &whole).ok();
         assert_eq!((text(&whole), &whole["done"]), (expected.text.clone(), &json!(true)));
     }
+    // Clients that write out what they leave unset.
+    let unset =
+        json!({"prompt": "who?", "images": [image], "stream": false, "options": null, "format": null});
+    assert_eq!(server.post("/api/generate", &unset).ok()["done"], true);
     let load = server.post("/api/generate", &json!({"model": server.name})).ok();
     assert_eq!((&load["done"], &load["done_reason"]), (&json!(true), &json!("load")));
 }

@@ -6,6 +6,7 @@ use std::io::{Read, Write};
 use std::sync::Barrier;
 use std::time::{Duration, Instant};
 
+use blip2::generate::GenerationConfig;
 use blip2_server::{Keys, Limits, ROUTES, ServerConfig};
 use serde_json::{Value as Json, json};
 use support::{Response, TestServer, chat, config, text_of};
@@ -100,10 +101,33 @@ fn a_client_that_leaves_stops_the_work() {
         drop(stream);
         server.wait_for("blip2_running_texts", |n| n == 0.0);
         let written = server.metric("blip2_generated_tokens_total") - before;
+        // How many depends on when the connection's end is noticed; from then on it is a step: `engine/tests.rs`.
         assert!(written < n_all as f64, "{written} of {n_all} tokens, streamed: {is_stream}");
     }
     let left = "blip2_requests_total{route=\"/v1/chat/completions\",outcome=\"client_disconnected\"}";
     server.wait_for(left, |n| n == 2.0);
+}
+
+#[test]
+fn heat_maps_whose_clients_left_are_not_computed() {
+    let server = TestServer::start("blip2_t5", ServerConfig { batch: 4, ..config() });
+    let begin = |path: &str, body: &Json| server.begin("POST", path, &[], body.to_string().as_bytes());
+    // One is written, the others wait for its place; whatever comes later waits behind them.
+    let chats: Vec<_> = (0..8).map(|i| begin("/v1/chat/completions", &long(i))).collect();
+    server.wait_for("blip2_queue_requests", |n| n > 4.0);
+    let asked = json!({"image": support::data_url(1), "text": "a red cat", "caption": true});
+    let explained: Vec<_> = (0..20).map(|_| begin("/v1/explain", &asked)).collect();
+    server.wait_for("blip2_queue_requests", |n| n > 20.0);
+    drop(explained);
+    let left = "blip2_requests_total{route=\"/v1/explain\",outcome=\"client_disconnected\"}";
+    server.wait_for(left, |n| n == 20.0);
+    drop(chats);
+    server.wait_for("blip2_queue_requests", |n| n == 0.0);
+    server.wait_for("blip2_running_texts", |n| n == 0.0);
+    let n_computed = "blip2_stage_seconds_count{stage=\"compute\"}";
+    assert_eq!(server.metric(n_computed), 0.0);
+    server.post("/v1/explain", &asked).ok();
+    server.wait_for(n_computed, |n| n == 1.0);
 }
 
 #[test]
@@ -139,6 +163,37 @@ fn a_request_that_can_never_fit_is_told_so() {
     let response = server.post("/v1/chat/completions", &chat(1, "who?", &json!({"max_tokens": 400})));
     assert!(response.text().contains("memory"), "{}", response.text());
     server.post("/v1/chat/completions", &chat(1, "who?", &json!({"max_tokens": 2}))).ok();
+}
+
+/// A folder's `max_length` holds in place of the number of new tokens, unless it is turned into one.
+#[test]
+fn a_folders_lengths_are_no_way_around_the_limits() {
+    let model = support::model_with("blip2_t5", &json!({"max_length": 400, "min_length": 400}));
+    let caption = |fields: &Json| {
+        let mut request = json!({"image": support::data_url(1), "num_beams": 1});
+        fields.as_object().expect("fields").iter().for_each(|(name, value)| request[name] = value.clone());
+        request
+    };
+    let server = TestServer::with_model(model.clone(), config());
+    let n_tokens =
+        |fields: &Json| server.post("/v1/caption", &caption(fields)).ok()["captions"][0]["n_tokens"].clone();
+    assert_eq!(n_tokens(&json!({})), 400);
+    assert_eq!(n_tokens(&json!({"max_tokens": 7})), 7);
+    let free = GenerationConfig { min_new_tokens: 1, max_new_tokens: 300, ..GenerationConfig::default() };
+    let features = server.model.encode(&[support::picture(1)]).expect("features").remove(0);
+    let expected = server.model.caption(&[&features], &free).expect("a caption")[0][0].token_ids.len();
+    assert_eq!(n_tokens(&json!({"min_tokens": 1, "max_tokens": 300})), expected, "the end may come");
+    let answer = server.post("/v1/chat/completions", &chat(1, "who?", &json!({"max_tokens": 5}))).ok();
+    assert_eq!(answer["usage"]["completion_tokens"], 5);
+
+    let limits = Limits { tokens: 11, ..Limits::default() };
+    let server = TestServer::with_model(model.clone(), ServerConfig { limits, ..config() });
+    assert_eq!(server.post("/v1/caption", &caption(&json!({}))).ok()["captions"][0]["n_tokens"], 11);
+
+    let server = TestServer::with_model(model, ServerConfig { kv_bytes: 100_000, ..config() });
+    let response = server.post("/v1/caption", &caption(&json!({})));
+    assert!(response.status == 400 && response.text().contains("memory"), "{}", response.text());
+    server.post("/v1/caption", &caption(&json!({"max_tokens": 2}))).ok();
 }
 
 fn impatient() -> ServerConfig {

@@ -13,7 +13,7 @@ mod recognise;
 mod resize;
 
 pub use ::image::RgbImage;
-pub use decode::{Limits, Pixels, decode, open};
+pub use decode::{Limits, Pixels, decode, memory_to_decode, open};
 pub use error::ImageError;
 pub use processor::{Geometry, ImageProcessor};
 pub use resize::resize_bicubic;

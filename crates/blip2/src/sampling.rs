@@ -2,9 +2,8 @@
 //!
 //! The rules and their order are those of Hugging Face transformers, so that a generation configuration means the
 //! same in both: repetition penalty, no-repeat n-gram, bad words, minimum length, forced and suppressed tokens, temperature,
-//! top-k, top-p, min-p. A token that
-//! may not be chosen has the score `-inf`. Which of them run is decided by
-//! [`GenerationConfig`](crate::generate::GenerationConfig).
+//! top-k, top-p, min-p. OpenAI's penalties, which it has not, come after the repetition penalty. A token that may not be
+//! chosen has the score `-inf`. Which of them run is decided by [`GenerationConfig`](crate::generate::GenerationConfig).
 
 /// Divides positive and multiplies negative scores of tokens that occur in `tokens` (CTRL, arXiv 1909.05858).
 pub fn repetition_penalty(scores: &mut [f32], tokens: &[u32], penalty: f32) {
@@ -14,6 +13,18 @@ pub fn repetition_penalty(scores: &mut [f32], tokens: &[u32], penalty: f32) {
     for token in seen {
         let Some(score) = scores.get_mut(token as usize) else { continue };
         *score = if *score < 0.0 { *score * penalty } else { *score / penalty };
+    }
+}
+
+/// Subtracts `presence` from the score of every token that occurs in `tokens`, and `frequency` for each time that it does
+/// (OpenAI's penalties).
+pub fn presence_and_frequency_penalty(scores: &mut [f32], tokens: &[u32], presence: f32, frequency: f32) {
+    let mut seen: Vec<u32> = tokens.to_vec();
+    seen.sort_unstable();
+    for equal in seen.chunk_by(|a, b| a == b) {
+        if let Some(score) = scores.get_mut(equal[0] as usize) {
+            *score -= presence + equal.len() as f32 * frequency;
+        }
     }
 }
 
@@ -191,6 +202,21 @@ mod tests {
         let mut scores = [2.0, -2.0, 1.0, 0.0];
         repetition_penalty(&mut scores, &[0, 1, 1, 0, 99], 2.0);
         assert_eq!(scores, [1.0, -4.0, 1.0, 0.0]);
+    }
+
+    #[test]
+    fn presence_counts_once_and_frequency_every_time() {
+        let mut scores = [2.0, -2.0, 1.0, NEG];
+        presence_and_frequency_penalty(&mut scores, &[0, 1, 1, 3, 0, 99, 1], 0.5, 0.25);
+        assert_eq!(scores, [1.0, -3.25, 1.0, NEG]);
+        presence_and_frequency_penalty(&mut scores, &[0, 1, 1, 3], -0.5, -0.25);
+        assert_eq!(
+            scores,
+            [1.75, -2.25, 1.0, NEG],
+            "below 0 they are bonuses, but not for what may not be chosen"
+        );
+        presence_and_frequency_penalty(&mut scores, &[], 2.0, 2.0);
+        assert_eq!(scores, [1.75, -2.25, 1.0, NEG]);
     }
 
     #[test]

@@ -36,6 +36,14 @@ pub(super) struct Worker {
     pub(super) row_bytes: usize,
 }
 
+/// A request for writing that was taken from the queue.
+struct NewWrite {
+    write: Box<Write>,
+    events: UnboundedSender<Event>,
+    accepted: Instant,
+    span: tracing::Span,
+}
+
 /// A request that is being answered.
 struct Writing {
     id: usize,
@@ -108,6 +116,7 @@ impl Worker {
         let mut kv_left = self.kv_budget.saturating_sub(writing.iter().map(|writing| writing.kv_bytes).sum());
         let (mut pictures_left, mut rows_left) = (PICTURES_A_ROUND, PROMPT_ROWS_A_ROUND);
         let mut is_first = true;
+        let (mut do_texts_grow, mut is_computing) = (!writing.is_empty(), false);
         move |job| {
             let (n_pictures, n_rows, n_texts, kv_bytes) = match &job.work {
                 Work::Write { write, .. } => (
@@ -120,6 +129,11 @@ impl Worker {
                     (pictures.iter().filter(|picture| picture.is_new()).count(), 0, 0, 0)
                 }
             };
+            let is_computation = matches!(job.work, Work::Compute { .. });
+            // Texts that grow wait for as long as it takes, so they wait for one at a time.
+            if is_computation && is_computing && do_texts_grow {
+                return false;
+            }
             let has_place = n_texts <= texts_left && kv_bytes <= kv_left;
             let is_short = n_pictures <= pictures_left && n_rows <= rows_left;
             // The first may be longer than a round should be: it has to begin some time.
@@ -131,6 +145,8 @@ impl Worker {
             pictures_left = pictures_left.saturating_sub(n_pictures);
             rows_left = rows_left.saturating_sub(n_rows);
             is_first = false;
+            is_computing |= is_computation;
+            do_texts_grow |= !is_computation;
             true
         }
     }
@@ -166,42 +182,67 @@ impl Worker {
         let mut writes = Vec::new();
         for job in jobs {
             match job.work {
-                Work::Write { write, events } => writes.push((*write, events, job.accepted, job.span)),
-                Work::Compute { pictures, run, .. } => {
+                Work::Write { write, events } => {
+                    writes.push(NewWrite { write, events, accepted: job.accepted, span: job.span });
+                }
+                Work::Compute { pictures, run, is_wanted } => {
+                    // Those before it took their time: its client may have left by now.
+                    if !is_wanted() {
+                        continue;
+                    }
+                    let start = Instant::now();
                     let _entered = job.span.enter();
                     let pictures: Vec<_> = pictures.iter().map(|picture| seen.of(picture)).collect();
                     let features: Vec<&ImageFeatures> =
                         pictures.iter().map(|picture| &picture.features).collect();
                     run(Ok((&self.model, &features)));
+                    self.metrics.stage(Stage::Compute, start.elapsed());
                 }
             }
         }
-        let Some(batch) = batch.filter(|_| !writes.is_empty()) else { return };
+        if let Some(batch) = batch.filter(|_| !writes.is_empty()) {
+            self.begin_writing(writes, &seen, batch, writing);
+        }
+    }
+
+    /// Reads the prompts of newcomers; who is refused hears of it, the others begin.
+    fn begin_writing(
+        &self,
+        writes: Vec<NewWrite>,
+        seen: &Seen,
+        batch: &mut AnswerBatch<'_>,
+        writing: &mut Vec<Writing>,
+    ) {
         let start = Instant::now();
-        let asks: Vec<Ask> = writes
-            .iter()
-            .filter_map(|(write, ..)| {
-                Some(Ask {
-                    prompt: write.prompt.clone(),
-                    soft_tokens: seen.of(&write.picture).soft_tokens.get()?.clone(),
-                    read: self.read.get(write.picture.key()),
-                    generation: write.generation.clone(),
-                    constraint: write.constraint.clone(),
-                })
-            })
-            .collect();
-        let ids = match batch.join(&asks) {
-            Ok(ids) if ids.len() == writes.len() => ids,
-            result => {
-                let error = result
-                    .map_or_else(|error| ApiError::library(&error, "messages"), |_| ApiError::internal());
-                return writes.into_iter().for_each(|(_, events, ..)| {
-                    let _ = events.send(Event::Done(Err(error.clone())));
-                });
-            }
-        };
+        let (mut asks, mut asking) = (Vec::new(), Vec::new());
+        for new in writes {
+            let NewWrite { write, events, .. } = &new;
+            let Some(soft_tokens) = seen.of(&write.picture).soft_tokens.get().cloned() else {
+                let _ = events.send(Event::Done(Err(ApiError::internal())));
+                continue;
+            };
+            asks.push(Ask {
+                prompt: write.prompt.clone(),
+                soft_tokens,
+                read: self.read.get(write.picture.key()),
+                generation: write.generation.clone(),
+                constraint: write.constraint.clone(),
+            });
+            asking.push(new);
+        }
+        let joined = join(batch, &asks);
         self.metrics.stage(Stage::Prompt, start.elapsed());
-        for ((id, ask), (write, events, accepted, span)) in ids.into_iter().zip(&asks).zip(writes) {
+        for ((joined, ask), new) in joined.into_iter().zip(&asks).zip(asking) {
+            let NewWrite { write, events, accepted, span } = new;
+            let id = match joined {
+                Ok(id) => id,
+                Err(error) => {
+                    let _entered = span.enter();
+                    let error = ApiError::library(&error, "messages");
+                    let _ = events.send(Event::Done(Err(error)));
+                    continue;
+                }
+            };
             self.remember(batch, id, ask, *write.picture.key());
             let n_rows = write.prompt.n_rows(self.model.config().qformer.num_query_tokens);
             let n_cached = ask.n_known();
@@ -355,6 +396,16 @@ impl Seen {
             Picture::Seen(seen) => seen.clone(),
             Picture::New { key, .. } => self.0[key].clone(),
         }
+    }
+}
+
+/// Reads the prompts of newcomers, all in one pass; gives the name of each. A pass that fails lets none in: then each is read
+/// alone, so that a prompt that is refused is nobody else's affair.
+fn join(batch: &mut AnswerBatch<'_>, asks: &[Ask]) -> Vec<blip2::Result<usize>> {
+    match batch.join(asks) {
+        Ok(ids) => ids.into_iter().map(Ok).collect(),
+        Err(error) if asks.len() == 1 => vec![Err(error)],
+        Err(_) => asks.iter().flat_map(|ask| join(batch, std::slice::from_ref(ask))).collect(),
     }
 }
 

@@ -244,7 +244,8 @@ fn host(answer: impl Fn(&str) -> String + Send + 'static) -> (u16, Arc<AtomicUsi
 
 /// Fetches from this machine, as if it were public.
 fn local(port: u16, is_allowed: fn(IpAddr) -> bool) -> Fetcher {
-    let fetcher = Fetcher::with_resolver(&["localhost".to_owned()], 1000, PublicResolver { is_allowed });
+    let resolver = PublicResolver { is_allowed, look_up };
+    let fetcher = Fetcher::with_resolver(&["localhost".to_owned()], 1000, resolver);
     Fetcher { ports: [port, 443], ..fetcher }
 }
 
@@ -291,4 +292,28 @@ fn every_redirect_goes_through_the_same_door() {
     let refused = local(port, is_public).follow(&format!("http://localhost:{port}/picture"));
     assert_eq!(refused, Err(Refusal::Unreachable));
     assert_eq!(n_connections.load(Ordering::SeqCst), before, "an inner address is not even connected to");
+}
+
+#[test]
+fn a_name_whose_servers_say_nothing_takes_no_longer_than_allowed() {
+    const SLOW: Duration = Duration::from_secs(2);
+    let (port, n_connections) = host(|_| ok("a picture"));
+    let resolver = PublicResolver {
+        is_allowed: |address| address.is_loopback(),
+        look_up: |name| {
+            std::thread::sleep(SLOW);
+            look_up(name)
+        },
+    };
+    let fetcher = Fetcher::with_resolver(&["localhost".to_owned()], 1000, resolver);
+    let fetcher = Fetcher { ports: [port, 443], longest: Duration::from_millis(200), ..fetcher };
+    let start = Instant::now();
+    let refused = fetcher.follow(&format!("http://localhost:{port}/picture"));
+    let took = start.elapsed();
+    assert_eq!(refused, Err(Refusal::Unreachable));
+    assert!((Duration::from_millis(200)..SLOW).contains(&took), "{took:?}");
+    assert_eq!(n_connections.load(Ordering::SeqCst), 0);
+    // With a deadline that the name keeps.
+    let fetcher = Fetcher { longest: Duration::from_secs(60), ..fetcher };
+    assert_eq!(fetcher.follow(&format!("http://localhost:{port}/picture")).as_deref(), Ok(&b"a picture"[..]));
 }

@@ -3,7 +3,7 @@
 
 use std::io::{Read, Write};
 use std::net::{SocketAddr, TcpStream};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
@@ -18,8 +18,22 @@ const PATIENCE: Duration = Duration::from_secs(60);
 
 /// The tiny models of the library's own tests: `blip2_opt` with a context of 120 tokens, `blip2_t5` with more.
 pub(crate) fn model(name: &str) -> Arc<Blip2> {
-    let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("../blip2/tests/golden").join(name);
-    Arc::new(Blip2::open(folder, &OpenOptions::default()).expect("a model"))
+    Arc::new(Blip2::open(folder(name), &OpenOptions::default()).expect("a model"))
+}
+
+fn folder(name: &str) -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("../blip2/tests/golden").join(name)
+}
+
+/// The same with a `generation_config.json` in its folder.
+pub(crate) fn model_with(name: &str, generation: &Json) -> Arc<Blip2> {
+    let copy = tempfile::tempdir().expect("a folder");
+    for file in std::fs::read_dir(folder(name)).expect("a folder") {
+        let file = file.expect("a file");
+        std::fs::copy(file.path(), copy.path().join(file.file_name())).expect("copied");
+    }
+    std::fs::write(copy.path().join("generation_config.json"), generation.to_string()).expect("written");
+    Arc::new(Blip2::open(copy.path(), &OpenOptions::default()).expect("a model"))
 }
 
 /// A configuration for tests: a free port.

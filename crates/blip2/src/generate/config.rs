@@ -5,7 +5,8 @@ use serde::{Deserialize, Serialize};
 use crate::{Error, Result};
 
 /// How to generate. Field names, defaults and meaning are those of transformers' `GenerationConfig`, except that sampling
-/// filters are off unless set and `max_new_tokens` is 30, as in LAVIS.
+/// filters are off unless set and `max_new_tokens` is 30, as in LAVIS; `presence_penalty` and `frequency_penalty`, which it has
+/// not, are OpenAI's.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct GenerationConfig {
@@ -27,6 +28,10 @@ pub struct GenerationConfig {
     pub min_p: f32,
     /// Above 1, tokens that already occurred become less likely.
     pub repetition_penalty: f32,
+    /// Subtracted from the logits of tokens that were generated: above 0 they become less likely, below 0 likelier; -2 to 2.
+    pub presence_penalty: f32,
+    /// The same, for each time that a token was generated.
+    pub frequency_penalty: f32,
     /// No sequence of this many tokens occurs twice; 0 for no such rule.
     pub no_repeat_ngram_size: usize,
     /// The end token is impossible before this many tokens.
@@ -73,6 +78,8 @@ impl Default for GenerationConfig {
             top_p: 1.0,
             min_p: 0.0,
             repetition_penalty: 1.0,
+            presence_penalty: 0.0,
+            frequency_penalty: 0.0,
             no_repeat_ngram_size: 0,
             min_new_tokens: 0,
             max_new_tokens: 30,
@@ -153,6 +160,11 @@ impl GenerationConfig {
         check("min_p", self.min_p, (0.0..=1.0).contains(&self.min_p), "0 to 1")?;
         let penalty = self.repetition_penalty;
         check("repetition_penalty", penalty, is_positive(penalty), "above 0 (1 is none)")?;
+        for (name, penalty) in
+            [("presence_penalty", self.presence_penalty), ("frequency_penalty", self.frequency_penalty)]
+        {
+            check(name, penalty, (-2.0..=2.0).contains(&penalty), "-2 to 2 (0 is none)")?;
+        }
         check("max_new_tokens", self.max_new_tokens, self.max_new_tokens > 0, "at least 1")?;
         let is_reachable = self.max_length.is_some() || self.min_new_tokens <= self.max_new_tokens;
         let most = format!("at most max_new_tokens, {}", self.max_new_tokens);
@@ -209,7 +221,8 @@ mod tests {
         let config = parse(
             r#"{"num_beams": 5, "length_penalty": -1, "early_stopping": "never", "temperature": 0.7, "top_k": 40,
                 "top_p": 0.9, "min_p": 0.05, "repetition_penalty": 1.15, "no_repeat_ngram_size": 3, "min_new_tokens": 8,
-                "max_new_tokens": 30, "num_return_sequences": 5, "stop_strings": ["\n"], "seed": 3, "do_sample": false,
+                "presence_penalty": 0.5, "frequency_penalty": -0.25, "max_new_tokens": 30,
+                "num_return_sequences": 5, "stop_strings": ["\n"], "seed": 3, "do_sample": false,
                 "min_length": 2, "max_length": 40, "bad_words_ids": [[3], [4, 5]], "suppress_tokens": [6],
                 "begin_suppress_tokens": [7], "forced_bos_token_id": 8, "forced_eos_token_id": [9],
                 "eos_token_id": [9, 10], "sees_prompt": true}"#,
@@ -231,6 +244,8 @@ mod tests {
             (r#"{"top_p": 1.5}"#, "`generation.top_p` is 1.5"),
             (r#"{"min_p": -0.5}"#, "`generation.min_p` is -0.5"),
             (r#"{"repetition_penalty": 0}"#, "`generation.repetition_penalty` is 0"),
+            (r#"{"presence_penalty": 2.5}"#, "`generation.presence_penalty` is 2.5, expected -2 to 2"),
+            (r#"{"frequency_penalty": -3}"#, "`generation.frequency_penalty` is -3, expected -2 to 2"),
             (r#"{"max_new_tokens": 0}"#, "`generation.max_new_tokens` is 0"),
             (
                 r#"{"min_new_tokens": 31}"#,

@@ -7,7 +7,9 @@ use super::{
     Constraint, Continuation, FinishReason, Generation, GenerationConfig, Limit, OnEvent, StopRules,
 };
 use crate::Result;
-use crate::sampling::{forbid, no_bad_words, no_repeat_ngram, only, repetition_penalty};
+use crate::sampling::{
+    forbid, no_bad_words, no_repeat_ngram, only, presence_and_frequency_penalty, repetition_penalty,
+};
 
 /// What holds for the texts of one prompt.
 #[derive(Clone, Copy)]
@@ -22,7 +24,8 @@ pub(super) struct Rules<'a> {
 }
 
 impl Rules<'_> {
-    /// Applies the rules that hold for every way of choosing a token, in place and in the order of transformers.
+    /// Applies the rules that hold for every way of choosing a token, in place and in the order of transformers; OpenAI's
+    /// penalties, which see generated tokens only, among the first.
     pub(super) fn penalise(&self, generated: &[u32], scores: &mut [f32]) {
         let Self { config, seen, .. } = *self;
         let end = self.stop.end_tokens();
@@ -37,6 +40,10 @@ impl Rules<'_> {
             no_repeat_ngram(scores, &tokens, config.no_repeat_ngram_size);
             let is_end = |word: &[u32]| matches!(word, [token] if end.contains(token));
             no_bad_words(scores, &tokens, config.bad_words_ids.iter().filter(|word| !is_end(word)));
+        }
+        let (presence, frequency) = (config.presence_penalty, config.frequency_penalty);
+        if presence != 0.0 || frequency != 0.0 {
+            presence_and_frequency_penalty(scores, generated, presence, frequency);
         }
         let len = seen.len() + generated.len();
         if generated.len() < config.min_new_tokens || len < config.min_length {

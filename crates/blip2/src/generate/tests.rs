@@ -127,6 +127,7 @@ fn a_batch_gives_the_single_results() {
     let configs = [
         GenerationConfig::default(),
         GenerationConfig { repetition_penalty: 1.3, no_repeat_ngram_size: 2, ..Default::default() },
+        GenerationConfig { presence_penalty: 0.7, frequency_penalty: 0.4, ..Default::default() },
         sampling(5),
         GenerationConfig { num_return_sequences: 3, top_p: 0.8, ..sampling(6) },
         beams(2),
@@ -317,6 +318,35 @@ fn penalties_see_the_prompt_only_when_asked() {
     };
     assert_eq!(generated(&[]), [0, 1]);
     assert_eq!(generated(&[vec![0, 2]]), [1, 3]);
+}
+
+#[test]
+fn openais_penalties_see_generated_tokens_only() {
+    let logits: [f32; VOCAB] = [5.0, 4.0, 3.5, 2.0, 1.0, 0.0];
+    let generated = |presence_penalty, frequency_penalty, num_beams| {
+        let config = GenerationConfig {
+            presence_penalty,
+            frequency_penalty,
+            num_beams,
+            max_new_tokens: 4,
+            ..Default::default()
+        };
+        let (stop, seen) = (StopRules::new(&[END]), [vec![0, 0, 1]]);
+        let request = Request { config: &config, stop: &stop, seen: &seen, constraint: None };
+        let mut decoder = Mock::new(&[&[0]], |_: &[u32]| logits);
+        let text = generate(&mut decoder, request, &mut |_| ControlFlow::Continue(())).unwrap()[0][0].clone();
+        let own = logits[text.token_ids[0] as usize] - log_sum_exp(&logits);
+        assert!((text.log_probs[0] - own).abs() < 1e-6, "the model's own");
+        text.token_ids
+    };
+    assert_eq!(generated(0.0, 0.0, 1), [0, 0, 0, 0]);
+    // Once for however often: 0 has 3.25 from its first time on, 1 has 2.25, 2 has 1.75.
+    assert_eq!(generated(1.75, 0.0, 1), [0, 1, 2, 0]);
+    // Each time anew: 0 has 5, 3.75, 2.5; 1 has 4, 2.75; 2 has 3.5.
+    assert_eq!(generated(0.0, 1.25, 1), [0, 1, 0, 2]);
+    assert_eq!(generated(-2.0, 0.0, 1), [0, 0, 0, 0]);
+    assert_eq!(generated(0.0, 0.0, 2), [0, 0, 0, 0]);
+    assert_ne!(generated(1.75, 1.25, 2), [0, 0, 0, 0], "beams are held to them too");
 }
 
 #[test]

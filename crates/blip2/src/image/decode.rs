@@ -60,16 +60,37 @@ pub fn open(path: impl AsRef<Path>, limits: &Limits, pixels: Pixels) -> Result<R
 pub fn decode(bytes: &[u8], limits: &Limits, pixels: Pixels) -> Result<RgbImage, ImageError> {
     check_bytes(bytes.len() as u64, limits)?;
     let format = recognise(bytes)?;
-    // Decoders are other people's code on hostile bytes: should one panic, only this picture is lost.
-    let decoded = catch_unwind(AssertUnwindSafe(|| decode_as(format, bytes, limits, pixels)));
-    let picture = decoded.unwrap_or_else(|_| {
-        Err(ImageError::Damaged { format: format.name, reason: "the decoder gave up".into() })
-    })?;
+    let picture = guarded(format, || decode_as(format, bytes, limits, pixels))?;
     // Said last, because a damaged header is better named than a missing end.
     if !is_complete(format, bytes) {
         return Err(ImageError::Truncated { format: format.name });
     }
     Ok(picture)
+}
+
+/// Memory that [`decode`] takes at most, about, in bytes: read in the file's header.
+///
+/// # Errors
+/// As [`decode`], as far as the header tells.
+pub fn memory_to_decode(bytes: &[u8], limits: &Limits) -> Result<u64, ImageError> {
+    // RGB beside the coefficients of a progressive JPEG.
+    const LEAST: u64 = 9;
+    check_bytes(bytes.len() as u64, limits)?;
+    let format = recognise(bytes)?;
+    guarded(format, || {
+        let decoder = read_header(format, bytes, limits)?;
+        let (width, height) = decoder.dimensions();
+        // The picture as it is stored beside the decoder's copy of it, or beside itself turned.
+        let a_pixel = (2 * u64::from(decoder.color_type().bytes_per_pixel())).max(LEAST);
+        Ok((u64::from(width) * u64::from(height)).saturating_mul(a_pixel))
+    })
+}
+
+/// Decoders are other people's code on hostile bytes: should one panic, only this picture is lost.
+fn guarded<T>(format: Format, run: impl FnOnce() -> Result<T, ImageError>) -> Result<T, ImageError> {
+    catch_unwind(AssertUnwindSafe(run)).unwrap_or_else(|_| {
+        Err(ImageError::Damaged { format: format.name, reason: "the decoder gave up".into() })
+    })
 }
 
 fn read(path: &Path, limits: &Limits) -> Result<Vec<u8>, ImageError> {
@@ -104,19 +125,28 @@ fn check_size((width, height): (u32, u32), format: Format, limits: &Limits) -> R
     Ok(())
 }
 
-fn decode_as(format: Format, bytes: &[u8], limits: &Limits, pixels: Pixels) -> Result<RgbImage, ImageError> {
-    let in_words = |error| in_words(error, format);
+/// A decoder that has read the header of a picture of an allowed size.
+fn read_header<'a>(
+    format: Format,
+    bytes: &'a [u8],
+    limits: &Limits,
+) -> Result<impl ImageDecoder + use<'a>, ImageError> {
     let mut reader = ImageReader::with_format(Cursor::new(bytes), format.decoder);
     let mut allocations = ::image::Limits::default();
     // Room for 16-bit RGBA and the decoder's copy of it.
     allocations.max_alloc = Some(limits.max_pixels.saturating_mul(16).saturating_add(64 << 20));
     reader.limits(allocations);
-    let mut decoder = reader.into_decoder().map_err(in_words)?;
+    let decoder = reader.into_decoder().map_err(|error| in_words(error, format))?;
     check_size(decoder.dimensions(), format, limits)?;
+    Ok(decoder)
+}
+
+fn decode_as(format: Format, bytes: &[u8], limits: &Limits, pixels: Pixels) -> Result<RgbImage, ImageError> {
+    let mut decoder = read_header(format, bytes, limits)?;
     // A note that cannot be read is no reason to refuse the picture.
     let turn = decoder.orientation().ok().filter(|_| pixels == Pixels::AsSeen);
     let is_grey = matches!(decoder.original_color_type(), ExtendedColorType::L16);
-    let mut picture = DynamicImage::from_decoder(decoder).map_err(in_words)?;
+    let mut picture = DynamicImage::from_decoder(decoder).map_err(|error| in_words(error, format))?;
     if pixels == Pixels::Pillow {
         return Ok(stored(picture, is_grey));
     }
@@ -321,6 +351,28 @@ mod tests {
         assert!(matches!(error, ImageError::TooManyBytes { limit: 100, .. }), "{error}");
         let few = Limits { max_pixels: 24 * 16 - 1, ..Limits::default() };
         assert!(matches!(decode(&file("jpeg"), &few, Pixels::AsSeen), Err(ImageError::TooManyPixels { .. })));
+    }
+
+    #[test]
+    fn the_header_tells_what_decoding_takes() {
+        let memory = |bytes: &[u8]| memory_to_decode(bytes, &Limits::default());
+        for (name, a_pixel) in [
+            ("jpeg", 9),
+            ("jpeg_gray", 9),
+            ("png_alpha", 9),
+            ("png_16_bit", 12),
+            ("png_16_bit_alpha", 16),
+            ("webp_animated", 9),
+        ] {
+            assert_eq!(memory(&file(name)).unwrap(), 24 * 16 * a_pixel, "{name}");
+        }
+        assert_eq!(memory(&png_claiming(9000, 9000)).unwrap(), 81_000_000 * 9, "nothing is decoded for it");
+        assert!(matches!(memory(&png_claiming(60_000, 60_000)), Err(ImageError::TooManyPixels { .. })));
+        for (name, golden) in goldens() {
+            let least = u64::from(golden.width) * u64::from(golden.height) * 9;
+            assert!(memory(&unhex(&golden.file)).unwrap() >= least, "{name}");
+        }
+        assert!(memory(&file("png")[..20]).is_err() && memory(b"hello").is_err());
     }
 
     #[test]
