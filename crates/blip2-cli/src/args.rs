@@ -1,5 +1,6 @@
 //! What can be written behind `blip2`; parsing only, nothing is opened here.
 
+use std::num::NonZeroUsize;
 use std::path::PathBuf;
 
 use clap::{Parser, Subcommand};
@@ -8,6 +9,9 @@ use clap::{Parser, Subcommand};
 #[derive(Debug, Parser)]
 #[command(version, propagate_version = true)]
 pub(crate) struct Args {
+    /// Threads that compute; without it as many as RAYON_NUM_THREADS says or the machine has.
+    #[arg(long, global = true, env = "BLIP2_THREADS", value_name = "N")]
+    pub(crate) threads: Option<NonZeroUsize>,
     #[command(subcommand)]
     pub(crate) command: Command,
 }

@@ -6,7 +6,7 @@ use std::io::Write;
 use std::path::PathBuf;
 use std::time::Instant;
 
-use anyhow::{Context, ensure};
+use anyhow::Context;
 use blip2::benchmark::{Figure, Machine, Settings, Stage, measure};
 use blip2::image::{RgbImage, png};
 use blip2::layers::{Precision, Quantization};
@@ -55,9 +55,6 @@ pub(crate) struct BenchArgs {
     /// Runs that are timed, after one that is not.
     #[arg(long, default_value_t = 3, value_name = "N")]
     repeat: usize,
-    /// Threads that compute; without it as many as the machine or RAYON_NUM_THREADS says.
-    #[arg(long, value_name = "N")]
-    threads: Option<usize>,
     /// Seed of random weights.
     #[arg(long, default_value_t = 1)]
     seed: u64,
@@ -118,13 +115,6 @@ struct Report {
 }
 
 pub(crate) fn run(args: &BenchArgs) -> anyhow::Result<Done> {
-    if let Some(n) = args.threads {
-        ensure!(n > 0, "--threads must be at least 1");
-        rayon::ThreadPoolBuilder::new()
-            .num_threads(n)
-            .build_global()
-            .context("the threads cannot be started")?;
-    }
     let settings = settings(args)?;
     let start = Instant::now();
     let (model, precision, quantization) = open(args, &settings.stages)?;

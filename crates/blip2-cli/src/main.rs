@@ -24,8 +24,10 @@ mod rows;
 mod serve;
 mod train;
 
+use std::num::NonZeroUsize;
 use std::process::ExitCode;
 
+use anyhow::Context;
 use args::{Args, Command};
 use clap::{CommandFactory, Parser};
 
@@ -42,7 +44,29 @@ enum Done {
 }
 
 fn main() -> ExitCode {
-    let result = match Args::parse().command {
+    let Args { threads, command } = Args::parse();
+    match start_threads(threads).and_then(|()| run(command)) {
+        Ok(Done::All) => ExitCode::SUCCESS,
+        Ok(Done::SomeFailed) => ExitCode::from(3),
+        // Whoever read the output has had enough: not a failure of ours.
+        Err(error) if is_broken_pipe(&error) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("blip2: {}", message(&error));
+            ExitCode::FAILURE
+        }
+    }
+}
+
+/// Starts as many threads as are asked for. Without a number they start when they are first needed, as many as rayon says; the
+/// tensor engine computes on the same ones.
+fn start_threads(n: Option<NonZeroUsize>) -> anyhow::Result<()> {
+    let Some(n) = n else { return Ok(()) };
+    let threads = rayon::ThreadPoolBuilder::new().num_threads(n.get());
+    threads.build_global().with_context(|| format!("{n} threads cannot be started"))
+}
+
+fn run(command: Command) -> anyhow::Result<Done> {
+    match command {
         Command::Caption(args) => caption::run(&args),
         Command::Ask(args) => describe::ask(&args),
         Command::Chat(args) => describe::chat(&args),
@@ -64,16 +88,6 @@ fn main() -> ExitCode {
         Command::Completions { shell } => {
             clap_complete::generate(shell, &mut Args::command(), "blip2", &mut std::io::stdout());
             Ok(Done::All)
-        }
-    };
-    match result {
-        Ok(Done::All) => ExitCode::SUCCESS,
-        Ok(Done::SomeFailed) => ExitCode::from(3),
-        // Whoever read the output has had enough: not a failure of ours.
-        Err(error) if is_broken_pipe(&error) => ExitCode::SUCCESS,
-        Err(error) => {
-            eprintln!("blip2: {}", message(&error));
-            ExitCode::FAILURE
         }
     }
 }

@@ -61,6 +61,31 @@ fn the_json_has_all_figures() {
     assert_eq!(stages[5]["items"], 4, "two pictures with two beams each");
 }
 
+/// More threads than cores are allowed; the flag counts more than its variable, and that more than rayon's.
+#[test]
+fn the_number_of_threads_is_that_of_the_flag_or_of_a_variable() {
+    let threads = |before: &[&str], after: &[&str], variables: &[(&str, &str)]| -> Json {
+        let output = Command::new(env!("CARGO_BIN_EXE_blip2"))
+            .args(before)
+            .args(["bench", "--shape", "tiny-itm", "--stages", "preprocess", "--repeat", "1", "--json"])
+            .args(after)
+            .env_remove("BLIP2_MODEL")
+            .env_remove("BLIP2_THREADS")
+            .env_remove("RAYON_NUM_THREADS")
+            .envs(variables.iter().copied())
+            .output()
+            .expect("the command runs");
+        assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+        let report: Json = serde_json::from_slice(&output.stdout).expect("JSON");
+        report["machine"]["threads"].clone()
+    };
+    let rayons = ("RAYON_NUM_THREADS", "3");
+    assert_eq!(threads(&["--threads", "5"], &[], &[]), 5);
+    assert_eq!(threads(&[], &["--threads", "1"], &[("BLIP2_THREADS", "2"), rayons]), 1);
+    assert_eq!(threads(&[], &[], &[("BLIP2_THREADS", "2"), rayons]), 2);
+    assert_eq!(threads(&[], &[], &[rayons]), 3);
+}
+
 #[test]
 fn the_table_names_the_stages_and_the_machine() {
     let output = bench(&["--shape", "tiny-itm", "--dtype", "bf16", "--stages", "vision,match"]);

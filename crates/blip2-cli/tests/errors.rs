@@ -33,6 +33,9 @@ fn wrong_usage_is_status_2() {
     refused(&blip2(home.path(), &["match", "a.jpg"]), 2, &["TEXTS"]);
     refused(&blip2(home.path(), &["embed"]), 2, &["--image"]);
     refused(&blip2(home.path(), &["describe", "a.jpg"]), 2, &["describe"]);
+    for arguments in [["info", "--threads", "0"], ["--threads", "many", "info"]] {
+        refused(&blip2(home.path(), &arguments), 2, &["--threads"]);
+    }
 }
 
 #[test]
