@@ -150,7 +150,8 @@ impl Blip2 {
                 VisionConfig::VitFile { file, sha256: expected, image_size, num_attention_heads } => {
                     let (path, num_attention_heads) = (find(file)?, *num_attention_heads);
                     let image_size = options.image_size.or(*image_size);
-                    let encoder = open_encoder(&path, EncoderOptions { image_size, num_attention_heads })?;
+                    let about = EncoderOptions { image_size, num_attention_heads };
+                    let encoder = open_encoder(&path, about, options.frozen_format())?;
                     refuse_other(&path, encoder.fingerprint(), expected.as_deref())?;
                     Ok(encoder)
                 }

@@ -23,7 +23,7 @@ use crate::config::{LN_VISION_EPS, QFormerConfig};
 use crate::generate::GenerationConfig;
 use crate::image::ImageProcessor;
 use crate::language::LanguageModel;
-use crate::layers::{FrozenFormat, FrozenWeight, Loader, Precision, TensorSource};
+use crate::layers::{FrozenFormat, FrozenWeight, Loader, TensorSource};
 use crate::qformer::{QFormer, TextSide};
 use crate::text::{BertTokenizer, LanguageTokenizer, PromptFormat};
 use crate::vision::VisionEncoder;
@@ -155,10 +155,11 @@ pub(super) fn open_encoder(
     json: &Json,
     file: &Safetensors,
     image_size: Option<usize>,
+    format: FrozenFormat,
 ) -> Result<VisionEncoder> {
     let source = Renamed(file);
-    let loader = Loader::frozen(&source, Precision::F32);
-    let options = OpenOptions { image_size, ..OpenOptions::default() };
+    let loader = Loader::frozen(&source, format.precision);
+    let options = OpenOptions { image_size, quantization: format.quantization, ..OpenOptions::default() };
     let (encoder, processor) = load_vision(folder, vit_config(&json["vision_config"])?, &loader, &options)?;
     let is_of_it =
         |name: &&str| name.starts_with("vision_model.") && !name.starts_with("vision_model.post_layernorm.");
