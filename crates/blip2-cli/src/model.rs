@@ -96,10 +96,10 @@ pub(crate) fn open_in_formats(
         stage1: part != Part::Stage2,
         stage2: part != Part::Stage1,
     };
-    // This project's own models are small, and their frozen parts are elsewhere.
+    let said = memory::check(memory_needed(&folder, &options)?, memory::available(), args.ignore_memory)?;
+    // Most of this project's own models are small: of those that fit nothing is said.
     if is_hugging_face {
-        let needed = memory_needed(&folder, precision, quantization)?;
-        say(&memory::check(needed, memory::available(), args.ignore_memory)?);
+        say(&said);
     }
     Ok((Blip2::open(folder, &options)?, precision, quantization.or(stored)))
 }

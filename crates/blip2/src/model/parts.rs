@@ -113,7 +113,7 @@ pub fn open_trained(paths: &[impl AsRef<Path>]) -> Result<Box<dyn TensorSource>>
 }
 
 /// Whether a path is the Hugging Face folder of a BLIP-2 model; other folders belong to language models, say.
-fn is_blip2_folder(path: &Path) -> Result<bool> {
+pub(super) fn is_blip2_folder(path: &Path) -> Result<bool> {
     if !path.is_dir() {
         return Ok(false);
     }
