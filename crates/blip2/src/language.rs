@@ -64,7 +64,10 @@ impl LanguageModel {
         prefix: &str,
         format: impl Into<FrozenFormat>,
     ) -> Result<Self> {
-        let format = format.into();
+        let format: FrozenFormat = format.into();
+        // What is stored in few bits is what would be rounded to them, in its keys and values too.
+        let quantization = format.quantization.or(file.quantization());
+        let format = FrozenFormat { quantization, ..format };
         match config["model_type"].as_str() {
             Some("opt") => Opt::from_safetensors(OptConfig::from_hugging_face(config)?, file, prefix, format)
                 .map(Self::Opt),
