@@ -103,6 +103,8 @@ pub(crate) enum ComputeArg {
     Int8,
     /// The language model's layers in four bits, the other large matrices in eight, the rest in f32.
     Int4,
+    /// What is stored in few bits as it is stored; other models in int8 where that fits the free memory, else in int4.
+    Auto,
 }
 
 /// How to generate; what is not given is the model's own setting.

@@ -10,6 +10,7 @@ mod compare;
 mod convert;
 mod data;
 mod describe;
+mod dtype;
 mod eval;
 mod explain;
 mod filter;

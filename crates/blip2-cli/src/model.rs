@@ -6,12 +6,12 @@ use std::path::{Path, PathBuf};
 use anyhow::{Context, bail};
 use blip2::generate::{EarlyStopping, GenerationConfig};
 use blip2::image::{Limits, Pixels, RgbImage};
-use blip2::layers::{Precision, Quantization};
+use blip2::layers::{FrozenFormat, Precision};
 use blip2::model::{Blip2, FILE_NAME, ImageFeatures, OpenOptions, Preset, memory_needed};
 
 use crate::args::{ComputeArg, EarlyStoppingArg, GenerationArgs, ModelArgs, PresetArg, SourceArgs};
 use crate::hub::{self, Repository, Settings};
-use crate::{frozen, memory};
+use crate::{dtype, frozen, memory};
 
 /// The folder of the default model, in the repository and in an installation.
 const DEFAULT_MODEL: &str = "default-model";
@@ -54,19 +54,19 @@ pub(crate) fn open_source(
     preset: Option<PresetArg>,
     say: impl Fn(&str),
 ) -> anyhow::Result<Blip2> {
-    Ok(open_in_formats(args, part, preset, say)?.0)
+    Ok(open_with_format(args, part, preset, say)?.0)
 }
 
-/// [`open_source`], with the precision of products and in how few bits large matrices are held.
+/// [`open_source`], with the format that the model's large matrices are in.
 ///
 /// # Errors
 /// As [`open`].
-pub(crate) fn open_in_formats(
+pub(crate) fn open_with_format(
     args: &SourceArgs,
     part: Part,
     preset: Option<PresetArg>,
     say: impl Fn(&str),
-) -> anyhow::Result<(Blip2, Precision, Option<Quantization>)> {
+) -> anyhow::Result<(Blip2, FrozenFormat)> {
     let folder = match &args.model {
         Some(model) => find(model, args.ignore_memory)?,
         None => {
@@ -77,43 +77,32 @@ pub(crate) fn open_in_formats(
     };
     let is_hugging_face = blip2::model::is_hugging_face(&folder)?;
     let stored = blip2::model::stored_quantization(&folder)?;
-    let (precision, quantization) = match args.dtype {
-        Some(ComputeArg::F32 | ComputeArg::Bf16) if stored.is_some() => {
-            bail!("{} is stored in few bits: leave --dtype out, or give the original model", folder.display())
-        }
-        Some(dtype) => dtype.formats(),
-        None if is_hugging_face => (Precision::F32, None),
-        // Rounding the trained weights and the four-bit language model once more costs nothing measurable.
-        None => (Precision::Bf16, None),
-    };
-    let options = OpenOptions {
+    let mut options = OpenOptions {
         frozen: frozen::folders()?,
-        precision,
-        quantization,
         image_size: args.image_size,
         preset: preset.map(Preset::from),
         vision: true,
         stage1: part != Part::Stage2,
         stage2: part != Part::Stage1,
+        ..OpenOptions::default()
     };
+    let format = match args.dtype {
+        Some(ComputeArg::F32 | ComputeArg::Bf16) if stored.is_some() => {
+            bail!("{} is stored in few bits: leave --dtype out, or give the original model", folder.display())
+        }
+        Some(asked) => asked.format(|| dtype::of_folder(&folder, &options, &say))?,
+        None if is_hugging_face => Precision::F32.into(),
+        // Rounding the trained weights and the four-bit language model once more costs nothing measurable.
+        None => Precision::Bf16.into(),
+    };
+    (options.precision, options.quantization) = (format.precision, format.quantization);
     let said = memory::check(memory_needed(&folder, &options)?, memory::available(), args.ignore_memory)?;
     // Most of this project's own models are small: of those that fit nothing is said.
     if is_hugging_face {
         say(&said);
     }
-    Ok((Blip2::open(folder, &options)?, precision, quantization.or(stored)))
-}
-
-impl ComputeArg {
-    /// The precision of products, and in how few bits large matrices are held.
-    pub(crate) fn formats(self) -> (Precision, Option<Quantization>) {
-        match self {
-            Self::F32 => (Precision::F32, None),
-            Self::Bf16 => (Precision::Bf16, None),
-            Self::Int8 => (Precision::F32, Some(Quantization::Int8)),
-            Self::Int4 => (Precision::F32, Some(Quantization::Int4)),
-        }
-    }
+    let format = FrozenFormat { quantization: format.quantization.or(stored), ..format };
+    Ok((Blip2::open(folder, &options)?, format))
 }
 
 /// The folder of a model: the one that is named, if it exists, or that of the model of this name on the hub.

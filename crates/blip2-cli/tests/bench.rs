@@ -87,6 +87,12 @@ fn the_number_of_threads_is_that_of_the_flag_or_of_a_variable() {
 }
 
 #[test]
+fn the_report_says_what_was_chosen() {
+    let report = json(&["--shape", "tiny", "--dtype", "auto", "--stages", "vision"]);
+    assert_eq!(report["dtype"], "int8");
+}
+
+#[test]
 fn the_table_names_the_stages_and_the_machine() {
     let output = bench(&["--shape", "tiny-itm", "--dtype", "bf16", "--stages", "vision,match"]);
     let text = String::from_utf8_lossy(&output.stdout).into_owned();

@@ -47,17 +47,14 @@ fn a_folder_of_either_kind_is_refused() {
     let (published, own) = (work.path().join("published"), work.path().join("own"));
     too_large(&published);
     let picture = golden("blip2.png");
-    let caption = |model: &Path| {
-        refused(&[
-            "caption",
-            picture.to_str().expect("UTF-8"),
-            "--model",
-            model.to_str().expect("UTF-8"),
-            "--dtype",
-            "int8",
-        ])
+    let caption = |model: &Path, dtype: &str| {
+        let [picture, model] = [picture.as_path(), model].map(|path| path.to_str().expect("UTF-8"));
+        refused(&["caption", picture, "--model", model, "--dtype", dtype])
     };
-    assert!(caption(&published).contains("1.39 TB"), "nine bits a number");
+    assert!(caption(&published, "int8").contains("1.39 TB"), "nine bits a number");
+    // The image encoder is not in fewer bits.
+    let said = caption(&published, "auto");
+    assert!(said.contains("--dtype auto: int4, since int8 needs about 1.39 TB of memory"), "{said}");
 
     // This project's own names its frozen parts.
     fs::create_dir(&own).expect("made");
@@ -76,5 +73,7 @@ fn a_folder_of_either_kind_is_refused() {
     });
     fs::write(own.join("config.json"), config.to_string()).expect("written");
     fs::copy(golden("vit_tiny.safetensors"), own.join("trained.safetensors")).expect("copied");
-    assert!(caption(&own).contains("1.39 TB"));
+    assert!(caption(&own, "int8").contains("1.39 TB"));
+    let said = caption(&own, "auto");
+    assert!(said.contains("--dtype auto: int8, and the language model as it is stored"), "{said}");
 }

@@ -30,7 +30,7 @@ pub use explain::{HeatMap, Word};
 pub use memory::memory_needed;
 pub use parts::{EncoderOptions, open_encoder, open_language_model, open_trained, qformer_config};
 pub use preset::Preset;
-pub use quantize::{quantize, stored_quantization};
+pub use quantize::{has_stored_blocks, quantize, stored_quantization};
 pub use random::{RandomModel, SHAPES};
 pub use stage1::{LabelScore, MatchScore};
 pub use stage2::{Answer, Choice};
