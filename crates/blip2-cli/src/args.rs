@@ -446,13 +446,16 @@ pub(crate) enum LayoutArg {
 
 #[derive(Debug, clap::Args)]
 pub(crate) struct QuantizeArgs {
-    /// A model's folder, as Hugging Face publishes them.
+    /// A model's folder, as Hugging Face publishes them, or its name on the hub.
     pub(crate) model: PathBuf,
     /// The folder to make.
     pub(crate) out: PathBuf,
     /// How many bits the large matrices get.
     #[arg(long, value_enum)]
     pub(crate) dtype: QuantizationArg,
+    /// Try it even where the memory that it needs is not free.
+    #[arg(long)]
+    pub(crate) ignore_memory: bool,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]

@@ -37,6 +37,16 @@ pub(crate) fn name(format: FrozenFormat) -> &'static str {
     }
 }
 
+/// The least bits that a weight takes in memory in what is asked for, with its scale.
+pub(crate) fn least_bits(asked: Option<ComputeArg>) -> u64 {
+    match asked {
+        Some(ComputeArg::Int4 | ComputeArg::Auto) => 5,
+        Some(ComputeArg::Int8) => 9,
+        // Half-precision numbers stay as they are in f32, too.
+        Some(ComputeArg::F32 | ComputeArg::Bf16) | None => 16,
+    }
+}
+
 /// Chooses for the model in a folder, which would be opened with these options, and says what and why.
 ///
 /// # Errors

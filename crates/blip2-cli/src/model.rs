@@ -68,7 +68,7 @@ pub(crate) fn open_with_format(
     say: impl Fn(&str),
 ) -> anyhow::Result<(Blip2, FrozenFormat)> {
     let folder = match &args.model {
-        Some(model) => find(model, args.ignore_memory)?,
+        Some(model) => find(model, args.dtype, args.ignore_memory)?,
         None => {
             let folder = default_model()?;
             frozen::ensure(part != Part::Stage1)?;
@@ -105,8 +105,12 @@ pub(crate) fn open_with_format(
     Ok((Blip2::open(folder, &options)?, format))
 }
 
-/// The folder of a model: the one that is named, if it exists, or that of the model of this name on the hub.
-fn find(model: &Path, ignore_memory: bool) -> anyhow::Result<PathBuf> {
+/// The folder of a model: the one that is named, if it exists, or that of the model of this name on the hub, which is fetched
+/// if it can fit into memory in what is asked for.
+///
+/// # Errors
+/// When it is neither, cannot be had, or is too large.
+pub(crate) fn find(model: &Path, asked: Option<ComputeArg>, ignore_memory: bool) -> anyhow::Result<PathBuf> {
     if model.exists() {
         return Ok(model.to_owned());
     }
@@ -118,7 +122,8 @@ fn find(model: &Path, ignore_memory: bool) -> anyhow::Result<PathBuf> {
             model.display()
         );
     };
-    let fits = |n_bytes| memory::check_stored(n_bytes, memory::available(), ignore_memory);
+    let n_bits = dtype::least_bits(asked);
+    let fits = |n_bytes| memory::check_stored(n_bytes, n_bits, memory::available(), ignore_memory);
     hub::folder(&repository, &Settings::from_env()?, &fits)
         .with_context(|| format!("there is no folder {} here", model.display()))
 }

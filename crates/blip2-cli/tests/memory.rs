@@ -77,3 +77,13 @@ fn a_folder_of_either_kind_is_refused() {
     let said = caption(&own, "auto");
     assert!(said.contains("--dtype auto: int8, and the language model as it is stored"), "{said}");
 }
+
+#[test]
+fn what_cannot_be_held_is_not_quantised() {
+    let work = tempfile::tempdir().expect("a folder");
+    let [model, out] = ["model", "out"].map(|name| work.path().join(name));
+    too_large(&model);
+    let [model, to] = [&model, &out].map(|path| path.to_str().expect("UTF-8"));
+    refused(&["quantize", model, to, "--dtype", "int4"]);
+    assert!(!out.exists());
+}
