@@ -30,6 +30,7 @@ use std::process::ExitCode;
 
 use anyhow::Context;
 use args::{Args, Command};
+use blip2::layers::Isa;
 use clap::{CommandFactory, Parser};
 
 // Training frees and takes tensors of megabytes at every step; the system's allocator returns each to the kernel.
@@ -46,6 +47,10 @@ enum Done {
 
 fn main() -> ExitCode {
     let Args { threads, command } = Args::parse();
+    if let Err(error) = Isa::from_environment() {
+        eprintln!("blip2: {error}");
+        return ExitCode::from(2);
+    }
     match start_threads(threads).and_then(|()| run(command)) {
         Ok(Done::All) => ExitCode::SUCCESS,
         Ok(Done::SomeFailed) => ExitCode::from(3),

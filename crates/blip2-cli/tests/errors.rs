@@ -39,6 +39,19 @@ fn wrong_usage_is_status_2() {
 }
 
 #[test]
+fn an_instruction_set_that_is_none_is_wrong_usage() {
+    for command in [&["info"][..], &["completions", "bash"]] {
+        let output = Command::new(env!("CARGO_BIN_EXE_blip2"))
+            .args(command)
+            .env("BLIP2_ISA", "avx1024")
+            .output()
+            .expect("the command runs");
+        refused(&output, 2, &["BLIP2_ISA=avx1024", "scalar"]);
+        assert_eq!(String::from_utf8_lossy(&output.stderr).lines().count(), 1);
+    }
+}
+
+#[test]
 fn a_model_that_is_none_is_named() {
     let home = tempfile::tempdir().expect("a folder");
     let folder = home.path().join("model");
