@@ -51,6 +51,24 @@ fn an_instruction_set_that_is_none_is_wrong_usage() {
     }
 }
 
+/// Processors with AVX-512 VNNI have its dot products in 256 bits, whether they have AVX-VNNI or bf16 or not.
+#[cfg(target_arch = "x86_64")]
+#[test]
+fn dot_products_of_avx_512_are_those_of_avx_vnni() {
+    if !(is_x86_feature_detected!("avx2")
+        && is_x86_feature_detected!("avx512vl")
+        && is_x86_feature_detected!("avx512vnni"))
+    {
+        return;
+    }
+    let output = Command::new(env!("CARGO_BIN_EXE_blip2"))
+        .args(["completions", "bash"])
+        .env("BLIP2_ISA", "avx-vnni")
+        .output()
+        .expect("the command runs");
+    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+}
+
 #[test]
 fn a_model_that_is_none_is_named() {
     let home = tempfile::tempdir().expect("a folder");

@@ -15,7 +15,8 @@ pub enum Isa {
     NeonI8mm,
     /// AVX2, FMA and F16C.
     Avx2,
-    /// [`Avx2`](Self::Avx2) with AVX-VNNI: dot products of four bytes in 256 bits.
+    /// [`Avx2`](Self::Avx2) with dot products of four bytes in 256 bits: AVX-VNNI, or AVX-512 VL and VNNI, which also
+    /// processors have that lack AVX-512's bf16 (Cascade Lake, Ice Lake).
     AvxVnni,
     /// AVX-512 F, BW, VL, DQ, BF16 and VNNI.
     Avx512,
@@ -78,11 +79,7 @@ impl Isa {
                 if avx2 {
                     available.push(Self::Avx2);
                 }
-                let avx_vnni = is_x86_feature_detected!("avxvnni");
-                // Tests run its kernels with the instructions of AVX-512 where those are there: see `quantized::avx_vnni`.
-                #[cfg(test)]
-                let avx_vnni = avx_vnni
-                    || is_x86_feature_detected!("avx512vl") && is_x86_feature_detected!("avx512vnni");
+                let avx_vnni = is_x86_feature_detected!("avxvnni") || has_evex_vnni();
                 if avx2 && avx_vnni {
                     available.push(Self::AvxVnni);
                 }
@@ -118,6 +115,14 @@ impl Isa {
             Self::Avx512 => "avx512",
         }
     }
+}
+
+/// Whether the dot products of AVX-VNNI are there in the encoding of AVX-512.
+#[cfg(target_arch = "x86_64")]
+fn has_evex_vnni() -> bool {
+    is_x86_feature_detected!("avx512f")
+        && is_x86_feature_detected!("avx512vl")
+        && is_x86_feature_detected!("avx512vnni")
 }
 
 /// `BLIP2_ISA` does not name an instruction set of this machine.
@@ -181,7 +186,10 @@ mod tests {
         #[cfg(target_arch = "aarch64")]
         assert!(Isa::Neon.is_available() && !Isa::Avx2.is_available());
         #[cfg(target_arch = "x86_64")]
-        assert!(!Isa::Neon.is_available());
+        {
+            assert!(!Isa::Neon.is_available());
+            assert!(Isa::AvxVnni.is_available() || !Isa::Avx2.is_available() || !has_evex_vnni());
+        }
     }
 
     #[test]
