@@ -21,7 +21,7 @@ use crate::{dtype, memory};
 #[derive(Debug, clap::Args)]
 #[command(
     after_help = "Times are medians. What is read counts weights only, rates are compared with the best that this \
-    machine's threads did in the same run: a large matrix product in the same numbers, and a sum over memory."
+    machine's threads did in the same run: multiply-adds of registers alone in the same numbers, and a sum over memory."
 )]
 pub(crate) struct BenchArgs {
     /// Measure a model of this size with random weights instead, without any file: blip2-opt-2.7b, blip2-opt-6.7b,

@@ -32,6 +32,7 @@ fn the_json_has_all_figures() {
     for field in ["products_f32", "products_bf16", "products_int8", "reading"] {
         assert!(report["machine"][field].as_f64().is_some_and(|n| n > 0.0), "{field}: {report}");
     }
+    assert!(report["machine"]["by_kernels"].is_array(), "{report}");
     let stages = report["stages"].as_array().expect("a list");
     let of = |stage: &Json| (stage["stage"].as_str().unwrap_or_default().to_owned(), stage["beams"].as_u64());
     let expected = [

@@ -1,7 +1,7 @@
 //! How fast a model is, stage by stage, and how near that is to what the machine can do.
 //!
 //! [`measure`] times the stages that a picture passes on its way to a text; [`Machine`] measures, on the same threads, the
-//! products and the memory that the stages are limited by.
+//! multiply-adds and the memory that the stages are limited by.
 
 mod machine;
 mod work;
@@ -94,7 +94,7 @@ pub struct Figure {
     pub items: usize,
     /// Arithmetic operations a second, a multiplication and an addition counted as two; of matrix products and attention.
     pub operations_per_s: Option<f64>,
-    /// The share of the machine's fastest products in the same numbers.
+    /// The share of the machine's multiply-adds in the same numbers at best.
     pub share_of_products: Option<f64>,
     /// Bytes of weights that are read a second.
     pub bytes_per_s: Option<f64>,
