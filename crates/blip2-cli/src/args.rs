@@ -10,6 +10,9 @@ use clap::{Parser, Subcommand};
 #[derive(Debug, Parser)]
 #[command(version, propagate_version = true)]
 pub(crate) struct Args {
+    /// Threads that compute; without it as many as RAYON_NUM_THREADS says or the machine has.
+    #[arg(long, global = true, env = "BLIP2_THREADS", value_name = "N")]
+    pub(crate) threads: Option<NonZeroUsize>,
     #[command(subcommand)]
     pub(crate) command: Command,
 }
@@ -101,6 +104,8 @@ pub(crate) enum ComputeArg {
     Int8,
     /// The language model's layers in four bits, the other large matrices in eight, the rest in f32.
     Int4,
+    /// What is stored in few bits as it is stored; other models in int8 where that fits the free memory, else in int4.
+    Auto,
 }
 
 /// How to generate; what is not given is the model's own setting.
@@ -473,13 +478,16 @@ pub(crate) enum LayoutArg {
 
 #[derive(Debug, clap::Args)]
 pub(crate) struct QuantizeArgs {
-    /// A model's folder, as Hugging Face publishes them.
+    /// A model's folder, as Hugging Face publishes them, or its name on the hub.
     pub(crate) model: PathBuf,
     /// The folder to make.
     pub(crate) out: PathBuf,
     /// How many bits the large matrices get.
     #[arg(long, value_enum)]
     pub(crate) dtype: QuantizationArg,
+    /// Try it even where the memory that it needs is not free.
+    #[arg(long)]
+    pub(crate) ignore_memory: bool,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]

@@ -6,22 +6,22 @@ use std::io::Write;
 use std::path::PathBuf;
 use std::time::Instant;
 
-use anyhow::{Context, ensure};
+use anyhow::Context;
 use blip2::benchmark::{Figure, Machine, Settings, Stage, measure};
 use blip2::image::{RgbImage, png};
-use blip2::layers::{Precision, Quantization};
+use blip2::layers::{FrozenFormat, Precision, Quantization};
 use blip2::model::{Blip2, OpenOptions, RandomModel};
 use serde::Serialize;
 
 use crate::Done;
 use crate::args::SourceArgs;
-use crate::memory;
-use crate::model::{Part, open_in_formats};
+use crate::model::{Part, open_with_format};
+use crate::{dtype, memory};
 
 #[derive(Debug, clap::Args)]
 #[command(
     after_help = "Times are medians. What is read counts weights only, rates are compared with the best that this \
-    machine's threads did in the same run: a large matrix product in the same numbers, and a sum over memory."
+    machine's threads did in the same run: multiply-adds of registers alone in the same numbers, and a sum over memory."
 )]
 pub(crate) struct BenchArgs {
     /// Measure a model of this size with random weights instead, without any file: blip2-opt-2.7b, blip2-opt-6.7b,
@@ -55,9 +55,6 @@ pub(crate) struct BenchArgs {
     /// Runs that are timed, after one that is not.
     #[arg(long, default_value_t = 3, value_name = "N")]
     repeat: usize,
-    /// Threads that compute; without it as many as the machine or RAYON_NUM_THREADS says.
-    #[arg(long, value_name = "N")]
-    threads: Option<usize>,
     /// Seed of random weights.
     #[arg(long, default_value_t = 1)]
     seed: u64,
@@ -118,25 +115,18 @@ struct Report {
 }
 
 pub(crate) fn run(args: &BenchArgs) -> anyhow::Result<Done> {
-    if let Some(n) = args.threads {
-        ensure!(n > 0, "--threads must be at least 1");
-        rayon::ThreadPoolBuilder::new()
-            .num_threads(n)
-            .build_global()
-            .context("the threads cannot be started")?;
-    }
     let settings = settings(args)?;
     let start = Instant::now();
-    let (model, precision, quantization) = open(args, &settings.stages)?;
+    let (model, format) = open(args, &settings.stages)?;
     let (load_s, loaded_memory) = (start.elapsed().as_secs_f64(), memory::resident());
     let mut stages = measure(&model, &settings)?;
     // The machine's products take memory of their own, so they come last.
     let peak_memory = memory::peak();
     let machine = Machine::measure();
-    stages.iter_mut().for_each(|figure| figure.compare(&machine, precision, quantization.is_some()));
+    stages.iter_mut().for_each(|figure| figure.compare(&machine, format));
     let report = Report {
         model: model.config().name.clone(),
-        dtype: dtype(precision, quantization),
+        dtype: dtype::name(format),
         batch: args.batch,
         prompt_tokens: args.prompt_tokens,
         tokens: args.tokens,
@@ -171,7 +161,8 @@ fn settings(args: &BenchArgs) -> anyhow::Result<Settings> {
 }
 
 /// The model, with the parts that the stages need.
-fn open(args: &BenchArgs, stages: &[Stage]) -> anyhow::Result<(Blip2, Precision, Option<Quantization>)> {
+fn open(args: &BenchArgs, stages: &[Stage]) -> anyhow::Result<(Blip2, FrozenFormat)> {
+    let say = |message: &str| eprintln!("{message}");
     let needs = |some: &[Stage]| some.iter().any(|stage| stages.contains(stage));
     let matches = needs(&[Stage::Match, Stage::Qformer]);
     let writes = needs(&[Stage::Qformer, Stage::Prefill, Stage::Decode, Stage::Caption]);
@@ -181,33 +172,24 @@ fn open(args: &BenchArgs, stages: &[Stage]) -> anyhow::Result<(Blip2, Precision,
             (true, false) => Part::Stage1,
             (false, _) => Part::Stage2,
         };
-        return open_in_formats(&args.source, part, None, |message| eprintln!("{message}"));
+        return open_with_format(&args.source, part, None, say);
     };
     let model = RandomModel::named(shape)?;
-    let (precision, quantization) = match args.source.dtype {
-        Some(dtype) => dtype.formats(),
-        // As the default model is opened, and as published ones are.
-        None if shape == "default" => (Precision::Bf16, None),
-        None => (Precision::F32, None),
-    };
-    let options = OpenOptions {
-        precision,
-        quantization,
+    let mut options = OpenOptions {
         image_size: args.source.image_size,
         stage1: matches,
         stage2: writes,
         ..OpenOptions::default()
     };
+    let in_int8 = OpenOptions { quantization: Some(Quantization::Int8), ..options.clone() };
+    let format = match args.source.dtype {
+        Some(asked) => asked.format(|| Ok(dtype::fitting(model.memory_needed(&in_int8), say)))?,
+        // As the default model is opened, and as published ones are.
+        None if shape == "default" => Precision::Bf16.into(),
+        None => Precision::F32.into(),
+    };
+    (options.precision, options.quantization) = (format.precision, format.quantization);
     let needed = model.memory_needed(&options);
-    eprintln!("{}", memory::check(needed, memory::available(), args.source.ignore_memory)?);
-    Ok((model.draw(args.seed, &options)?, precision, quantization))
-}
-
-fn dtype(precision: Precision, quantization: Option<Quantization>) -> &'static str {
-    match (quantization, precision) {
-        (Some(Quantization::Int8), _) => "int8",
-        (Some(Quantization::Int4), _) => "int4",
-        (None, Precision::F32) => "f32",
-        (None, Precision::Bf16) => "bf16",
-    }
+    say(&memory::check(needed, memory::available(), args.source.ignore_memory)?);
+    Ok((model.draw(args.seed, &options)?, format))
 }

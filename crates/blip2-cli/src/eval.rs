@@ -85,8 +85,7 @@ fn captions_report(args: &EvalArgs, rows: &[Row], on_progress: OnProgress<'_>) -
 }
 
 fn questions_report(args: &EvalArgs, rows: &[Row], on_progress: OnProgress<'_>) -> anyhow::Result<Report> {
-    let (model, config) =
-        open_to_write(&args.model.source, args.preset, Written::Answers, &args.generation)?;
+    let (model, config) = open_to_write(&args.model.source, args.preset, Written::Answers, &args.generation)?;
     let evaluated = questions(&model, test_set(args, rows), &config, on_progress)?;
     write_predictions(args.out.as_deref(), &evaluated)?;
     let (accuracy, kinds) = evaluated.accuracy();

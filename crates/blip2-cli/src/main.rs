@@ -10,6 +10,7 @@ mod compare;
 mod convert;
 mod data;
 mod describe;
+mod dtype;
 mod eval;
 mod explain;
 mod filter;
@@ -25,9 +26,12 @@ mod rows;
 mod serve;
 mod train;
 
+use std::num::NonZeroUsize;
 use std::process::ExitCode;
 
+use anyhow::Context;
 use args::{Args, Command};
+use blip2::layers::Isa;
 use clap::{CommandFactory, Parser};
 
 // Training frees and takes tensors of megabytes at every step; the system's allocator returns each to the kernel.
@@ -56,7 +60,34 @@ impl Done {
 }
 
 fn main() -> ExitCode {
-    let result = match Args::parse().command {
+    let Args { threads, command } = Args::parse();
+    if let Err(error) = Isa::from_environment() {
+        eprintln!("blip2: {error}");
+        return ExitCode::from(2);
+    }
+    match start_threads(threads).and_then(|()| run(command)) {
+        Ok(Done::All) => ExitCode::SUCCESS,
+        Ok(Done::SomeFailed) => ExitCode::from(3),
+        Ok(Done::AllFailed) => ExitCode::FAILURE,
+        // Whoever read the output has had enough: not a failure of ours.
+        Err(error) if is_broken_pipe(&error) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("blip2: {}", message(&error));
+            if error.is::<generation::WrongUsage>() { ExitCode::from(2) } else { ExitCode::FAILURE }
+        }
+    }
+}
+
+/// Starts as many threads as are asked for. Without a number they start when they are first needed, as many as rayon says; the
+/// tensor engine computes on the same ones.
+fn start_threads(n: Option<NonZeroUsize>) -> anyhow::Result<()> {
+    let Some(n) = n else { return Ok(()) };
+    let threads = rayon::ThreadPoolBuilder::new().num_threads(n.get());
+    threads.build_global().with_context(|| format!("{n} threads cannot be started"))
+}
+
+fn run(command: Command) -> anyhow::Result<Done> {
+    match command {
         Command::Caption(args) => caption::run(&args),
         Command::Ask(args) => describe::ask(&args),
         Command::Chat(args) => describe::chat(&args),
@@ -78,17 +109,6 @@ fn main() -> ExitCode {
         Command::Completions { shell } => {
             clap_complete::generate(shell, &mut Args::command(), "blip2", &mut std::io::stdout());
             Ok(Done::All)
-        }
-    };
-    match result {
-        Ok(Done::All) => ExitCode::SUCCESS,
-        Ok(Done::SomeFailed) => ExitCode::from(3),
-        Ok(Done::AllFailed) => ExitCode::FAILURE,
-        // Whoever read the output has had enough: not a failure of ours.
-        Err(error) if is_broken_pipe(&error) => ExitCode::SUCCESS,
-        Err(error) => {
-            eprintln!("blip2: {}", message(&error));
-            if error.is::<generation::WrongUsage>() { ExitCode::from(2) } else { ExitCode::FAILURE }
         }
     }
 }

@@ -22,12 +22,18 @@ pub(crate) fn check(needed: u64, available: Option<u64>, is_ignored: bool) -> an
     })
 }
 
-/// Refuses to fetch weights of `n_bytes` of which already the least that they can become does not fit.
+/// Refuses to fetch weights of `n_bytes` of which already the least that they can become does not fit: numbers in single
+/// precision that take `n_bits` in memory.
 ///
 /// # Errors
 /// When they need more than is available, unless that is to be ignored.
-pub(crate) fn check_stored(n_bytes: u64, available: Option<u64>, is_ignored: bool) -> anyhow::Result<()> {
-    let least = n_bytes / 2; // weights that are stored in single precision
+pub(crate) fn check_stored(
+    n_bytes: u64,
+    n_bits: u64,
+    available: Option<u64>,
+    is_ignored: bool,
+) -> anyhow::Result<()> {
+    let least = n_bytes / 32 * n_bits;
     match available {
         Some(available) if available < least && !is_ignored => bail!(
             "its weights have {} and need at least {} of memory, {} are available: close other programs, take a smaller \
@@ -106,13 +112,19 @@ mod tests {
 
     #[test]
     fn what_cannot_fit_is_not_even_fetched() {
-        let error = check_stored(49_000_000_000, Some(22_000_000_000), false).unwrap_err().to_string();
+        let check_given =
+            |n_bits, available, is_ignored| check_stored(49_000_000_000, n_bits, available, is_ignored);
+        let error = check_given(16, Some(22_000_000_000), false).unwrap_err().to_string();
         for part in ["49.00 GB", "24.50 GB", "22.00 GB", "--ignore-memory"] {
             assert!(error.contains(part), "{error}");
         }
-        assert!(check_stored(49_000_000_000, Some(22_000_000_000), true).is_ok());
-        assert!(check_stored(49_000_000_000, Some(25_000_000_000), false).is_ok());
-        assert!(check_stored(49_000_000_000, None, false).is_ok());
+        assert!(check_given(16, Some(22_000_000_000), true).is_ok());
+        assert!(check_given(16, Some(25_000_000_000), false).is_ok());
+        assert!(check_given(16, None, false).is_ok());
+        // In fewer bits more fits.
+        assert!(check_given(9, Some(14_000_000_000), false).is_ok());
+        assert!(check_given(9, Some(8_000_000_000), false).is_err());
+        assert!(check_given(5, Some(8_000_000_000), false).is_ok());
     }
 
     #[test]

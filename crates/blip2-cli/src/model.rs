@@ -6,13 +6,13 @@ use std::path::{Path, PathBuf};
 use anyhow::{Context, bail};
 use blip2::generate::GenerationConfig;
 use blip2::image::{Limits, Pixels, RgbImage};
-use blip2::layers::{Precision, Quantization};
+use blip2::layers::{FrozenFormat, Precision};
 use blip2::model::{Blip2, FILE_NAME, ImageFeatures, OpenOptions, Preset, memory_needed};
 
 use crate::args::{ComputeArg, GenerationArgs, ModelArgs, PresetArg, SourceArgs};
 use crate::generation::{self, Written};
 use crate::hub::{self, Repository, Settings};
-use crate::{frozen, memory};
+use crate::{dtype, frozen, memory};
 
 /// The folder of the default model, in the repository and in an installation.
 const DEFAULT_MODEL: &str = "default-model";
@@ -55,7 +55,7 @@ pub(crate) fn open_source(
     preset: Option<PresetArg>,
     say: impl Fn(&str),
 ) -> anyhow::Result<Blip2> {
-    Ok(open_in_formats(args, part, preset, say)?.0)
+    Ok(open_with_format(args, part, preset, say)?.0)
 }
 
 /// Opens a model that writes, with the settings that it writes with. They are checked before its weights are read.
@@ -72,28 +72,28 @@ pub(crate) fn open_to_write(
     let folder = locate(args)?;
     written.check(&folder, preset, generation)?;
     let say = |message: &str| eprintln!("{message}");
-    let (model, ..) = open_folder(folder, args, Part::Stage2, preset, say)?;
+    let (model, _) = open_folder(folder, args, Part::Stage2, preset, say)?;
     let settings = written.settings(&model, preset, generation);
     Ok((model, settings))
 }
 
-/// [`open_source`], with the precision of products and in how few bits large matrices are held.
+/// [`open_source`], with the format that the model's large matrices are in.
 ///
 /// # Errors
 /// As [`open`].
-pub(crate) fn open_in_formats(
+pub(crate) fn open_with_format(
     args: &SourceArgs,
     part: Part,
     preset: Option<PresetArg>,
     say: impl Fn(&str),
-) -> anyhow::Result<(Blip2, Precision, Option<Quantization>)> {
+) -> anyhow::Result<(Blip2, FrozenFormat)> {
     open_folder(locate(args)?, args, part, preset, say)
 }
 
 /// The folder of the model that the arguments name, or of the default one. A model of the hub is fetched when it is not here.
 fn locate(args: &SourceArgs) -> anyhow::Result<PathBuf> {
     match &args.model {
-        Some(model) => find(model, args.ignore_memory),
+        Some(model) => find(model, args.dtype, args.ignore_memory),
         None => default_model(),
     }
 }
@@ -104,53 +104,46 @@ fn open_folder(
     part: Part,
     preset: Option<PresetArg>,
     say: impl Fn(&str),
-) -> anyhow::Result<(Blip2, Precision, Option<Quantization>)> {
+) -> anyhow::Result<(Blip2, FrozenFormat)> {
     if args.model.is_none() {
         frozen::ensure(part != Part::Stage1)?;
     }
     let is_hugging_face = blip2::model::is_hugging_face(&folder)?;
     let stored = blip2::model::stored_quantization(&folder)?;
-    let (precision, quantization) = match args.dtype {
-        Some(ComputeArg::F32 | ComputeArg::Bf16) if stored.is_some() => {
-            bail!("{} is stored in few bits: leave --dtype out, or give the original model", folder.display())
-        }
-        Some(dtype) => dtype.formats(),
-        None if is_hugging_face => (Precision::F32, None),
-        // Rounding the trained weights and the four-bit language model once more costs nothing measurable.
-        None => (Precision::Bf16, None),
-    };
-    let options = OpenOptions {
+    let mut options = OpenOptions {
         frozen: frozen::folders()?,
-        precision,
-        quantization,
         image_size: args.image_size,
         preset: preset.map(Preset::from),
         vision: true,
         stage1: part != Part::Stage2,
         stage2: part != Part::Stage1,
+        ..OpenOptions::default()
     };
-    // This project's own models are small, and their frozen parts are elsewhere.
-    if is_hugging_face {
-        let needed = memory_needed(&folder, precision, quantization)?;
-        say(&memory::check(needed, memory::available(), args.ignore_memory)?);
-    }
-    Ok((Blip2::open(folder, &options)?, precision, quantization.or(stored)))
-}
-
-impl ComputeArg {
-    /// The precision of products, and in how few bits large matrices are held.
-    pub(crate) fn formats(self) -> (Precision, Option<Quantization>) {
-        match self {
-            Self::F32 => (Precision::F32, None),
-            Self::Bf16 => (Precision::Bf16, None),
-            Self::Int8 => (Precision::F32, Some(Quantization::Int8)),
-            Self::Int4 => (Precision::F32, Some(Quantization::Int4)),
+    let format = match args.dtype {
+        Some(ComputeArg::F32 | ComputeArg::Bf16) if stored.is_some() => {
+            bail!("{} is stored in few bits: leave --dtype out, or give the original model", folder.display())
         }
+        Some(asked) => asked.format(|| dtype::of_folder(&folder, &options, &say))?,
+        None if is_hugging_face => Precision::F32.into(),
+        // Rounding the trained weights and the four-bit language model once more costs nothing measurable.
+        None => Precision::Bf16.into(),
+    };
+    (options.precision, options.quantization) = (format.precision, format.quantization);
+    let said = memory::check(memory_needed(&folder, &options)?, memory::available(), args.ignore_memory)?;
+    // Most of this project's own models are small: of those that fit nothing is said.
+    if is_hugging_face {
+        say(&said);
     }
+    let format = FrozenFormat { quantization: format.quantization.or(stored), ..format };
+    Ok((Blip2::open(folder, &options)?, format))
 }
 
-/// The folder of a model: the one that is named, if it exists, or that of the model of this name on the hub.
-fn find(model: &Path, ignore_memory: bool) -> anyhow::Result<PathBuf> {
+/// The folder of a model: the one that is named, if it exists, or that of the model of this name on the hub, which is fetched
+/// if it can fit into memory in what is asked for.
+///
+/// # Errors
+/// When it is neither, cannot be had, or is too large.
+pub(crate) fn find(model: &Path, asked: Option<ComputeArg>, ignore_memory: bool) -> anyhow::Result<PathBuf> {
     if model.exists() {
         return Ok(model.to_owned());
     }
@@ -162,7 +155,8 @@ fn find(model: &Path, ignore_memory: bool) -> anyhow::Result<PathBuf> {
             model.display()
         );
     };
-    let fits = |n_bytes| memory::check_stored(n_bytes, memory::available(), ignore_memory);
+    let n_bits = dtype::least_bits(asked);
+    let fits = |n_bytes| memory::check_stored(n_bytes, n_bits, memory::available(), ignore_memory);
     hub::folder(&repository, &Settings::from_env()?, &fits)
         .with_context(|| format!("there is no folder {} here", model.display()))
 }

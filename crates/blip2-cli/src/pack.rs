@@ -5,6 +5,7 @@ use std::path::{Path, PathBuf};
 
 use anyhow::{Context, bail};
 use blip2::generate::GenerationConfig;
+use blip2::layers::Precision;
 use blip2::model::layout::{ConvertOptions, Trained, TrainedPrompts, trained_to_hugging_face};
 use blip2::model::{
     EncoderOptions, FILE_NAME, ModelConfig, Stage1Config, Stage2Config, VisionConfig, open_encoder,
@@ -97,7 +98,8 @@ pub(crate) fn run(args: &PackArgs) -> anyhow::Result<Done> {
 
 /// The encoder as a model folder names it.
 fn vision(path: &Path, options: EncoderOptions) -> anyhow::Result<VisionConfig> {
-    let encoder = open_encoder(path, options).context("the image encoder")?;
+    // Only its fingerprint is asked for, which is the same in every format.
+    let encoder = open_encoder(path, options, Precision::F32).context("the image encoder")?;
     let (file, sha256) = (name_of(path)?, Some(encoder.fingerprint().to_owned()));
     if !encoder.is_vit() {
         return Ok(VisionConfig::EfficientnetLite0 { file, sha256 });

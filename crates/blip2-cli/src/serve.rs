@@ -183,6 +183,8 @@ fn config(args: &ServeArgs) -> anyhow::Result<ServerConfig> {
             answers: max_answers,
             beams: max_beams,
             request: Duration::from_secs(request_seconds),
+            // They are decoded beside the model's threads.
+            decode_threads: Limits::default().decode_threads.min(rayon::current_num_threads()),
             ..Limits::default()
         },
     })

@@ -26,6 +26,9 @@ use crate::args::TrainArgs;
 /// Pictures that are named one by one when they cannot be used; the rest is counted, and named in a file.
 const N_NAMED: usize = 20;
 
+/// What features are computed in, whatever the precision of training: those on disk serve every run with their encoder.
+const FEATURES: Precision = Precision::F32;
+
 /// Values of a step that the progress line shows, with their labels and scale.
 const SHOWN: [(&str, &str, f64); 7] = [
     ("loss", "loss", 1.0),
@@ -84,7 +87,8 @@ pub(crate) fn run(args: &TrainArgs) -> anyhow::Result<()> {
 }
 
 fn run_stage1(config: &Stage1Config, resume: bool, terminal: &mut Terminal) -> anyhow::Result<Outcome> {
-    let encoder = open_encoder(&config.encoder, config.encoder_options()).context("the image encoder")?;
+    let encoder =
+        open_encoder(&config.encoder, config.encoder_options(), FEATURES).context("the image encoder")?;
     let init = match &config.init {
         Stage1Init::Bert(file) => open_trained(&[file]).context("the BERT checkpoint")?,
         Stage1Init::Weights(files) => open_trained(files).context("the weights to start from")?,
@@ -95,7 +99,8 @@ fn run_stage1(config: &Stage1Config, resume: bool, terminal: &mut Terminal) -> a
 }
 
 fn run_stage2(config: &Stage2Config, resume: bool, terminal: &mut Terminal) -> anyhow::Result<Outcome> {
-    let encoder = open_encoder(&config.encoder, config.encoder_options()).context("the image encoder")?;
+    let encoder =
+        open_encoder(&config.encoder, config.encoder_options(), FEATURES).context("the image encoder")?;
     let init = open_trained(&config.init).context("the weights to start from")?;
     let (model, tokenizer) = open_language_model(&config.language_model, Precision::from(config.precision))
         .context("the language model")?;

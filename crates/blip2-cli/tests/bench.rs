@@ -32,6 +32,7 @@ fn the_json_has_all_figures() {
     for field in ["products_f32", "products_bf16", "products_int8", "reading"] {
         assert!(report["machine"][field].as_f64().is_some_and(|n| n > 0.0), "{field}: {report}");
     }
+    assert!(report["machine"]["by_kernels"].is_array(), "{report}");
     let stages = report["stages"].as_array().expect("a list");
     let of = |stage: &Json| (stage["stage"].as_str().unwrap_or_default().to_owned(), stage["beams"].as_u64());
     let expected = [
@@ -59,6 +60,37 @@ fn the_json_has_all_figures() {
         }
     }
     assert_eq!(stages[5]["items"], 4, "two pictures with two beams each");
+}
+
+/// More threads than cores are allowed; the flag counts more than its variable, and that more than rayon's.
+#[test]
+fn the_number_of_threads_is_that_of_the_flag_or_of_a_variable() {
+    let threads = |before: &[&str], after: &[&str], variables: &[(&str, &str)]| -> Json {
+        let output = Command::new(env!("CARGO_BIN_EXE_blip2"))
+            .args(before)
+            .args(["bench", "--shape", "tiny-itm", "--stages", "preprocess", "--repeat", "1", "--json"])
+            .args(after)
+            .env_remove("BLIP2_MODEL")
+            .env_remove("BLIP2_THREADS")
+            .env_remove("RAYON_NUM_THREADS")
+            .envs(variables.iter().copied())
+            .output()
+            .expect("the command runs");
+        assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+        let report: Json = serde_json::from_slice(&output.stdout).expect("JSON");
+        report["machine"]["threads"].clone()
+    };
+    let rayons = ("RAYON_NUM_THREADS", "3");
+    assert_eq!(threads(&["--threads", "5"], &[], &[]), 5);
+    assert_eq!(threads(&[], &["--threads", "1"], &[("BLIP2_THREADS", "2"), rayons]), 1);
+    assert_eq!(threads(&[], &[], &[("BLIP2_THREADS", "2"), rayons]), 2);
+    assert_eq!(threads(&[], &[], &[rayons]), 3);
+}
+
+#[test]
+fn the_report_says_what_was_chosen() {
+    let report = json(&["--shape", "tiny", "--dtype", "auto", "--stages", "vision"]);
+    assert_eq!(report["dtype"], "int8");
 }
 
 #[test]

@@ -37,6 +37,40 @@ fn wrong_usage_is_status_2() {
         |more: &[&str]| blip2(home.path(), &[&["eval", "retrieval", "a.jsonl"][..], more].concat());
     refused(&retrieval(&["--rerank", "16"]), 2, &["sum", "itm", "none"]);
     refused(&retrieval(&["--candidates", "0"]), 2, &["--candidates"]);
+    for arguments in [["info", "--threads", "0"], ["--threads", "many", "info"]] {
+        refused(&blip2(home.path(), &arguments), 2, &["--threads"]);
+    }
+}
+
+#[test]
+fn an_instruction_set_that_is_none_is_wrong_usage() {
+    for command in [&["info"][..], &["completions", "bash"]] {
+        let output = Command::new(env!("CARGO_BIN_EXE_blip2"))
+            .args(command)
+            .env("BLIP2_ISA", "avx1024")
+            .output()
+            .expect("the command runs");
+        refused(&output, 2, &["BLIP2_ISA=avx1024", "scalar"]);
+        assert_eq!(String::from_utf8_lossy(&output.stderr).lines().count(), 1);
+    }
+}
+
+/// Processors with AVX-512 VNNI have its dot products in 256 bits, whether they have AVX-VNNI or bf16 or not.
+#[cfg(target_arch = "x86_64")]
+#[test]
+fn dot_products_of_avx_512_are_those_of_avx_vnni() {
+    if !(is_x86_feature_detected!("avx2")
+        && is_x86_feature_detected!("avx512vl")
+        && is_x86_feature_detected!("avx512vnni"))
+    {
+        return;
+    }
+    let output = Command::new(env!("CARGO_BIN_EXE_blip2"))
+        .args(["completions", "bash"])
+        .env("BLIP2_ISA", "avx-vnni")
+        .output()
+        .expect("the command runs");
+    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
 }
 
 #[test]

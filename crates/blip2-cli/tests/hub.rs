@@ -140,6 +140,25 @@ fn a_model_is_fetched_once_and_then_works_without_a_network() {
 }
 
 #[test]
+fn a_model_is_quantised_by_its_name() {
+    let home = tempfile::tempdir().expect("a folder");
+    let hub = Hub::start(&golden("blip2_opt"));
+    let out = home.path().join("int8");
+    let out = out.to_str().expect("UTF-8");
+    let output = run(home.path(), &hub.address, &["quantize", MODEL, out, "--dtype", "int8"]);
+    succeeded(&output);
+    assert!(stderr(&output).contains("the model needs about"), "{}", stderr(&output));
+    // It is known by that name still.
+    let info = succeeded(&run(home.path(), NOBODY, &["info", "--json", "--model", out]));
+    let info: Json = serde_json::from_str(&info).expect("JSON");
+    assert_eq!(info["config"]["name"], MODEL);
+    refused(
+        &run(home.path(), &hub.address, &["quantize", "org/other", out, "--dtype", "int8"]),
+        &["the hub has no org/other"],
+    );
+}
+
+#[test]
 fn a_folder_of_that_name_comes_first() {
     let home = tempfile::tempdir().expect("a folder");
     let hub = Hub::start(&golden("blip2_opt"));

@@ -116,6 +116,20 @@ fn a_quantised_folder_captions_as_the_original_does_in_as_few_bits() {
     assert!(stored.status.success(), "{}", String::from_utf8_lossy(&stored.stderr));
     let rounded = run(&["caption", picture, "--dtype", "int4"], &golden("blip2_opt"));
     assert_eq!(stored.stdout, rounded.stdout);
+    // `auto` takes what is stored, and rounds what is not; both say what and why.
+    for (model, same, why) in [
+        (&few_bits, &stored, "--dtype auto: int4, as the model is stored"),
+        (
+            &golden("blip2_opt"),
+            &run(&["caption", picture, "--dtype", "int8"], &golden("blip2_opt")),
+            "--dtype auto: int8, which needs",
+        ),
+    ] {
+        let chosen = run(&["caption", picture, "--dtype", "auto"], model);
+        let said = String::from_utf8_lossy(&chosen.stderr);
+        assert!(chosen.status.success() && chosen.stdout == same.stdout, "{said}");
+        assert_eq!(said.lines().filter(|line| line.starts_with(why)).count(), 1, "{said}");
+    }
     // What is not there any more is not pretended.
     let refused = run(&["caption", picture, "--dtype", "f32"], &few_bits);
     let said = String::from_utf8_lossy(&refused.stderr);

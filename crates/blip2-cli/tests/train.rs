@@ -5,8 +5,8 @@
 mod support;
 
 use std::collections::BTreeMap;
-use std::process::Command;
 use std::path::{Path, PathBuf};
+use std::process::Command;
 
 use blip2::weights::safetensors::{NamedTensor, Safetensors, Values, write_safetensors};
 use serde_json::Value as Json;
@@ -57,6 +57,22 @@ fn captions(model: &Path, picture: &Path) -> Vec<Json> {
     ]))
     .expect("JSON");
     rows.as_array().expect("rows").iter().map(|row| row["token_ids"].clone()).collect()
+}
+
+/// Asserts that the image encoders of two models give the same tokens of a picture in whatever they are asked to compute in, and
+/// others in each.
+fn same_encoders(work: &Work, models: [&Path; 2]) {
+    let tokens = |model: &Path, dtype: &str| {
+        let (picture, out) = (work.path("red.png"), work.path("stages.safetensors"));
+        done(&[&"embed", &"--image", &picture, &"--output", &out, &"--model", &model, &"--dtype", &dtype]);
+        Safetensors::open(&out).expect("tensors").read_f32("vision.out").expect("numbers")
+    };
+    let [f32, bf16, int8] = ["f32", "bf16", "int8"].map(|dtype| {
+        let [one, other] = models.map(|model| tokens(model, dtype));
+        assert!(one == other, "{dtype}: {models:?}");
+        one
+    });
+    assert!(f32 != bf16 && f32 != int8 && bf16 != int8, "{models:?}");
 }
 
 /// A folder of the language model alone, as its authors publish it.
@@ -131,6 +147,7 @@ fn a_published_model_is_fine_tuned_and_written_back() {
             std::fs::copy(entry.path(), frozen.join(entry.file_name())).expect("copied");
         }
         assert_eq!(captions(&own, &picture), written);
+        same_encoders(&work, [&own, &tuned]);
     }
 }
 
@@ -211,6 +228,13 @@ fn both_stages_train_on_parts_by_themselves() {
     let answer = done(&[&"ask", &work.path("red.png"), &"What?", &"--model", &model]);
     assert!(!answer.is_empty());
     assert_eq!(captions(&model, &work.path("red.png")).len(), 1);
+
+    // The same in this project's own folder, with the encoder in LAVIS's file.
+    let own = work.path("own");
+    done(&[&"pack", &"--stage2", &checkpoint, &"--out", &own, &"--dtype", &"f32"]);
+    std::fs::copy(&encoder, own.join("eva_vit.pth")).expect("copied");
+    std::fs::rename(&language_model, own.join("opt-own")).expect("moved");
+    same_encoders(&work, [&own, &model]);
 
     // The encoder in the folder is the one of the file: its features are those that training had.
     let fields = stage2(&model, &model, &model, OPT_PROMPTS);

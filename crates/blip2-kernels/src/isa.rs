@@ -15,31 +15,39 @@ pub enum Isa {
     NeonI8mm,
     /// AVX2, FMA and F16C.
     Avx2,
-    /// [`Avx2`](Self::Avx2) with AVX-VNNI: dot products of four bytes in 256 bits.
+    /// [`Avx2`](Self::Avx2) with dot products of four bytes in 256 bits: AVX-VNNI, or AVX-512 VL and VNNI, which also
+    /// processors have that lack AVX-512's bf16 (Cascade Lake, Ice Lake).
     AvxVnni,
     /// AVX-512 F, BW, VL, DQ, BF16 and VNNI.
     Avx512,
 }
 
 impl Isa {
-    /// The best set of this machine, or the one that `BLIP2_ISA` names.
+    /// The best set of this machine, or the one that `BLIP2_ISA` names: what [`detect`](Self::detect) gives.
+    ///
+    /// # Errors
+    /// When `BLIP2_ISA` names no set, or one that this machine does not have.
+    pub fn from_environment() -> Result<Self, UnknownIsa> {
+        let available = Self::available();
+        match std::env::var_os("BLIP2_ISA") {
+            None => Ok(available[available.len() - 1]),
+            Some(name) => Self::named(&name.to_string_lossy()),
+        }
+    }
+
+    /// The set of this machine that has this name.
+    fn named(name: &str) -> Result<Self, UnknownIsa> {
+        let found = Self::available().iter().find(|isa| isa.name() == name);
+        found.copied().ok_or_else(|| UnknownIsa { name: name.into() })
+    }
+
+    /// The set that kernels use, once and for all.
     ///
     /// # Panics
-    /// When `BLIP2_ISA` names no set, or one that this machine does not have.
+    /// Where [`from_environment`](Self::from_environment) refuses: programs ask that first.
     pub fn detect() -> Self {
         static DETECTED: OnceLock<Isa> = OnceLock::new();
-        *DETECTED.get_or_init(|| {
-            let available = Self::available();
-            let best = available[available.len() - 1];
-            let Ok(name) = std::env::var("BLIP2_ISA") else { return best };
-            match available.iter().find(|isa| isa.name() == name) {
-                Some(&isa) => isa,
-                None => panic!(
-                    "BLIP2_ISA={name}: this machine has {}",
-                    available.iter().map(|isa| isa.name()).collect::<Vec<_>>().join(", ")
-                ),
-            }
-        })
+        *DETECTED.get_or_init(|| Self::from_environment().unwrap_or_else(|error| panic!("{error}")))
     }
 
     /// Every set of this machine, lowest first.
@@ -71,11 +79,7 @@ impl Isa {
                 if avx2 {
                     available.push(Self::Avx2);
                 }
-                let avx_vnni = is_x86_feature_detected!("avxvnni");
-                // Tests run its kernels with the instructions of AVX-512 where those are there: see `quantized::avx_vnni`.
-                #[cfg(test)]
-                let avx_vnni = avx_vnni
-                    || is_x86_feature_detected!("avx512vl") && is_x86_feature_detected!("avx512vnni");
+                let avx_vnni = is_x86_feature_detected!("avxvnni") || has_evex_vnni();
                 if avx2 && avx_vnni {
                     available.push(Self::AvxVnni);
                 }
@@ -112,6 +116,29 @@ impl Isa {
         }
     }
 }
+
+/// Whether the dot products of AVX-VNNI are there in the encoding of AVX-512.
+#[cfg(target_arch = "x86_64")]
+fn has_evex_vnni() -> bool {
+    is_x86_feature_detected!("avx512f")
+        && is_x86_feature_detected!("avx512vl")
+        && is_x86_feature_detected!("avx512vnni")
+}
+
+/// `BLIP2_ISA` does not name an instruction set of this machine.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct UnknownIsa {
+    name: String,
+}
+
+impl std::fmt::Display for UnknownIsa {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        let known: Vec<_> = Isa::available().iter().map(|isa| isa.name()).collect();
+        write!(f, "BLIP2_ISA={}: the instruction sets of this machine are {}", self.name, known.join(", "))
+    }
+}
+
+impl std::error::Error for UnknownIsa {}
 
 /// Runs `body`, which must be `#[inline(always)]` code, compiled for `isa`.
 ///
@@ -152,12 +179,27 @@ mod tests {
         let available = Isa::all_available();
         assert_eq!(available[0], Isa::Scalar);
         assert!(available.contains(&Isa::detect()) && available.iter().all(|isa| isa.is_available()));
+        assert_eq!(Isa::from_environment(), Ok(Isa::detect()));
         if std::env::var_os("BLIP2_ISA").is_none() {
             assert_eq!(Isa::detect(), available[available.len() - 1]);
         }
         #[cfg(target_arch = "aarch64")]
         assert!(Isa::Neon.is_available() && !Isa::Avx2.is_available());
         #[cfg(target_arch = "x86_64")]
-        assert!(!Isa::Neon.is_available());
+        {
+            assert!(!Isa::Neon.is_available());
+            assert!(Isa::AvxVnni.is_available() || !Isa::Avx2.is_available() || !has_evex_vnni());
+        }
+    }
+
+    #[test]
+    fn sets_are_known_by_their_names_and_others_are_refused() {
+        for isa in Isa::all_available() {
+            assert_eq!(Isa::named(isa.name()), Ok(isa));
+        }
+        for name in ["", "avx1024", "AVX2"] {
+            let error = Isa::named(name).unwrap_err().to_string();
+            assert!(error.contains(&format!("BLIP2_ISA={name}: ")) && error.contains("scalar"), "{error}");
+        }
     }
 }

@@ -21,6 +21,7 @@ pub mod isa;
 mod lanes;
 pub mod linear;
 pub mod norm;
+pub mod peak;
 pub mod quantized;
 pub mod rope;
 #[cfg(test)]

@@ -17,7 +17,7 @@ mod avx_vnni;
 mod format;
 mod gguf;
 #[cfg(target_arch = "aarch64")]
-mod neon;
+pub(crate) mod neon;
 mod rounding;
 mod rows;
 mod sums;

@@ -1,7 +1,7 @@
 //! How fast a model is, stage by stage, and how near that is to what the machine can do.
 //!
 //! [`measure`] times the stages that a picture passes on its way to a text; [`Machine`] measures, on the same threads, the
-//! products and the memory that the stages are limited by.
+//! multiply-adds and the memory that the stages are limited by.
 
 mod machine;
 mod work;
@@ -18,6 +18,7 @@ use work::Work;
 use crate::cache::CachedSequence;
 use crate::generate::{GenerationConfig, Request, Session, StopRules, generate};
 use crate::image::{self, Limits, Pixels, RgbImage};
+use crate::layers::FrozenFormat;
 use crate::model::{Blip2, ImageFeatures};
 use crate::{Error, Result};
 
@@ -93,7 +94,7 @@ pub struct Figure {
     pub items: usize,
     /// Arithmetic operations a second, a multiplication and an addition counted as two; of matrix products and attention.
     pub operations_per_s: Option<f64>,
-    /// The share of the machine's fastest products in the same numbers.
+    /// The share of the machine's multiply-adds in the same numbers at best.
     pub share_of_products: Option<f64>,
     /// Bytes of weights that are read a second.
     pub bytes_per_s: Option<f64>,
@@ -120,11 +121,10 @@ impl Figure {
         }
     }
 
-    /// Compares the rates with the machine's. `is_quantised` says whether large matrices are in few bits, and so
-    /// multiplied as bytes.
-    pub fn compare(&mut self, machine: &Machine, precision: crate::layers::Precision, is_quantised: bool) {
-        let in_bytes = is_quantised && !matches!(self.stage, Stage::Qformer | Stage::Match);
-        let products = machine.products(precision, in_bytes);
+    /// Compares the rates with the machine's. Large matrices that are in few bits are multiplied as bytes.
+    pub fn compare(&mut self, machine: &Machine, format: FrozenFormat) {
+        let in_bytes = format.quantization.is_some() && !matches!(self.stage, Stage::Qformer | Stage::Match);
+        let products = machine.products(format.precision, in_bytes);
         self.share_of_products = self.operations_per_s.map(|rate| rate / products);
         self.share_of_reading = self.bytes_per_s.map(|rate| rate / machine.reading);
     }

@@ -11,7 +11,7 @@ mod loading;
 mod opt;
 mod t5;
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use candle_core::Tensor;
@@ -64,7 +64,10 @@ impl LanguageModel {
         prefix: &str,
         format: impl Into<FrozenFormat>,
     ) -> Result<Self> {
-        let format = format.into();
+        let format: FrozenFormat = format.into();
+        // What is stored in few bits is what would be rounded to them, in its keys and values too.
+        let quantization = format.quantization.or(file.quantization());
+        let format = FrozenFormat { quantization, ..format };
         match config["model_type"].as_str() {
             Some("opt") => Opt::from_safetensors(OptConfig::from_hugging_face(config)?, file, prefix, format)
                 .map(Self::Opt),
@@ -111,24 +114,12 @@ impl LanguageModel {
             let file = Gguf::open(path)?;
             return Ok((Self::from_gguf(&file, format)?, LanguageTokenizer::from_gguf(&file)?));
         }
-        let io = |path: &Path| {
-            let path = path.to_owned();
-            |source| Error::Io { path, source }
-        };
         let config_path = path.join("config.json");
-        let config = std::fs::read(&config_path).map_err(io(&config_path))?;
+        let config =
+            std::fs::read(&config_path).map_err(|source| Error::Io { path: config_path.clone(), source })?;
         let config = serde_json::from_slice(&config)
             .map_err(|e| Error::File { path: config_path.clone(), reason: format!("is not JSON: {e}") })?;
-        let entries = std::fs::read_dir(path).map_err(io(path))?;
-        let mut weights: Vec<_> =
-            entries.map(|entry| Ok(entry?.path())).collect::<std::io::Result<Vec<_>>>().map_err(io(path))?;
-        weights.retain(|file| file.extension().is_some_and(|extension| extension == "safetensors"));
-        weights.sort();
-        if weights.is_empty() {
-            let reason = "holds no .safetensors file: give a language model's folder or a GGUF file".into();
-            return Err(Error::File { path: path.into(), reason });
-        }
-        let file = Safetensors::open_files(&weights)?;
+        let file = Safetensors::open_files(&weight_files(path)?)?;
         let in_folder = |error: Error| error.in_folder(path);
         let model = Self::from_safetensors(&config, &file, "", format).map_err(in_folder)?;
         file.finish().map_err(in_folder)?;
@@ -328,6 +319,24 @@ impl LanguageModel {
             Self::T5(model) => model.new_cache(),
         }
     }
+}
+
+/// The `.safetensors` files of a language model's folder, sorted.
+///
+/// # Errors
+/// When there are none, or the folder cannot be read.
+pub(crate) fn weight_files(folder: &Path) -> Result<Vec<PathBuf>> {
+    let io = |source| Error::Io { path: folder.into(), source };
+    let entries = std::fs::read_dir(folder).map_err(io)?;
+    let mut files =
+        entries.map(|entry| Ok(entry?.path())).collect::<std::io::Result<Vec<_>>>().map_err(io)?;
+    files.retain(|file| file.extension().is_some_and(|extension| extension == "safetensors"));
+    files.sort();
+    if files.is_empty() {
+        let reason = "holds no .safetensors file: give a language model's folder or a GGUF file".into();
+        return Err(Error::File { path: folder.into(), reason });
+    }
+    Ok(files)
 }
 
 fn no_single_text() -> Error {

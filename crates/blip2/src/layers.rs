@@ -26,6 +26,7 @@ pub use attention::{AttentionShape, Plan, RelativeBias, Sequence, Span, attentio
 pub(crate) use attention::{Element, attention_cached, attention_joint, attention_to, keep_rows};
 pub use blip2_kernels::activation::Activation;
 pub use blip2_kernels::gemm::Precision;
+pub use blip2_kernels::isa::{Isa, UnknownIsa};
 pub use dropout::DropoutRng;
 pub use embedding::Embedding;
 pub use frozen::{FrozenFormat, FrozenWeight, Quantization};

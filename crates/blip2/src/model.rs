@@ -30,7 +30,7 @@ pub use explain::{HeatMap, Word};
 pub use memory::memory_needed;
 pub use parts::{EncoderOptions, open_encoder, open_language_model, open_trained, qformer_config};
 pub use preset::{GenerationDefaults, Preset};
-pub use quantize::{quantize, stored_quantization};
+pub use quantize::{has_stored_blocks, quantize, stored_quantization};
 pub use random::{RandomModel, SHAPES};
 pub use stage1::{LabelScore, MatchScore};
 pub use stage2::{Answer, Choice};
@@ -152,7 +152,8 @@ impl Blip2 {
                 VisionConfig::VitFile { file, sha256: expected, image_size, num_attention_heads } => {
                     let (path, num_attention_heads) = (find(file)?, *num_attention_heads);
                     let image_size = options.image_size.or(*image_size);
-                    let encoder = open_encoder(&path, EncoderOptions { image_size, num_attention_heads })?;
+                    let about = EncoderOptions { image_size, num_attention_heads };
+                    let encoder = open_encoder(&path, about, options.frozen_format())?;
                     refuse_other(&path, encoder.fingerprint(), expected.as_deref())?;
                     Ok(encoder)
                 }

@@ -315,15 +315,16 @@ fn gguf_blocks_are_not_rounded_again() {
     assert!(cosine > 0.999, "{cosine}");
 }
 
-/// What a model makes of the golden picture, to the bit.
-fn answers(model: &Blip2) -> (Vec<f32>, Option<Vec<u32>>) {
+/// What a model makes of the golden picture, to the bit: its tokens, and those of a caption with their probabilities.
+fn answers(model: &Blip2) -> (Vec<f32>, Option<(Vec<u32>, Vec<f32>)>) {
     let picture = image::open(golden("blip2.png"), &Limits::default(), Pixels::Pillow).expect("a picture");
     let features = model.encode(&[picture]).expect("features").remove(0);
     let generation = GenerationConfig { num_beams: 3, max_new_tokens: 6, ..GenerationConfig::default() };
-    let tokens = model
-        .language_model()
-        .map(|_| model.caption(&[&features], &generation).expect("a caption")[0][0].token_ids.clone());
-    (values(features.tokens()), tokens)
+    let caption = model.language_model().map(|_| {
+        let caption = model.caption(&[&features], &generation).expect("a caption").concat().remove(0);
+        (caption.token_ids, caption.log_probs)
+    });
+    (values(features.tokens()), caption)
 }
 
 #[test]

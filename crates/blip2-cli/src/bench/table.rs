@@ -34,9 +34,13 @@ pub(super) fn render(report: &Report) -> String {
         });
         let _ = writeln!(text, "{}", cells.collect::<Vec<_>>().join("  ").trim_end());
     }
+    let by_kernels = match &machine.by_kernels[..] {
+        [] => String::new(),
+        some => format!(" ({} by the kernels themselves)", some.join(", ")),
+    };
     let _ = writeln!(
         text,
-        "this machine at best ({}): f32 {:.0}, bf16 {:.0}, int8 {:.0} GFLOP/s, reading {:.1} GB/s",
+        "this machine at best ({}): f32 {:.0}, bf16 {:.0}, int8 {:.0} GFLOP/s{by_kernels}, reading {:.1} GB/s",
         machine.isa,
         machine.products_f32 / 1e9,
         machine.products_bf16 / 1e9,
@@ -80,4 +84,42 @@ fn row(figure: &Figure) -> [String; 9] {
 
 fn duration(seconds: f64) -> String {
     if seconds < 1.0 { format!("{:.2} ms", 1e3 * seconds) } else { format!("{seconds:.3} s") }
+}
+
+#[cfg(test)]
+mod tests {
+    use blip2::benchmark::Machine;
+
+    use super::*;
+
+    #[test]
+    fn what_is_the_kernels_own_best_is_said() {
+        let text = |by_kernels| {
+            let machine = Machine {
+                isa: "avx2",
+                threads: 2,
+                products_f32: 200e9,
+                products_bf16: 200e9,
+                products_int8: 300e9,
+                by_kernels,
+                reading: 30e9,
+            };
+            render(&Report {
+                model: "tiny".into(),
+                dtype: "f32",
+                batch: 1,
+                prompt_tokens: 8,
+                tokens: 20,
+                repeat: 3,
+                load_s: 0.5,
+                loaded_memory: None,
+                peak_memory: None,
+                stages: Vec::new(),
+                machine,
+            })
+        };
+        assert!(text(vec![]).contains("int8 300 GFLOP/s, reading 30.0 GB/s"), "{}", text(vec![]));
+        let said = text(vec!["bf16", "int8"]);
+        assert!(said.contains("int8 300 GFLOP/s (bf16, int8 by the kernels themselves), reading"), "{said}");
+    }
 }

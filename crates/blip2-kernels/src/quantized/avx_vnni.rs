@@ -6,8 +6,8 @@ use super::avx2::{four, nibbles, scales};
 use super::format::{Layout, QUAD, SCALES, WIDTH};
 use super::sums::Activations;
 
-/// The two kernels with `$dot` for the dot products of four bytes: AVX-VNNI has an instruction of its own for them, which
-/// processors with AVX-512 VNNI may lack, although theirs does the same.
+/// The two kernels with `$dot` for the dot products of four bytes: AVX-VNNI has an encoding of its own for the instruction,
+/// which processors with AVX-512 VNNI may lack, although theirs does the same.
 macro_rules! kernels {
     ($module:ident, $features:literal, $dot:ident) => {
         mod $module {
@@ -119,21 +119,19 @@ macro_rules! kernels {
 }
 
 kernels!(vex, "avx2,fma,f16c,avxvnni", _mm256_dpbusd_avx_epi32);
-// Tests on a machine without AVX-VNNI run the same code with the form of AVX-512 VNNI.
-#[cfg(test)]
-kernels!(evex, "avx2,fma,f16c,avx512vl,avx512vnni", _mm256_dpbusd_epi32);
+kernels!(evex, "avx2,fma,f16c,avx512f,avx512vl,avx512vnni", _mm256_dpbusd_epi32);
 
 /// # Safety
-/// `x` must have rows of `4 * quads.len()` integers from row `first` on, at least R.
+/// [`Isa::AvxVnni`](crate::isa::Isa::AvxVnni) must be available; `x` must have rows of `4 * quads.len()` integers from row
+/// `first` on, at least R.
 pub(super) unsafe fn integer_sums<const R: usize>(
     x: Activations<'_>,
     first: usize,
     quads: &[[u8; QUAD]],
     sums: &mut [[i32; WIDTH]],
 ) {
-    #[cfg(test)]
     if !is_x86_feature_detected!("avxvnni") {
-        // SAFETY: the caller's promise; tests take a machine for one with AVX-VNNI that has AVX-512 VNNI.
+        // SAFETY: the caller's promise; where AVX-VNNI is missing, the set is available for AVX-512 VL and VNNI only.
         return unsafe { evex::integer_sums::<R>(x, first, quads, sums) };
     }
     // SAFETY: the caller's promise.
@@ -141,13 +139,13 @@ pub(super) unsafe fn integer_sums<const R: usize>(
 }
 
 /// # Safety
-/// `x` must have R rows of `n_blocks` blocks of integers and scales, and `panel` as many blocks.
+/// [`Isa::AvxVnni`](crate::isa::Isa::AvxVnni) must be available; `x` must have R rows of `n_blocks` blocks of integers and
+/// scales, and `panel` as many blocks.
 pub(super) unsafe fn block_sums<const R: usize, L: Layout>(
     x: Activations<'_>,
     panel: &[u8],
     sums: &mut [[f32; WIDTH]],
 ) {
-    #[cfg(test)]
     if !is_x86_feature_detected!("avxvnni") {
         // SAFETY: as above.
         return unsafe { evex::block_sums::<R, L>(x, panel, sums) };

@@ -102,7 +102,7 @@ fn widening_dot(acc: int32x4_t, w: int8x16_t, x: int8x16_t) -> int32x4_t {
 /// `acc` plus products of four neighbours.
 #[inline]
 #[target_feature(enable = "dotprod")]
-fn sdot(mut acc: int32x4_t, w: int8x16_t, x: int8x16_t) -> int32x4_t {
+pub(crate) fn sdot(mut acc: int32x4_t, w: int8x16_t, x: int8x16_t) -> int32x4_t {
     // SAFETY: the instruction is there, and reads and writes registers only.
     unsafe {
         asm!(
@@ -119,7 +119,7 @@ fn sdot(mut acc: int32x4_t, w: int8x16_t, x: int8x16_t) -> int32x4_t {
 /// `acc` plus the products of two rows of eight bytes, the first row's with both of `w`, then the second's.
 #[inline]
 #[target_feature(enable = "i8mm")]
-fn smmla(mut acc: int32x4_t, x: int8x16_t, w: int8x16_t) -> int32x4_t {
+pub(crate) fn smmla(mut acc: int32x4_t, x: int8x16_t, w: int8x16_t) -> int32x4_t {
     // SAFETY: as above.
     unsafe {
         asm!(

@@ -126,9 +126,23 @@ impl FrozenWeight {
         Ok(Self::Packed(Arc::new(packed)))
     }
 
-    /// Rounds a stored matrix as [`pack`](Self::pack) packs it. Blocks that are in few bits already are taken as they are,
-    /// where that is not more bits than `format` has: rounding again would lose more. The k-quants are always taken so: a
-    /// file has more bits for some matrices than for others since these need them.
+    /// The format in which stored blocks are taken as they are when `format` is asked for. They are where that is not more
+    /// bits: rounding again would lose more. The k-quants are always taken so: a file has more bits for some matrices than
+    /// for others since these need them.
+    pub(crate) fn kept(encoding: Encoding, format: Format) -> Option<Format> {
+        match (encoding, format) {
+            (Encoding::Q4_0, _) => Some(Format::Int4),
+            (Encoding::Q4_1, _) => Some(Format::Int4Offset),
+            (Encoding::Q4K, _) => Some(Format::Q4K),
+            (Encoding::Q5K, _) => Some(Format::Q5K),
+            (Encoding::Q6K, _) => Some(Format::Q6K),
+            (Encoding::Q8_0, Format::Int8 | Format::Int8Blocks) => Some(Format::Int8Blocks),
+            _ => None,
+        }
+    }
+
+    /// Rounds a stored matrix as [`pack`](Self::pack) packs it, or takes its blocks as they are where they are to be
+    /// [`kept`](Self::kept).
     ///
     /// # Errors
     /// [`Error::NotFinite`].
@@ -139,16 +153,7 @@ impl FrozenWeight {
         stored_row: &(dyn Fn(usize) -> usize + Sync),
     ) -> Result<Self> {
         let (n_out, n_in) = (rows.n_rows(), rows.row_len());
-        let stored = match (rows.encoding(), format) {
-            (Encoding::Q4_0, _) => Some(Format::Int4),
-            (Encoding::Q4_1, _) => Some(Format::Int4Offset),
-            (Encoding::Q4K, _) => Some(Format::Q4K),
-            (Encoding::Q5K, _) => Some(Format::Q5K),
-            (Encoding::Q6K, _) => Some(Format::Q6K),
-            (Encoding::Q8_0, Format::Int8 | Format::Int8Blocks) => Some(Format::Int8Blocks),
-            _ => None,
-        };
-        let quantized = match stored {
+        let quantized = match Self::kept(rows.encoding(), format) {
             Some(format) => {
                 let blocks = |i: usize| rows.row_bytes(stored_row(i));
                 let quantized = QuantizedWeight::from_gguf_blocks(n_out, n_in, format, &blocks);

@@ -25,7 +25,7 @@ use super::{Blip2, OpenOptions};
 use crate::config::{LN_VISION_EPS, QFormerConfig};
 use crate::image::ImageProcessor;
 use crate::language::LanguageModel;
-use crate::layers::{FrozenFormat, FrozenWeight, Loader, Precision, Quantization, TensorSource};
+use crate::layers::{FrozenFormat, FrozenWeight, Loader, Quantization, TensorSource};
 use crate::qformer::{QFormer, TextSide};
 use crate::text::{BertTokenizer, LanguageTokenizer, PromptFormat};
 use crate::vision::VisionEncoder;
@@ -198,11 +198,13 @@ pub(super) fn open_encoder(
     json: &Json,
     file: &Safetensors,
     image_size: Option<usize>,
+    format: FrozenFormat,
 ) -> Result<VisionEncoder> {
     let stored = vit_config(&json["vision_config"])?;
     let pictures = Pictures::of(folder, json, &stored, image_size)?;
     let source = Renamed(file);
-    let encoder = load_vision(&stored, &pictures, &Loader::frozen(&source, Precision::F32), None)?;
+    let loader = Loader::frozen(&source, format.precision);
+    let encoder = load_vision(&stored, &pictures, &loader, format.quantization)?;
     let is_of_it =
         |name: &&str| name.starts_with("vision_model.") && !name.starts_with("vision_model.post_layernorm.");
     let tensors = file.names().filter(is_of_it).map(|name| {

@@ -9,7 +9,7 @@ use super::layout::{LavisEncoder, Layout};
 use crate::config::QFormerConfig;
 use crate::image::ImageProcessor;
 use crate::language::LanguageModel;
-use crate::layers::{FrozenFormat, Loader, Precision, TensorSource};
+use crate::layers::{FrozenFormat, Loader, TensorSource};
 use crate::text::LanguageTokenizer;
 use crate::vision::VisionEncoder;
 use crate::vision::vit::{AlignCorners, Vit};
@@ -28,17 +28,23 @@ pub struct EncoderOptions {
 }
 
 /// Opens a frozen image encoder: EfficientNet-Lite0's PyTorch file, a vision transformer's as LAVIS loads it (`eva_vit_g.pth`,
-/// `clip_vit_L.pth`), or a Hugging Face folder of a whole BLIP-2 model, of which the encoder is taken.
+/// `clip_vit_L.pth`), or a Hugging Face folder of a whole BLIP-2 model, of which the encoder is taken. A vision transformer's
+/// matrices are packed for the kernels in `format`; EfficientNet-Lite0 is computed in f32.
 ///
-/// Its [fingerprint](VisionEncoder::fingerprint) is that of the encoder's own tensors, in whatever file they are.
+/// Its [fingerprint](VisionEncoder::fingerprint) is that of the encoder's own tensors, whatever file they are in and whatever
+/// `format` is.
 ///
 /// # Errors
 /// When it is none of these, a tensor is missing or misshapen, or the options are for another kind of encoder.
-pub fn open_encoder(path: impl AsRef<Path>, options: EncoderOptions) -> Result<VisionEncoder> {
-    let path = path.as_ref();
+pub fn open_encoder(
+    path: impl AsRef<Path>,
+    options: EncoderOptions,
+    format: impl Into<FrozenFormat>,
+) -> Result<VisionEncoder> {
+    let (path, format) = (path.as_ref(), format.into());
     if path.is_dir() {
         let (json, file) = open_folder(path)?;
-        return hugging_face::open_encoder(path, &json, &file, options.image_size)
+        return hugging_face::open_encoder(path, &json, &file, options.image_size, format)
             .map_err(|error| error.in_folder(path));
     }
     let checkpoint = Checkpoint::open(path)?;
@@ -55,8 +61,8 @@ pub fn open_encoder(path: impl AsRef<Path>, options: EncoderOptions) -> Result<V
     config.image_size = options.image_size.unwrap_or(config.image_size);
     let align = AlignCorners::of(&config);
     let processor = ImageProcessor::blip2(config.image_size);
-    let vit = Vit::load(config, &Loader::frozen(&stored, Precision::F32).at("vision_model"), align)?;
-    VisionEncoder::vit(vit, processor, fingerprint)
+    let loader = Loader::frozen(&stored, format.precision).quantizing(format.quantization);
+    VisionEncoder::vit(Vit::load(config, &loader.at("vision_model"), align)?, processor, fingerprint)
 }
 
 /// Opens a language model with its tokenizer: what [`LanguageModel::open`] opens, or a Hugging Face folder of a whole BLIP-2
@@ -111,7 +117,7 @@ pub fn open_trained(paths: &[impl AsRef<Path>]) -> Result<Box<dyn TensorSource>>
 }
 
 /// Whether a path is the Hugging Face folder of a BLIP-2 model; other folders belong to language models, say.
-fn is_blip2_folder(path: &Path) -> Result<bool> {
+pub(super) fn is_blip2_folder(path: &Path) -> Result<bool> {
     if !path.is_dir() {
         return Ok(false);
     }

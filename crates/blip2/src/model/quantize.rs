@@ -1,9 +1,10 @@
 //! Making a folder in few bits out of a published one.
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
-use super::{OpenOptions, hugging_face};
-use crate::layers::Quantization;
+use super::{ModelConfig, OpenOptions, find_frozen, hugging_face};
+use crate::layers::{FrozenWeight, Quantization};
+use crate::weights::gguf::Gguf;
 use crate::weights::quantized::write_quantized;
 use crate::weights::safetensors::Safetensors;
 use crate::weights::write_atomically;
@@ -78,4 +79,59 @@ pub fn stored_quantization(folder: impl AsRef<Path>) -> Result<Option<Quantizati
         return Ok(None);
     }
     Ok(Safetensors::open(folder)?.quantization())
+}
+
+/// Whether the language model that a folder of this project names is a GGUF file with matrices in few bits: opened in
+/// [eight](Quantization::Int8), it is used as it is stored.
+///
+/// # Errors
+/// When the folder holds no model, or the file is not there or damaged.
+pub fn has_stored_blocks(folder: impl AsRef<Path>, frozen: &[PathBuf]) -> Result<bool> {
+    let folder = folder.as_ref();
+    if hugging_face::read_config(folder)?.is_some() {
+        return Ok(false);
+    }
+    let Some(stage2) = ModelConfig::read(folder)?.stage2 else { return Ok(false) };
+    let path = find_frozen(folder, frozen, &stage2.language_model)?;
+    if path.is_dir() {
+        return Ok(false);
+    }
+    let file = Gguf::open(path)?;
+    let kept = |name: &str| -> Result<bool> {
+        let encoding = file.tensor(name)?.encoding();
+        Ok(FrozenWeight::kept(encoding, Quantization::Int8.language()).is_some())
+    };
+    file.names().map(kept).find(|kept| !matches!(kept, Ok(false))).unwrap_or(Ok(false))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn few_bits_of_a_named_language_model_are_noticed() {
+        let golden = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/golden");
+        let qformer = crate::model::qformer_config(golden.join("blip2_opt")).unwrap();
+        let has = |language_model: &str| {
+            let folder = tempfile::tempdir().unwrap();
+            let config = serde_json::json!({
+                "name": "mine",
+                "vision": {"kind": "vit_file", "file": "none"},
+                "qformer": qformer,
+                "stage2": {
+                    "weights": ["none.safetensors"],
+                    "language_model": language_model,
+                    "prompt": {"kind": "chat_ml"},
+                    "instruction": "Describe it.",
+                },
+            });
+            std::fs::write(folder.path().join("config.json"), config.to_string()).unwrap();
+            has_stored_blocks(folder.path(), std::slice::from_ref(&golden))
+        };
+        assert!(has("llama_tiny_q8_0.gguf").unwrap());
+        assert!(!has("llama_tiny_f32.gguf").unwrap());
+        assert!(!has("blip2_opt").unwrap());
+        assert!(has("nowhere.gguf").unwrap_err().to_string().contains("nowhere.gguf"));
+        assert!(!has_stored_blocks(golden.join("blip2_opt"), &[]).unwrap());
+    }
 }

@@ -211,6 +211,11 @@ impl Safetensors {
         self.quantized.as_ref().map(|(quantization, _)| *quantization)
     }
 
+    /// Bytes of a matrix that is stored in few bits; nothing for other tensors.
+    pub(crate) fn quantized_bytes(&self, name: &str) -> Option<usize> {
+        self.tensors.get(name).filter(|entry| entry.matrix.is_some()).map(|entry| entry.range.len())
+    }
+
     /// The name of the folder that a checkpoint in few bits was made from.
     pub(crate) fn original_name(&self) -> Option<&str> {
         self.quantized.as_ref().map(|(_, original)| original.as_str())
