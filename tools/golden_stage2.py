@@ -176,7 +176,7 @@ def main() -> None:
     golden.write(
         folder / "stage2_steps.safetensors",
         steps,
-        {**common, "optimizer": optimizer.description(), "tolerance": golden.tolerances(steps, rough[3])},
+        {**common, "optimizer": optimizer.description(), "tolerance": golden.tolerances(steps, rough[3], golden.STEPS_FACTOR)},
     )
 
 

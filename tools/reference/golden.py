@@ -44,6 +44,9 @@ NEGATIVE_TEXTS = (4, 2, 3, 1, 1)
 # a floor of a few units in the last place of the tensor's largest value, holds without hiding a wrong term.
 TOLERANCE_FACTOR = 10.0
 TOLERANCE_FLOOR = 2e-6
+# Adam divides by the root of the squared gradients: an element whose gradients are near zero moves as far as others, in a
+# direction that rounding decides.
+STEPS_FACTOR = 3.0
 
 
 def randomise(model: nn.Module, generator: torch.Generator) -> None:
@@ -81,14 +84,14 @@ def random_texts(generator: torch.Generator) -> tuple[Tensor, Tensor]:
     return ids, mask
 
 
-def deviation(exact: Tensor, rough: Tensor) -> float:
+def deviation(exact: Tensor, rough: Tensor, factor: float) -> float:
     """The tolerance (absolute, as all here) for comparing a float32 result with `exact`."""
     floor = TOLERANCE_FLOOR * exact.abs().max().item()
-    return TOLERANCE_FACTOR * (exact - rough.double()).abs().max().item() + floor
+    return factor * (TOLERANCE_FACTOR * (exact - rough.double()).abs().max().item() + floor)
 
 
-def tolerances(exact: dict[str, Tensor], rough: dict[str, Tensor]) -> dict[str, float]:
-    return {name: float(f"{deviation(x, rough[name]):.1e}") for name, x in exact.items()}
+def tolerances(exact: dict[str, Tensor], rough: dict[str, Tensor], factor: float = 1.0) -> dict[str, float]:
+    return {name: float(f"{deviation(x, rough[name], factor):.1e}") for name, x in exact.items()}
 
 
 def digest(tensors: dict[str, Tensor]) -> str:

@@ -211,7 +211,7 @@ mod tests {
         for format in formats() {
             for name in ["llama_tiny_f32.gguf", "llama_tiny_q8_0.gguf"] {
                 let said = of_language_model(&golden(name), format).unwrap();
-                let (model, _) = LanguageModel::open(golden(name), format).unwrap();
+                let model = LanguageModel::from_gguf(&Gguf::open(golden(name)).unwrap(), format).unwrap();
                 assert_near(said, model.n_bytes(), (name, format));
             }
         }
