@@ -164,10 +164,11 @@ fn mix<E: Element>(
     tasks.into_par_iter().for_each(|(number, heads)| {
         let sequence = &sequences[number];
         let mut scratch = Scratch::take();
-        // SAFETY (of both uses): `check` made sure that `query` is a row of q, hence of out, and that no other sequence has it;
-        // other tasks write the columns of other heads. A result has `d` numbers.
-        let put = |query: usize, head: usize, result: &[f32]| unsafe {
-            std::ptr::copy_nonoverlapping(result.as_ptr(), out.at(query * width + head * d), d);
+        let put = |query: usize, head: usize, result: &[f32]| {
+            assert!(result.len() >= d);
+            // SAFETY: `query` is one of the sequence's at both uses: `check` made sure that it is a row of q, hence of out, and
+            // that no other sequence has it; other tasks write the columns of other heads.
+            unsafe { std::ptr::copy_nonoverlapping(result.as_ptr(), out.at(query * width + head * d), d) };
         };
         with_isa(
             isa,

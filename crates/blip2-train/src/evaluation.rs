@@ -224,6 +224,9 @@ pub fn retrieve(
     Ok(RetrievalReport { n_images, n_texts, itc, reranked, skipped })
 }
 
+/// A logit for each entry of lists of candidates.
+type Lists = Vec<Vec<f32>>;
+
 /// The "match" logits of all candidates, in the shapes of [`Candidates`]: of a picture's texts, and of a text's pictures.
 fn match_candidates(
     model: &Blip2,
@@ -231,7 +234,7 @@ fn match_candidates(
     texts: &[&str],
     candidates: &Candidates,
     on_progress: OnProgress<'_>,
-) -> Result<(Vec<Vec<f32>>, Vec<Vec<f32>>)> {
+) -> Result<(Lists, Lists)> {
     // A pair that is a candidate in both directions goes through the model once.
     let mut texts_of: Vec<Vec<usize>> = candidates.texts_of_image.clone();
     for (text, images) in candidates.images_of_text.iter().enumerate() {
@@ -247,7 +250,7 @@ fn match_candidates(
         }
         on_progress(image + 1, pictures.len());
     }
-    let lists = |lists: &[Vec<usize>], pair: &dyn Fn(usize, usize) -> (usize, usize)| -> Vec<Vec<f32>> {
+    let lists = |lists: &[Vec<usize>], pair: &dyn Fn(usize, usize) -> (usize, usize)| -> Lists {
         let of =
             |(query, found): (usize, &Vec<usize>)| found.iter().map(|&f| logits[&pair(query, f)]).collect();
         lists.iter().enumerate().map(of).collect()

@@ -315,8 +315,11 @@ fn gguf_blocks_are_not_rounded_again() {
     assert!(cosine > 0.999, "{cosine}");
 }
 
+/// Tokens and their log-probabilities.
+type Written = (Vec<u32>, Vec<f32>);
+
 /// What a model makes of the golden picture, to the bit: its tokens, and those of a caption with their probabilities.
-fn answers(model: &Blip2) -> (Vec<f32>, Option<(Vec<u32>, Vec<f32>)>) {
+fn answers(model: &Blip2) -> (Vec<f32>, Option<Written>) {
     let picture = image::open(golden("blip2.png"), &Limits::default(), Pixels::Pillow).expect("a picture");
     let features = model.encode(&[picture]).expect("features").remove(0);
     let generation = GenerationConfig { num_beams: 3, max_new_tokens: 6, ..GenerationConfig::default() };
