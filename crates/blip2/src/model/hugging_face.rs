@@ -25,7 +25,7 @@ use super::{Blip2, OpenOptions};
 use crate::config::{LN_VISION_EPS, QFormerConfig};
 use crate::image::ImageProcessor;
 use crate::language::LanguageModel;
-use crate::layers::{FrozenFormat, FrozenWeight, Loader, Quantization, TensorSource};
+use crate::layers::{FrozenFormat, FrozenWeight, Loader, Precision, Quantization, TensorSource};
 use crate::qformer::{QFormer, TextSide};
 use crate::text::{BertTokenizer, LanguageTokenizer, PromptFormat};
 use crate::vision::VisionEncoder;
@@ -36,6 +36,10 @@ use crate::{Error, Result};
 
 /// What the names of the language model's tensors begin with.
 pub(super) const LANGUAGE_MODEL: &str = "language_model.";
+
+/// The Q-Former of a published model is computed in f32 whatever the rest is in, as transformers does
+/// (`_keep_in_fp32_modules`): it is a twentieth of the work.
+pub(super) const BRIDGE_PRECISION: Precision = Precision::F32;
 
 /// How the models that were fine-tuned on COCO's captions were taught to begin one.
 pub(super) const COCO_INSTRUCTION: &str = "a photo of";
@@ -107,7 +111,7 @@ fn open_retrieval(folder: &Path, json: &Json, file: &Safetensors, options: &Open
     let source = Renamed(file);
     let loader = Loader::frozen(&source, options.precision);
     let encoder = load_vision(&vit, &pictures, &loader, options.quantization)?;
-    let bridge = QFormer::load(&qformer, &loader, TextSide::Matching)?;
+    let bridge = QFormer::load(&qformer, &Loader::frozen(&source, BRIDGE_PRECISION), TextSide::Matching)?;
     file.ignore(|name| name.ends_with(".position_ids"));
     file.finish()?;
     let name = model_name(folder, file);
@@ -261,7 +265,7 @@ fn open_generation(folder: &Path, json: &Json, file: &Safetensors, options: &Ope
 
     // Every part is loaded, asked for or not: what is left over then is a mistake.
     let encoder = load_vision(&vit, &pictures, &loader, options.quantization)?;
-    let bridge = QFormer::load(&qformer, &loader, TextSide::None)?;
+    let bridge = QFormer::load(&qformer, &Loader::frozen(&source, BRIDGE_PRECISION), TextSide::None)?;
     let language_model =
         LanguageModel::from_safetensors(&text, file, LANGUAGE_MODEL, options.frozen_format())?;
     let language_projection =

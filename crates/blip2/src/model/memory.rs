@@ -2,6 +2,7 @@
 
 use std::path::{Path, PathBuf};
 
+use super::hugging_face::BRIDGE_PRECISION;
 use super::parts::is_blip2_folder;
 use super::{ModelConfig, OpenOptions, VisionConfig, find_frozen, is_hugging_face};
 use crate::language::weight_files;
@@ -130,8 +131,9 @@ fn of_safetensors(
         if let Some(n) = file.quantized_bytes(name) {
             return Ok(n as u64);
         }
-        let rows = file.tensor(name)?;
-        Ok(n_bytes(part_of(name), rows.shape(), rows.encoding(), format))
+        let (rows, part) = (file.tensor(name)?, part_of(name));
+        let precision = if part == Part::Bridge { BRIDGE_PRECISION } else { format.precision };
+        Ok(n_bytes(part, rows.shape(), rows.encoding(), FrozenFormat { precision, ..format }))
     };
     file.names().filter(|name| name.starts_with(prefix)).map(of_tensor).sum()
 }

@@ -5,6 +5,7 @@ use serde_json::{Value as Json, json};
 use super::config::{ModelConfig, Stage1Config, Stage2Config, VisionConfig};
 use super::stage1::{Stage1, Texts};
 use super::stage2::{Source, Stage2};
+use super::hugging_face::BRIDGE_PRECISION;
 use super::{Blip2, OpenOptions};
 use crate::config::QFormerConfig;
 use crate::generate::GenerationConfig;
@@ -99,7 +100,8 @@ impl RandomModel {
         // Queries and texts have a feed-forward layer each.
         let QFormerConfig { hidden_size: d, intermediate_size: ffn, num_hidden_layers: n, .. } = self.qformer;
         let qformer = (n * (8 * d * d + 4 * d * ffn) + self.qformer.vocab_size * d) as u64;
-        let bits = vit * vision + language_model * language + qformer * plain;
+        let bridge = if self.vit.is_some() { 32 } else { plain };
+        let bits = vit * vision + language_model * language + qformer * bridge;
         (64 << 20) + bits / 8 + bits / 64
     }
 
@@ -111,9 +113,13 @@ impl RandomModel {
         let weights = RandomWeights::new(seed);
         let loader = Loader::frozen(&weights, options.precision);
         let vision = options.vision.then(|| self.vision(weights, &loader, options)).transpose()?;
-        let stage1 = (self.matches && options.stage1).then(|| self.stage1(&loader)).transpose()?;
+        // As the folders of published models are opened.
+        let bridge = if self.vit.is_some() { BRIDGE_PRECISION } else { options.precision };
+        let bridge = Loader::frozen(&weights, bridge);
+        let stage1 = (self.matches && options.stage1).then(|| self.stage1(&bridge)).transpose()?;
         let language = self.language.as_ref().filter(|_| options.stage2);
-        let stage2 = language.map(|language| self.stage2(language, weights, &loader, options)).transpose()?;
+        let stage2 =
+            language.map(|language| self.stage2(language, weights, &bridge, options)).transpose()?;
         let config = ModelConfig {
             name: format!("{}, random weights", self.name),
             vision: match &self.vit {
