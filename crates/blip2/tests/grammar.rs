@@ -19,16 +19,28 @@ fn grammars() -> (LanguageTokenizer, Grammars) {
 
 /// A text by a model to which all tokens are alike, but for those of `favoured`.
 fn write(tokenizer: &LanguageTokenizer, grammar: &Grammar, seed: u64, favoured: &[u32]) -> String {
+    write_until(2, tokenizer, grammar, seed, favoured).trim().to_owned()
+}
+
+/// The same with another token that ends the text.
+fn write_until(
+    end: u32,
+    tokenizer: &LanguageTokenizer,
+    grammar: &Grammar,
+    seed: u64,
+    favoured: &[u32],
+) -> String {
     let mut rng = SampleRng::new(seed, 0);
     let mut state = grammar.fork();
     let mut tokens = Vec::new();
     loop {
-        let mut scores = vec![0.0; 264];
+        // The model may have more tokens than the tokenizer.
+        let mut scores = vec![0.0; tokenizer.n_tokens() + 4];
         favoured.iter().for_each(|&token| scores[token as usize] = 5.0);
         state.restrict(&mut scores).unwrap();
         let token = draw(&scores, &mut rng).expect("a token may come");
-        if token == 2 {
-            return tokenizer.decode(&tokens).trim().to_owned();
+        if token == end {
+            return tokenizer.decode(&tokens);
         }
         state.push(token).unwrap();
         tokens.push(token);
@@ -232,4 +244,89 @@ fn forms_that_explode_are_refused_soon() {
             assert!(start.elapsed() < Duration::from_secs(5), "{:?} a step for {short}", start.elapsed());
         }
     }
+}
+
+/// T5's tokenizers: every text begins with a blank that is no part of it, `</s>` ends it, and characters are missing.
+fn t5(folder: &Path) -> (LanguageTokenizer, Grammars) {
+    let tokenizer = LanguageTokenizer::from_folder(folder).unwrap();
+    let grammars = Grammars::new(&tokenizer, &[1], false).unwrap();
+    (tokenizer, grammars)
+}
+
+/// All that is written within a form, by models that like other tokens.
+fn written(t5: &(LanguageTokenizer, Grammars), form: &AnswerForm) -> std::collections::BTreeSet<String> {
+    let grammar = t5.1.compile(form).unwrap_or_else(|error| panic!("{form:?}: {error}"));
+    (0..300).map(|seed| write_until(1, &t5.0, &grammar, seed, &[])).collect()
+}
+
+#[test]
+fn a_sentencepiece_vocabulary_keeps_to_a_form() {
+    let golden = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/golden/tiny_t5");
+    let t5 = t5(&golden);
+    let strings = |texts: &[&str]| texts.iter().map(|&text| text.to_owned()).collect::<Vec<_>>();
+    let choices = strings(&["yes", "no", "a dog", "the license, or not"]);
+    assert_eq!(written(&t5, &AnswerForm::Choice(choices.clone())), choices.into_iter().collect());
+
+    // What cannot be written is no way to begin: no text ends in the middle.
+    let texts = written(&t5, &AnswerForm::Regex(r"(?:[a-c{]{1,2}|a\{b|x) (?:d|\})".into()));
+    assert!(texts.len() > 3, "{texts:?}");
+    for text in texts {
+        let start = text.strip_suffix(" d").unwrap_or_else(|| panic!("{text:?}"));
+        assert!(start == "x" || (start.len() <= 2 && start.bytes().all(|b| b"abc".contains(&b))), "{text:?}");
+    }
+
+    for (schema, expected) in [
+        (json!({"enum": ["yes", "{no", 12]}), &["\"yes\"", "12"][..]),
+        (json!({"anyOf": [{"type": "object"}, {"type": "boolean"}]}), &["true", "false"]),
+        (json!({"type": ["array", "null"], "minItems": 1}), &["null"]),
+        (json!({"type": "string", "pattern": r"^(a|\{)b$"}), &["\"ab\""]),
+        (json!({"type": "integer", "minimum": 10, "maximum": 12}), &["10", "11", "12"]),
+    ] {
+        let texts = written(&t5, &AnswerForm::JsonSchema(schema));
+        assert_eq!(texts, strings(expected).into_iter().collect());
+    }
+}
+
+#[test]
+fn a_form_that_a_vocabulary_cannot_write_is_refused_with_the_reason() {
+    let golden = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/golden/tiny_t5");
+    let (_, grammars) = t5(&golden);
+    let object = json!({"type": "object", "properties": {"a": {"type": "string"}}, "required": ["a"]});
+    for (form, missing) in [
+        (AnswerForm::JsonObject, '{'),
+        (AnswerForm::JsonSchema(object.clone()), '{'),
+        (AnswerForm::JsonSchema(json!({"$defs": {"a": object}, "$ref": "#/$defs/a"})), '{'),
+        (AnswerForm::JsonSchema(json!({"type": "array"})), '['),
+        (AnswerForm::JsonSchema(json!({"const": "a{b"})), '{'),
+        (AnswerForm::JsonSchema(json!({"type": "string", "pattern": r"^a\{$"})), '{'),
+        (AnswerForm::Choice(vec!["yes".into(), "a{b".into()]), '{'),
+        (AnswerForm::Regex(r"[ab]+(?:\{a)+".into()), '{'),
+        (AnswerForm::Regex("(a日|日b)".into()), '日'),
+    ] {
+        let reason = grammars.compile(&form).unwrap_err().to_string();
+        assert!(reason.contains(&format!("tokenizer cannot write `{missing}`")), "{form:?}: {reason}");
+        assert!(!reason.contains('\n') && reason.len() < 400, "{reason}");
+    }
+}
+
+#[test]
+fn the_vocabulary_of_t5_writes_lists_and_no_objects() {
+    let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../../shared/tokenizers/t5");
+    if !folder.is_dir() {
+        eprintln!("SKIPPED: the shared tokenizer files are not here");
+        return;
+    }
+    let t5 = t5(&folder);
+    let list = json!({"type": "array", "items": {"enum": ["cat", "a dog"]}, "minItems": 1, "maxItems": 3});
+    for text in written(&t5, &AnswerForm::JsonSchema(list)) {
+        let list: Vec<String> = serde_json::from_str(&text).unwrap_or_else(|error| panic!("{error}: {text}"));
+        assert!(!list.is_empty() && list.iter().all(|animal| animal == "cat" || animal == "a dog"), "{text}");
+    }
+    let objects = json!({"type": "array", "items": {"type": "object"}, "minItems": 1});
+    let reason = t5.1.compile(&AnswerForm::JsonSchema(objects.clone())).unwrap_err().to_string();
+    assert!(reason.contains("tokenizer cannot write `{`"), "{reason}");
+    let texts = written(&t5, &AnswerForm::JsonSchema(json!({"anyOf": [objects, {"type": "boolean"}]})));
+    assert_eq!(texts, ["true", "false"].map(String::from).into());
+    let choices = ["yes", "no", "São Paulo"].map(String::from);
+    assert_eq!(written(&t5, &AnswerForm::Choice(choices.to_vec())), choices.into());
 }

@@ -408,8 +408,8 @@ impl Blip2 {
     /// Compiles what an answer has to be, for texts that end as `generation` says.
     ///
     /// # Errors
-    /// When the model has no stage-2 part; [`Error::AnswerForm`] when its tokenizer is not byte-level (that of T5), or the
-    /// form is not understood or too large.
+    /// When the model has no stage-2 part; [`Error::AnswerForm`] when its tokenizer is neither byte-level nor
+    /// SentencePiece, or the form is not understood, too large, or in need of a character that the tokenizer cannot write.
     pub fn grammar(&self, form: &AnswerForm, generation: &GenerationConfig) -> Result<Grammar> {
         let stage2 = self.stage2()?;
         let grammars = |end_tokens| {

@@ -4,14 +4,17 @@
 //! [`Grammar`], which tells generation before every token which ones may come. The work is that of the crate `llguidance`,
 //! with its bounds of time and memory set for outside input.
 
+mod alphabet;
+
 use std::collections::BTreeSet;
 use std::sync::Arc;
 
 use llguidance::api::{ParserLimits, TopLevelGrammar};
 use llguidance::toktrie::{ApproximateTokEnv, InferenceCapabilities, TokEnv, TokRxInfo, TokTrie};
-use llguidance::{JsonCompileOptions, Matcher, ParserFactory};
+use llguidance::{JsonCompileOptions, Matcher, ParserFactory, regex_to_lark};
 use serde_json::{Value as Json, json};
 
+use self::alphabet::Alphabet;
 use super::LanguageTokenizer;
 use crate::generate::Constraint;
 use crate::{Error, Result};
@@ -49,6 +52,10 @@ pub struct Grammars {
     end_tokens: Arc<[u32]>,
     /// What comes before every answer that is not JSON.
     blank: &'static str,
+    /// Whether it comes before JSON too: every text of this tokenizer begins with one.
+    always_blank: bool,
+    /// What the tokenizer can write, where that is not everything.
+    alphabet: Option<Alphabet>,
 }
 
 impl std::fmt::Debug for Grammars {
@@ -72,10 +79,10 @@ const LIMITS: ParserLimits = ParserLimits {
 
 impl Grammars {
     /// The vocabulary of `tokenizer`; a text ends with any of `end_tokens`, and begins with a blank where the prompt leaves that
-    /// to the answer: both ways to begin would be two texts that look alike.
+    /// to the answer: both ways to begin would be two texts that look alike. Every text of T5's tokenizer begins with one.
     ///
     /// # Errors
-    /// [`Error::AnswerForm`] when the bytes of its tokens are not known (SentencePiece), or there is no end token.
+    /// [`Error::AnswerForm`] when the bytes of its tokens are not known, or there is no end token.
     pub fn new(tokenizer: &LanguageTokenizer, end_tokens: &[u32], begins_with_blank: bool) -> Result<Self> {
         let words: Option<Vec<Vec<u8>>> = (0..tokenizer.n_tokens() as u32)
             .map(|id| {
@@ -85,7 +92,9 @@ impl Grammars {
             })
             .collect();
         let words = words.ok_or_else(|| {
-            refuse("the form of an answer can be prescribed only with a byte-level tokenizer, this model has another")
+            refuse(
+                "the form of an answer needs a byte-level or SentencePiece tokenizer, this model has another",
+            )
         })?;
         let [first, ..] = *end_tokens else {
             return Err(refuse("this model has no token that ends an answer"));
@@ -101,18 +110,55 @@ impl Grammars {
             ParserFactory::new(&environment, InferenceCapabilities::default(), &slices).map_err(unusable)?;
         factory.quiet();
         *factory.limits_mut() = LIMITS;
-        let blank = if begins_with_blank { " " } else { "" };
-        Ok(Self { factory, end_tokens: end_tokens.into(), blank })
+        let always_blank = tokenizer.begins_texts_with_blank();
+        let blank = if begins_with_blank || always_blank { " " } else { "" };
+        // Where an end token is a text too, other tokens have its characters.
+        let texts = (0..words.len() as u32).filter(|&id| !tokenizer.is_control(id));
+        let alphabet = Alphabet::of(texts.filter_map(|id| tokenizer.token_bytes(id)));
+        Ok(Self { factory, end_tokens: end_tokens.into(), blank, always_blank, alphabet })
     }
 
     fn text(&self, pattern: &str) -> TopLevelGrammar {
-        TopLevelGrammar::from_regex(&format!("{}(?:{pattern})", self.blank))
+        let pattern = format!("{}(?:{pattern})", self.blank);
+        match &self.alphabet {
+            None => TopLevelGrammar::from_regex(&pattern),
+            Some(alphabet) => {
+                let [pattern, within] = [pattern, alphabet.pattern()].map(|text| regex_to_lark(&text, ""));
+                TopLevelGrammar::from_lark(format!("start: TEXT\nTEXT: /{pattern}/ & /{within}/"))
+            }
+        }
+    }
+
+    fn json(&self, schema: Json) -> Result<TopLevelGrammar> {
+        let mut schema = on_one_line(schema)?;
+        let missing = self.alphabet.as_ref().and_then(|alphabet| alphabet.restrict_schema(&mut schema));
+        // `false` is all that is left of a schema of which nothing can be written.
+        if let (false, Some(missing)) = (schema.is_object(), missing) {
+            return Err(refuse(format!("the JSON schema cannot be followed: {}", cannot_write(missing))));
+        }
+        Ok(if self.always_blank {
+            TopLevelGrammar::from_lark(format!("start: \" \" json\njson: %json {schema}"))
+        } else {
+            TopLevelGrammar::from_json_schema(schema)
+        })
+    }
+
+    /// A character that a form would need and that cannot be written.
+    fn missing(&self, form: &AnswerForm) -> Option<char> {
+        let alphabet = self.alphabet.as_ref()?;
+        match form {
+            AnswerForm::Choice(choices) => choices.iter().find_map(|choice| alphabet.missing(choice.trim())),
+            AnswerForm::Regex(pattern) => alphabet.missing_of_pattern(unanchored(pattern)),
+            AnswerForm::JsonObject => alphabet.missing("{}"),
+            AnswerForm::JsonSchema(schema) => alphabet.restrict_schema(&mut schema.clone()),
+        }
     }
 
     /// Compiles what an answer has to be.
     ///
     /// # Errors
-    /// [`Error::AnswerForm`] when it contradicts itself, is not understood, or takes too much to compile.
+    /// [`Error::AnswerForm`] when it contradicts itself, is not understood, takes too much to compile, or needs a character that
+    /// the tokenizer cannot write.
     pub fn compile(&self, form: &AnswerForm) -> Result<Grammar> {
         let n_bytes = form.n_bytes();
         if n_bytes > AnswerForm::MAX_BYTES {
@@ -124,6 +170,10 @@ impl Grammars {
                 if choices.is_empty() || choices.iter().any(|choice| choice.trim().is_empty()) {
                     return Err(refuse("there is no answer to choose from, or one is empty"));
                 }
+                if let Some(missing) = self.missing(form) {
+                    let reason = cannot_write(missing);
+                    return Err(refuse(format!("the list of answers cannot be followed: {reason}")));
+                }
                 let escaped: Vec<_> = choices.iter().map(|choice| escape(choice.trim())).collect();
                 ("the list of answers", self.text(&escaped.join("|")))
             }
@@ -131,19 +181,18 @@ impl Grammars {
                 check_regex(pattern)?;
                 ("the regular expression", self.text(unanchored(pattern)))
             }
-            AnswerForm::JsonObject => (
-                "the JSON object",
-                TopLevelGrammar::from_json_schema(on_one_line(json!({"type": "object"}))?),
-            ),
-            AnswerForm::JsonSchema(schema) => {
-                ("the JSON schema", TopLevelGrammar::from_json_schema(on_one_line(schema.clone())?))
-            }
+            AnswerForm::JsonObject => ("the JSON object", self.json(json!({"type": "object"}))?),
+            AnswerForm::JsonSchema(schema) => ("the JSON schema", self.json(schema.clone())?),
         };
         let refused = |error: &dyn std::fmt::Display| {
-            let reason = match form {
-                AnswerForm::JsonObject | AnswerForm::JsonSchema(_) => in_short(&error.to_string()),
+            let reason = match (form, self.missing(form)) {
+                (AnswerForm::JsonObject | AnswerForm::JsonSchema(_), missing) => {
+                    let also = missing.map(|missing| format!("; {}", cannot_write(missing)));
+                    in_short(&error.to_string()) + &also.unwrap_or_default()
+                }
+                (_, Some(missing)) => cannot_write(missing),
                 // The compiler repeats all of it.
-                AnswerForm::Choice(_) | AnswerForm::Regex(_) => {
+                (AnswerForm::Choice(_) | AnswerForm::Regex(_), None) => {
                     "it is too large, or has parts that are not supported (assertions, lazy repetition)"
                         .into()
                 }
@@ -202,6 +251,10 @@ impl Constraint for Grammar {
 
 fn refuse(reason: impl Into<String>) -> Error {
     Error::AnswerForm(reason.into())
+}
+
+fn cannot_write(missing: char) -> String {
+    format!("this model's tokenizer cannot write `{missing}`")
 }
 
 fn unusable(error: impl std::fmt::Display) -> Error {

@@ -46,10 +46,22 @@ struct Marks {
 /// How ids become text again.
 #[derive(Debug)]
 enum Spelling {
-    /// A token is bytes, whatever stands around it: token `i` is `bytes[ends[i - 1]..ends[i]]`.
-    Bytes { bytes: Vec<u8>, ends: Vec<usize> },
+    /// A token is bytes, whatever stands around it.
+    Bytes(TokenBytes),
     /// The tokenizer has its own decoder (SentencePiece: blanks depend on the place in the text).
-    Decoder,
+    Decoder {
+        /// What the tokens are within a text, where that is known.
+        pieces: Option<TokenBytes>,
+        /// Whether the decoder leaves out a blank at the beginning, which every text has.
+        begins_with_blank: bool,
+    },
+}
+
+/// The bytes of all tokens: those of token `i` are `bytes[ends[i - 1]..ends[i]]`.
+#[derive(Debug, Default)]
+struct TokenBytes {
+    bytes: Vec<u8>,
+    ends: Vec<usize>,
 }
 
 impl LanguageTokenizer {
@@ -200,9 +212,17 @@ impl LanguageTokenizer {
         self
     }
 
-    /// The bytes that a token stands for, or `None` where they depend on the tokens beside it (SentencePiece).
+    /// The bytes that a token stands for within a text, or `None` where only the tokenizer's decoder knows them.
     pub(crate) fn token_bytes(&self, id: u32) -> Option<&[u8]> {
-        self.spelling.token(id)
+        match &self.spelling {
+            Spelling::Bytes(tokens) | Spelling::Decoder { pieces: Some(tokens), .. } => Some(tokens.get(id)),
+            Spelling::Decoder { pieces: None, .. } => None,
+        }
+    }
+
+    /// Whether every text begins with a blank that is no part of it (T5's `▁`).
+    pub(crate) fn begins_texts_with_blank(&self) -> bool {
+        matches!(self.spelling, Spelling::Decoder { begins_with_blank: true, .. })
     }
 
     /// How many ids there are. The model's embedding may have more rows than this.
@@ -298,9 +318,9 @@ impl Spelling {
     /// From each token's text and whether it is spelled in GPT-2's stand-ins for bytes.
     fn bytes<'a>(tokens: impl Iterator<Item = (&'a str, bool)>) -> Self {
         let byte_of: HashMap<char, u8> = (0..=255).map(|byte| (stand_in(byte), byte)).collect();
-        let mut bytes = Vec::new();
-        let mut ends = Vec::new();
+        let mut all = TokenBytes::default();
         for (text, is_mapped) in tokens {
+            let bytes = &mut all.bytes;
             let start = bytes.len();
             // A text with a character that stands for no byte was not mapped after all.
             let mapped =
@@ -309,21 +329,31 @@ impl Spelling {
                 bytes.truncate(start);
                 bytes.extend_from_slice(text.as_bytes());
             }
-            ends.push(bytes.len());
+            all.ends.push(bytes.len());
         }
-        Self::Bytes { bytes, ends }
+        Self::Bytes(all)
     }
 
-    /// A token's bytes (none for an unknown id), or `None` when only the decoder knows.
+    /// A token's bytes, or `None` when the decoder has to be asked.
     fn token(&self, id: u32) -> Option<&[u8]> {
         match self {
-            Self::Bytes { bytes, ends } => {
-                let id = id as usize;
-                let start = if id == 0 { 0 } else { ends.get(id - 1).copied().unwrap_or(bytes.len()) };
-                Some(&bytes[start..ends.get(id).copied().unwrap_or(bytes.len())])
-            }
-            Self::Decoder => None,
+            Self::Bytes(tokens) => Some(tokens.get(id)),
+            Self::Decoder { .. } => None,
         }
+    }
+}
+
+impl TokenBytes {
+    fn push(&mut self, bytes: &[u8]) {
+        self.bytes.extend_from_slice(bytes);
+        self.ends.push(self.bytes.len());
+    }
+
+    /// A token's bytes, none for an unknown id.
+    fn get(&self, id: u32) -> &[u8] {
+        let end = |id: usize| self.ends.get(id).copied().unwrap_or(self.bytes.len());
+        let id = id as usize;
+        &self.bytes[if id == 0 { 0 } else { end(id - 1) }..end(id)]
     }
 }
 

@@ -21,7 +21,7 @@ use tokenizers::{
 };
 
 use super::sentencepiece::{Pieces, Role};
-use super::{Control, LanguageTokenizer, Marks, Spelling, check_merge};
+use super::{Control, LanguageTokenizer, Marks, Spelling, TokenBytes, check_merge};
 use crate::{Error, Result};
 
 /// What a role of a token is called in `tokenizer_config.json` and `special_tokens_map.json`.
@@ -113,10 +113,55 @@ impl LanguageTokenizer {
                 .collect();
             Spelling::bytes(tokens.iter().map(|(text, is_mapped)| (text.as_str(), *is_mapped)))
         } else {
-            Spelling::Decoder
+            let words = match plain.get_decoder() {
+                Some(DecoderWrapper::Metaspace(words)) => Some(words),
+                _ => None,
+            };
+            Spelling::Decoder {
+                pieces: piece_bytes(&plain, n_tokens),
+                begins_with_blank: words.is_some_and(|words| words.prepend_scheme != PrependScheme::Never),
+            }
         };
         Ok(Self::new(plain, controls, spelling, ids, n_tokens, chat_template))
     }
+}
+
+/// What SentencePiece's pieces are within a text, as the tokenizer's decoder has it; `None` where that is another's.
+fn piece_bytes(plain: &Tokenizer, n_tokens: usize) -> Option<TokenBytes> {
+    let is_replacement = |step: &DecoderWrapper| {
+        // The step keeps its pattern to itself.
+        serde_json::to_value(step)
+            .is_ok_and(|step| step["pattern"]["String"] == "▁" && step["content"] == " ")
+    };
+    let (mark, has_bytes) = match plain.get_decoder()? {
+        DecoderWrapper::Metaspace(words) => (words.get_replacement(), false),
+        // Llama's: `<0x0A>` is a byte.
+        DecoderWrapper::Sequence(steps) => {
+            let steps = steps.get_decoders();
+            let is_known = |step: &DecoderWrapper| match step {
+                DecoderWrapper::ByteFallback(_) | DecoderWrapper::Fuse(_) | DecoderWrapper::Strip(_) => true,
+                step => is_replacement(step),
+            };
+            if !steps.iter().any(is_replacement) || !steps.iter().all(is_known) {
+                return None;
+            }
+            ('▁', steps.iter().any(|step| matches!(step, DecoderWrapper::ByteFallback(_))))
+        }
+        _ => return None,
+    };
+    let mut pieces = TokenBytes::default();
+    for id in 0..n_tokens as u32 {
+        let piece = plain.id_to_token(id).unwrap_or_default();
+        let byte = piece.strip_prefix("<0x").and_then(|rest| rest.strip_suffix('>'));
+        let byte = byte.filter(|digits| has_bytes && digits.len() == 2);
+        match byte.and_then(|digits| u8::from_str_radix(digits, 16).ok()) {
+            Some(byte) => pieces.push(&[byte]),
+            // Stands for any text, not for its name, also where it is no control token.
+            None if piece == "<unk>" => pieces.push(&[]),
+            None => pieces.push(piece.replace(mark, " ").as_bytes()),
+        }
+    }
+    Some(pieces)
 }
 
 /// The files beside a tokenizer as one: `tokenizer_config.json`, and of `special_tokens_map.json` and `added_tokens.json` what it

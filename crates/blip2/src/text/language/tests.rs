@@ -152,6 +152,36 @@ fn a_unigram_vocabulary_that_spells_its_controls_does_not_give_them_to_users() {
 }
 
 #[test]
+fn the_bytes_of_pieces_are_those_that_the_decoder_writes() {
+    let open = |decoder: serde_json::Value| {
+        from_json(
+            &json!({
+                "version": "1.0", "truncation": null, "padding": null, "added_tokens": [], "normalizer": null,
+                "pre_tokenizer": null, "post_processor": null, "decoder": decoder,
+                "model": {"type": "Unigram", "unk_id": 0, "byte_fallback": true, "vocab": [
+                    ["<unk>", 0.0], ["▁a▁b", -1.0], ["<0x7B>", -2.0], ["é", -3.0]]},
+            }),
+            &serde_json::Value::Null,
+        )
+    };
+    let bytes = |tokenizer: &LanguageTokenizer| {
+        (0..4).map(|id| tokenizer.token_bytes(id).map(<[u8]>::to_vec)).collect::<Option<Vec<_>>>()
+    };
+    let words =
+        open(json!({"type": "Metaspace", "replacement": "▁", "prepend_scheme": "always", "split": true}));
+    let expected: [&[u8]; 4] = [b"", b" a b", b"<0x7B>", "é".as_bytes()];
+    assert_eq!(bytes(&words).unwrap(), expected);
+    assert!(words.begins_texts_with_blank());
+    let replace = json!({"type": "Replace", "pattern": {"String": "▁"}, "content": " "});
+    let llama =
+        open(json!({"type": "Sequence", "decoders": [replace, {"type": "ByteFallback"}, {"type": "Fuse"}]}));
+    let expected: [&[u8]; 4] = [b"", b" a b", b"{", "é".as_bytes()];
+    assert_eq!(bytes(&llama).unwrap(), expected);
+    assert!(!llama.begins_texts_with_blank());
+    assert_eq!(bytes(&open(json!({"type": "WordPiece", "prefix": "##", "cleanup": true}))), None);
+}
+
+#[test]
 fn hugging_face_files_that_contradict_themselves_are_refused_without_a_panic() {
     let change = |change: fn(&mut serde_json::Value)| {
         let mut file = byte_level_json();
