@@ -3,9 +3,9 @@
 use serde_json::{Value as Json, json};
 
 use super::config::{ModelConfig, Stage1Config, Stage2Config, VisionConfig};
+use super::hugging_face::BRIDGE_PRECISION;
 use super::stage1::{Stage1, Texts};
 use super::stage2::{Source, Stage2};
-use super::hugging_face::BRIDGE_PRECISION;
 use super::{Blip2, OpenOptions};
 use crate::config::QFormerConfig;
 use crate::generate::GenerationConfig;
@@ -118,8 +118,7 @@ impl RandomModel {
         let bridge = Loader::frozen(&weights, bridge);
         let stage1 = (self.matches && options.stage1).then(|| self.stage1(&bridge)).transpose()?;
         let language = self.language.as_ref().filter(|_| options.stage2);
-        let stage2 =
-            language.map(|language| self.stage2(language, weights, &bridge, options)).transpose()?;
+        let stage2 = language.map(|language| self.stage2(language, weights, &bridge, options)).transpose()?;
         let config = ModelConfig {
             name: format!("{}, random weights", self.name),
             vision: match &self.vit {
