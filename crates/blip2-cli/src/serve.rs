@@ -54,7 +54,7 @@ pub(crate) struct ServeArgs {
     /// Memory for what the model saw in earlier pictures.
     #[arg(long, env = "BLIP2_PICTURE_CACHE_MIB", default_value_t = 128, value_name = "MIB")]
     picture_cache_mib: usize,
-    /// Memory for what the language model has read of earlier pictures.
+    /// Memory for what the language model has read of earlier pictures and turns.
     #[arg(long, env = "BLIP2_PROMPT_CACHE_MIB", default_value_t = 256, value_name = "MIB")]
     prompt_cache_mib: usize,
     /// How long what was accepted may take after SIGTERM.

@@ -31,8 +31,8 @@ pub struct ServerConfig {
     pub kv_bytes: usize,
     /// Memory of the features of pictures seen before, in bytes.
     pub picture_cache_bytes: usize,
-    /// Memory of what the language model has read of pictures seen before, in bytes: the next question about such a picture
-    /// reads its own words only.
+    /// Memory of what the language model has read about pictures seen before, in bytes: the next question about such a picture
+    /// and the next turn of a conversation read their own words only.
     pub prompt_cache_bytes: usize,
     /// How long what was accepted may take after the server was told to end.
     pub drain: Duration,

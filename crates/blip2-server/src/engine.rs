@@ -51,7 +51,7 @@ pub(crate) enum Event {
 #[derive(Debug)]
 pub(crate) struct Written {
     pub(crate) answers: Vec<Answer>,
-    /// Tokens of the prompt that had been read before, for another request.
+    /// Tokens of the prompt that had been read before, for other requests.
     pub(crate) n_cached: usize,
 }
 

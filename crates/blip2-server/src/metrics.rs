@@ -180,7 +180,7 @@ impl Metrics {
             ("blip2_picture_cache_bytes", "Memory of remembered pictures.", &self.cached_picture_bytes),
             (
                 "blip2_prompt_cache_bytes",
-                "Memory of prompts' remembered beginnings.",
+                "Memory of what the language model has read before.",
                 &self.cached_prompt_bytes,
             ),
             ("blip2_kv_cache_bytes", "Memory of the language model's keys and values.", &self.kv_bytes),

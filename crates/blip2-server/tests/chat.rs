@@ -3,7 +3,7 @@
 mod support;
 
 use blip2::generate::GenerationConfig;
-use blip2::text::Turn;
+use blip2::text::{AnswerForm, Prompt, Turn};
 use blip2_server::ServerConfig;
 use serde_json::{Value as Json, json};
 use support::{TestServer, base64, chat, config, data_url, picture, png, text_of};
@@ -235,29 +235,126 @@ fn answers_have_the_form_that_was_asked_for() {
     assert_eq!(server.metric("blip2_panics_total"), 0.0);
 }
 
+fn cached(response: &Json) -> u64 {
+    response["usage"]["prompt_tokens_details"]["cached_tokens"].as_u64().expect("a number")
+}
+
+/// How many tokens two texts have in common at the beginning.
+fn n_same(one: &[u32], other: &[u32]) -> usize {
+    one.iter().zip(other).take_while(|(a, b)| a == b).count()
+}
+
 #[test]
 fn the_next_question_about_a_picture_reads_its_own_words_only() {
     let server = TestServer::start("blip2_opt", config());
     let small = ServerConfig { prompt_cache_bytes: 0, ..config() };
     let forgetful = TestServer::with_model(server.model.clone(), small);
-    let cached = |response: &Json| response["usage"]["prompt_tokens_details"]["cached_tokens"].as_u64();
-    for (n, question) in ["who?", "which city is it?", "who?"].into_iter().enumerate() {
+    let (mut earlier, mut n_known) = (Vec::<Prompt>::new(), 0);
+    for question in ["who?", "which city is it?", "who?"] {
         let fields = json!({"max_tokens": 9, "logprobs": true, "top_logprobs": 3});
         let request = chat(5, question, &fields);
         let response = server.post("/v1/chat/completions", &request).ok();
         let prompt = server.model.prompt(&[Turn::open(question)]).expect("a prompt");
-        let n_known = prompt.before_image().len() + 5;
-        assert_eq!(cached(&response), Some(if n == 0 { 0 } else { n_known as u64 }));
+        // The picture, the words that it begins with as another did, but not its last one.
+        let n_words = |other: &Prompt| n_same(other.after_image(), prompt.after_image());
+        let longest = earlier.iter().map(n_words).max();
+        let known =
+            longest.map_or(0, |n| prompt.before_image().len() + 5 + n.min(prompt.after_image().len() - 1));
+        assert_eq!(cached(&response), known as u64);
+        n_known += known;
         let expected = forgetful.post("/v1/chat/completions", &request).ok();
-        assert_eq!(cached(&expected), Some(0));
+        assert_eq!(cached(&expected), 0);
         assert_eq!(response["choices"], expected["choices"], "log-probabilities and all");
+        earlier.push(prompt.clone());
         for field in ["prompt_tokens", "completion_tokens", "total_tokens"] {
             assert_eq!(response["usage"][field], expected["usage"][field]);
         }
     }
-    assert_eq!(server.metric("blip2_cached_prompt_tokens_total"), 10.0);
+    assert_eq!(server.metric("blip2_cached_prompt_tokens_total"), n_known as f64);
     assert!(server.metric("blip2_prompt_cache_bytes") > 0.0);
     assert_eq!(forgetful.metric("blip2_prompt_cache_bytes"), 0.0);
+}
+
+/// The second turn after an answer.
+fn next_turn(i: u32, answer: &str, fields: &Json) -> Json {
+    let mut request = chat(i, "who?", fields);
+    let messages = request["messages"].as_array_mut().expect("messages");
+    messages.push(json!({"role": "assistant", "content": answer}));
+    messages.push(json!({"role": "user", "content": "why?"}));
+    request
+}
+
+#[test]
+fn the_next_turn_of_a_conversation_reads_what_is_new_only() {
+    let server = TestServer::start("blip2_opt", config());
+    let forgetful =
+        TestServer::with_model(server.model.clone(), ServerConfig { prompt_cache_bytes: 0, ..config() });
+    let fields = json!({"max_tokens": 9, "logprobs": true, "top_logprobs": 3});
+    let mut first = fields.clone();
+    first["guided_regex"] = "[xyz]{4}".into();
+    let response = server.post("/v1/chat/completions", &chat(5, "who?", &first)).ok();
+    assert_eq!(cached(&response), 0);
+    let answer = text_of(&response);
+
+    // What the library writes there, token by token; the last one was never read.
+    let model = &server.model;
+    let features = model.encode(&[picture(5)]).expect("features").remove(0);
+    let form = model.grammar(&AnswerForm::Regex("[xyz]{4}".into()), &greedy(9)).expect("a grammar");
+    let written = model.ask_for(&[(&features, "who?")], &greedy(9), Some(&form)).expect("answers");
+    let written = &written[0][0];
+    assert_eq!(written.text, answer);
+    let first = model.prompt(&[Turn::open("who?")]).expect("a prompt");
+    let read = [first.after_image(), &written.token_ids[..written.token_ids.len() - 1]].concat();
+    let turns = [Turn::answered("who?", answer.as_str()), Turn::open("why?")];
+    let prompt = model.prompt(&turns).expect("a prompt");
+    let n_known = prompt.before_image().len() + 5 + n_same(&read, prompt.after_image());
+    assert!(n_known > first.n_rows(5), "the answer too");
+
+    let request = next_turn(5, &answer, &fields);
+    let response = server.post("/v1/chat/completions", &request).ok();
+    assert_eq!(cached(&response), n_known as u64);
+    assert_eq!(server.metric("blip2_cached_prompt_tokens_total"), n_known as f64);
+    let expected = forgetful.post("/v1/chat/completions", &request).ok();
+    assert_eq!(cached(&expected), 0);
+    assert_eq!(response["choices"], expected["choices"], "log-probabilities and all");
+    // Streamed, and with beams, which begin with it too.
+    let again = server.post("/v1/chat/completions", &request).ok();
+    assert_eq!(cached(&again), prompt.n_rows(5) as u64 - 1);
+    assert_eq!(streamed(&server, &request).0, [text_of(&expected)]);
+    let beams = next_turn(5, &answer, &json!({"max_tokens": 9, "num_beams": 3, "n": 2}));
+    let response = server.post("/v1/chat/completions", &beams).ok();
+    assert_eq!(cached(&response), prompt.n_rows(5) as u64 - 1);
+    assert_eq!(response["choices"], forgetful.post("/v1/chat/completions", &beams).ok()["choices"]);
+    // The same words about another picture have nothing in common.
+    let request = next_turn(6, &answer, &fields);
+    let response = server.post("/v1/chat/completions", &request).ok();
+    assert_eq!(cached(&response), 0);
+    let expected = forgetful.post("/v1/chat/completions", &request).ok();
+    assert_eq!(response["choices"], expected["choices"]);
+}
+
+#[test]
+fn conversations_are_forgotten_by_the_bound_of_their_memory() {
+    let model = support::model("blip2_opt");
+    let row = model.language_model().expect("a language model").new_cache().row_bytes();
+    let n_first = model.prompt(&[Turn::open("who?")]).expect("a prompt").n_rows(5);
+    // One question with an answer of five tokens, a blank among them, of which four are read; and another picture.
+    let bound = (n_first + 4 + 5) * row;
+    let server = TestServer::with_model(model, ServerConfig { prompt_cache_bytes: bound, ..config() });
+    let fields = json!({"max_tokens": 5, "guided_regex": "[xyz]{4}"});
+    let answers = [5, 6].map(|i| {
+        let response = server.post("/v1/chat/completions", &chat(i, "who?", &fields)).ok();
+        assert_eq!(cached(&response), 0);
+        text_of(&response)
+    });
+    let held = server.wait_for("blip2_prompt_cache_bytes", |bytes| bytes == ((n_first + 4) * row) as f64);
+    assert!(held <= bound as f64);
+    // The first was forgotten for the second.
+    let [first, second] = [(5, &answers[0]), (6, &answers[1])]
+        .map(|(i, answer)| server.post("/v1/chat/completions", &next_turn(i, answer, &fields)).ok());
+    assert_eq!(cached(&first), 0);
+    assert!(cached(&second) >= n_first as u64, "{second}");
+    assert!(server.metric("blip2_prompt_cache_bytes") <= bound as f64);
 }
 
 #[test]

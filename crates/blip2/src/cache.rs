@@ -115,9 +115,9 @@ impl<E: Element> KeysAndValues<E> {
         self.values.extend(values.iter().map(|&x| E::narrow(x)));
     }
 
-    fn append(&mut self, other: &Self) {
-        self.keys.extend_from_slice(&other.keys);
-        self.values.extend_from_slice(&other.values);
+    fn append(&mut self, other: &Self, n_values: usize) {
+        self.keys.extend_from_slice(&other.keys[..n_values]);
+        self.values.extend_from_slice(&other.values[..n_values]);
     }
 
     fn copy(&self, rows: &[usize], width: usize) -> Self {
@@ -153,11 +153,12 @@ impl LayerRows {
         with_rows!(self, rows => rows.push(keys, values));
     }
 
-    /// Appends rows of another cache; false, and nothing is done, where they are of another precision.
-    fn append(&mut self, other: &Self) -> bool {
+    /// Appends the first rows of another cache, `n_values` numbers of their keys and as many of their values; false, and
+    /// nothing is done, where they are of another precision.
+    fn append(&mut self, other: &Self, n_values: usize) -> bool {
         match (self, other) {
-            (Self::F32(rows), Self::F32(other)) => rows.append(other),
-            (Self::Bf16(rows), Self::Bf16(other)) => rows.append(other),
+            (Self::F32(rows), Self::F32(other)) => rows.append(other, n_values),
+            (Self::Bf16(rows), Self::Bf16(other)) => rows.append(other, n_values),
             _ => return false,
         }
         true
@@ -316,11 +317,11 @@ impl KvCache {
         Some(Beginning { layers, width: self.width, precision: self.precision, n_rows })
     }
 
-    /// Begins a text with what was read before.
+    /// Begins a text with the first `n_rows` tokens of what was read before.
     ///
     /// # Errors
-    /// When that was read by a model of another size or precision.
-    pub(crate) fn begin(&mut self, beginning: &Beginning) -> Result<CachedSequence> {
+    /// When that has fewer, or was read by a model of another size or precision.
+    pub(crate) fn begin(&mut self, beginning: &Beginning, n_rows: usize) -> Result<CachedSequence> {
         let is_alike = beginning.width == self.width
             && beginning.precision == self.precision
             && beginning.layers.len() == self.layers.len();
@@ -328,13 +329,17 @@ impl KvCache {
             let reason = "the beginning of the text was read by another language model";
             return Err(Error::Request(reason.into()));
         }
-        self.reserve(beginning.n_rows);
+        if n_rows > beginning.n_rows {
+            let reason = format!("the text cannot begin with {n_rows} tokens of {}", beginning.n_rows);
+            return Err(Error::Request(reason));
+        }
+        self.reserve(n_rows);
         for (layer, read) in self.layers.iter_mut().zip(&beginning.layers) {
-            assert!(layer.append(read), "layers of one precision");
+            assert!(layer.append(read, n_rows * self.width), "layers of one precision");
         }
         let mut sequence = CachedSequence::new();
-        sequence.push(Span { start: self.n_rows, len: beginning.n_rows });
-        self.n_rows += beginning.n_rows;
+        sequence.push(Span { start: self.n_rows, len: n_rows });
+        self.n_rows += n_rows;
         Ok(sequence)
     }
 
@@ -600,14 +605,20 @@ mod tests {
 
         let mut other = KvCache::new(2, 1, Precision::F32);
         append(&mut other, &mut [CachedSequence::new()], &[1]);
-        let mut text = [other.begin(&beginning).unwrap()];
+        let mut text = [other.begin(&beginning, 3).unwrap()];
         assert_eq!((rows(&text[0]), other.n_rows()), (vec![1, 2, 3], 4));
         assert_eq!(numbers(&other.layers[1]).keys, [0.0, 0.0, 1.0, 5.0]);
         let next = append(&mut other, &mut text, &[1]);
         assert_eq!((*next.positions).to_vec(), [3]);
         assert_eq!(rows(&text[0]), [1, 2, 3, 4]);
-        assert!(KvCache::new(3, 1, Precision::F32).begin(&beginning).is_err());
-        assert!(KvCache::new(2, 1, Precision::Bf16).begin(&beginning).is_err());
+        // Another text begins with a part of it.
+        let part = other.begin(&beginning, 2).unwrap();
+        assert_eq!((rows(&part), other.n_rows()), (vec![5, 6], 7));
+        assert_eq!(numbers(&other.layers[1]).values[5..], [0.0, 1.0]);
+        assert!(other.begin(&beginning, 4).is_err(), "it has three tokens");
+        assert_eq!(other.n_rows(), 7);
+        assert!(KvCache::new(3, 1, Precision::F32).begin(&beginning, 3).is_err());
+        assert!(KvCache::new(2, 1, Precision::Bf16).begin(&beginning, 3).is_err());
     }
 
     #[test]
@@ -621,7 +632,7 @@ mod tests {
         let beginning = cache.beginning(&texts[0], 2).expect("two tokens");
         assert_eq!(beginning.n_bytes(), 2 * 8);
         let mut other = KvCache::new(2, 1, Precision::Bf16);
-        assert_eq!(other.begin(&beginning).expect("a like cache").len(), 2);
+        assert_eq!(other.begin(&beginning, 2).expect("a like cache").len(), 2);
     }
 
     #[test]

@@ -14,6 +14,7 @@ mod parts;
 mod preset;
 mod quantize;
 mod random;
+mod read_text;
 mod stage1;
 mod stage2;
 mod stages;
@@ -23,7 +24,7 @@ use std::path::{Path, PathBuf};
 use candle_core::{Device, Tensor};
 use rayon::prelude::*;
 
-pub use answers::{AnswerBatch, Answered, Ask, Piece, ReadPicture};
+pub use answers::{AnswerBatch, Answered, Ask, Piece};
 pub use chat::Chat;
 pub use config::{FILE_NAME, ModelConfig, Stage1Config, Stage2Config, VisionConfig};
 pub use explain::{HeatMap, Word};
@@ -32,6 +33,7 @@ pub use parts::{EncoderOptions, open_encoder, open_language_model, open_trained,
 pub use preset::{GenerationDefaults, Preset};
 pub use quantize::{has_stored_blocks, quantize, stored_quantization};
 pub use random::{RandomModel, SHAPES};
+pub use read_text::ReadText;
 pub use stage1::{LabelScore, MatchScore};
 pub use stage2::{Answer, Choice};
 

@@ -6,7 +6,7 @@ use std::sync::Arc;
 
 use blip2::generate::{FinishReason, GenerationConfig};
 use blip2::image::RgbImage;
-use blip2::model::{Answer, AnswerBatch, Ask, Blip2, ImageFeatures, OpenOptions};
+use blip2::model::{Answer, AnswerBatch, Answered, Ask, Blip2, ImageFeatures, OpenOptions};
 use blip2::text::{AnswerForm, Turn};
 use serde_json::json;
 
@@ -52,6 +52,7 @@ fn ask(model: &Blip2, features: &[ImageFeatures], i: usize) -> Ask {
         generation: generation(i),
         read: None,
         constraint: None,
+        keep: false,
     }
 }
 
@@ -77,12 +78,16 @@ fn is_of_form(text: &str, i: usize) -> bool {
 }
 
 fn alone(model: &Blip2, ask: &Ask) -> Vec<Answer> {
+    answered(model, ask).result.expect("an answer")
+}
+
+fn answered(model: &Blip2, ask: &Ask) -> Answered {
     let mut batch = model.answer_batch().expect("a batch");
     batch.join(std::slice::from_ref(ask)).expect("joined");
     loop {
         if let Some(answered) = batch.step(&mut |_| ()).expect("a step").pop() {
             assert!(batch.is_empty());
-            return answered.result.expect("an answer");
+            return answered;
         }
     }
 }
@@ -170,6 +175,7 @@ fn a_batch_writes_what_ask_and_caption_write() {
                 generation: config.clone(),
                 read: None,
                 constraint: None,
+                keep: false,
             };
             let expected = model.ask(&[(features, "which city is this?")], &config).expect("answers");
             assert_eq!(alone(&model, &ask), expected[0], "{name}");
@@ -258,6 +264,70 @@ fn what_was_read_of_a_picture_is_not_read_again_and_changes_nothing() {
     let mut batch = model.answer_batch().expect("a batch");
     let id = batch.join(std::slice::from_ref(&ask)).expect("joined")[0];
     assert!(batch.read_picture(id, &ask).is_none());
+}
+
+#[test]
+fn what_was_read_for_an_answer_is_not_read_again_and_changes_nothing() {
+    let (model, features) = open("blip2_opt");
+    let n_queries = model.config().qformer.num_query_tokens;
+    let row = model.language_model().expect("a language model").new_cache().row_bytes();
+    let mut batch = model.answer_batch().expect("a batch");
+    let mut log = Log::default();
+    for i in 0..8 {
+        let question = "what is this? ".repeat(1 + i % 3) + &i.to_string();
+        let single = GenerationConfig { num_beams: 1, num_return_sequences: 1, ..generation(i) };
+        let config = GenerationConfig { max_new_tokens: 9, ..single.clone() };
+        let grammar = model.grammar(&AnswerForm::Regex("[xyz]{4}".into()), &config).expect("a grammar");
+        let fresh = Ask { generation: config, ..ask(&model, &features, i) };
+        let first = Ask { constraint: Some(Box::new(grammar)), keep: true, ..fresh.clone() };
+        let kept = answered(&model, &first);
+        let answer = kept.result.expect("an answer").remove(0);
+        let read = kept.read.expect("it was to be kept");
+        let n_prompt = first.prompt.n_rows(n_queries);
+        let tokens = &answer.token_ids[..answer.token_ids.len() - 1];
+        assert_eq!(read.n_bytes(), (n_prompt + tokens.len()) * row, "all but the last token");
+        let read = Some(Arc::new(read));
+
+        let turns = [Turn::answered(question, answer.text.as_str()), Turn::open("and now?")];
+        let prompt = model.prompt(&turns).expect("a prompt");
+        let second = Ask { prompt, generation: single, ..fresh.clone() };
+        let expected = alone(&model, &second);
+        let was_read = [first.prompt.after_image(), tokens].concat();
+        let is_same = |(a, b): &(&u32, &u32)| a == b;
+        let n_same = was_read.iter().zip(second.prompt.after_image()).take_while(is_same).count();
+        let known = Ask { read: read.clone(), ..second.clone() };
+        assert_eq!(known.n_known(), n_queries + n_same);
+        assert!(known.n_known() > n_prompt, "the answer's tokens too: {} of {n_prompt}", known.n_known());
+        assert_eq!(alone(&model, &known), expected, "question {i}");
+        let id = batch.join(&[first.clone(), known.clone()]).expect("joined")[1];
+        while !log.answers.contains_key(&id) {
+            log.step(&mut batch);
+        }
+        assert_eq!(log.answers[&id], expected, "question {i}, beside others");
+        // The same answer in other tokens is the same up to the first of them.
+        let mut other = known.clone();
+        let at = other.prompt.ids.len() - other.prompt.after_image().len() + first.prompt.after_image().len();
+        other.prompt.ids[at] = 7;
+        assert_eq!(other.n_known(), n_prompt);
+        assert_eq!(alone(&model, &other), alone(&model, &Ask { read: None, ..other.clone() }));
+        // The same prompt again begins with all of it but the row that its answer starts from.
+        let again = Ask { read, ..fresh.clone() };
+        assert_eq!(again.n_known(), n_prompt - 1);
+        assert_eq!(alone(&model, &again), alone(&model, &fresh));
+    }
+    let ask = ask(&model, &features, 0);
+    let greedy = GenerationConfig { max_new_tokens: 4, ..GenerationConfig::default() };
+    for generation in [
+        GenerationConfig { num_beams: 2, ..greedy.clone() },
+        GenerationConfig { do_sample: true, num_return_sequences: 2, ..greedy.clone() },
+    ] {
+        let several = Ask { generation, keep: true, ..ask.clone() };
+        assert!(answered(&model, &several).read.is_none(), "which of them?");
+    }
+    assert!(answered(&model, &ask).read.is_none(), "nobody wants it");
+    let (model, features) = open("blip2_t5");
+    let whole = Ask { generation: greedy, keep: true, ..self::ask(&model, &features, 0) };
+    assert!(answered(&model, &whole).read.is_none(), "an encoder reads a prompt as a whole");
 }
 
 /// A server runs for months: rows of answers that are done are given back, and memory does not grow with their number.

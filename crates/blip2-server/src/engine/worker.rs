@@ -9,7 +9,7 @@ use std::time::Instant;
 use blip2::generate::GenerationConfig;
 use blip2::image::RgbImage;
 use blip2::language::LanguageModel;
-use blip2::model::{AnswerBatch, Answered, Ask, Blip2, ImageFeatures, Piece, ReadPicture};
+use blip2::model::{AnswerBatch, Answered, Ask, Blip2, ImageFeatures, Piece, ReadText};
 use blip2::sampling::log_sum_exp;
 use tokio::sync::mpsc::UnboundedSender;
 
@@ -28,8 +28,8 @@ pub(super) struct Worker {
     pub(super) model: Arc<Blip2>,
     pub(super) queue: Arc<Queue>,
     pub(super) cache: Arc<Recent<SeenPicture>>,
-    /// What the language model has read of prompts about pictures.
-    pub(super) read: Recent<ReadPicture>,
+    /// What the language model has read about pictures.
+    pub(super) read: Recent<ReadText>,
     pub(super) metrics: Arc<Metrics>,
     pub(super) batch: usize,
     pub(super) kv_budget: usize,
@@ -51,6 +51,7 @@ struct Writing {
     accepted: Instant,
     last_token: Option<Instant>,
     top_log_probs: usize,
+    picture: Key,
     /// Tokens of its prompt that were read before.
     n_cached: usize,
     /// What is set aside for it of the batch and of the memory.
@@ -121,7 +122,7 @@ impl Worker {
             let (n_pictures, n_rows, n_texts, kv_bytes) = match &job.work {
                 Work::Write { write, .. } => (
                     usize::from(write.picture.is_new()),
-                    write.prompt.n_rows(self.model.config().qformer.num_query_tokens),
+                    self.n_prompt_rows(write),
                     n_texts(&write.generation),
                     kv_bytes(write, &self.model, self.row_bytes),
                 ),
@@ -224,9 +225,10 @@ impl Worker {
             asks.push(Ask {
                 prompt: write.prompt.clone(),
                 soft_tokens,
-                read: self.read.get(write.picture.key()),
+                read: self.read.best(write.picture.key(), |read| read.n_shared(&write.prompt)),
                 generation: write.generation.clone(),
                 constraint: write.constraint.clone(),
+                keep: self.read.fits(self.n_prompt_rows(write) * self.row_bytes),
             });
             asking.push(new);
         }
@@ -243,8 +245,9 @@ impl Worker {
                     continue;
                 }
             };
-            self.remember(batch, id, ask, *write.picture.key());
-            let n_rows = write.prompt.n_rows(self.model.config().qformer.num_query_tokens);
+            let picture = *write.picture.key();
+            self.remember_picture(batch, id, ask, picture);
+            let n_rows = self.n_prompt_rows(&write);
             let n_cached = ask.n_known();
             self.metrics.prompt_tokens.fetch_add(n_rows as u64, Ordering::Relaxed);
             self.metrics.cached_prompt_tokens.fetch_add(n_cached as u64, Ordering::Relaxed);
@@ -254,6 +257,7 @@ impl Worker {
                 accepted,
                 last_token: None,
                 top_log_probs: write.top_log_probs,
+                picture,
                 n_cached,
                 n_texts: n_texts(&write.generation),
                 kv_bytes: kv_bytes(&write, &self.model, self.row_bytes),
@@ -262,15 +266,28 @@ impl Worker {
         }
     }
 
-    /// Keeps what was read of a picture, unless it was known.
-    fn remember(&self, batch: &AnswerBatch<'_>, id: usize, ask: &Ask, key: Key) {
-        if ask.n_known() > 0 || self.read.get(&key).is_some() {
+    fn n_prompt_rows(&self, write: &Write) -> usize {
+        write.prompt.n_rows(self.model.config().qformer.num_query_tokens)
+    }
+
+    /// Keeps what was read of a picture, unless it was known, for those who ask before this answer is complete.
+    fn remember_picture(&self, batch: &AnswerBatch<'_>, id: usize, ask: &Ask, key: Key) {
+        if ask.n_known() > 0 || self.read.best(&key, |read| read.n_shared(&ask.prompt)).is_some() {
             return;
         }
         if let Some(read) = batch.read_picture(id, ask) {
-            let n_bytes = read.n_bytes();
-            self.read.insert(key, Arc::new(read), n_bytes);
+            self.remember(key, read);
         }
+    }
+
+    /// Keeps what was read about a picture, in the place of its beginnings.
+    fn remember(&self, key: Key, read: ReadText) {
+        if self.read.best(&key, |known| usize::from(known.begins_with(&read))).is_some() {
+            return;
+        }
+        let n_bytes = read.n_bytes();
+        let read = Arc::new(read);
+        self.read.insert_for(key, read.clone(), n_bytes, |known| read.begins_with(known));
     }
 
     /// Encodes the pictures that are new, each once, and makes the soft tokens of those that are written about.
@@ -350,7 +367,7 @@ impl Worker {
         self.metrics.stage(Stage::Step, start.elapsed());
         match answered {
             Ok(answered) => {
-                for Answered { id, result } in answered {
+                for Answered { id, result, read } in answered {
                     let Some(at) = writing.iter().position(|writing| writing.id == id) else { continue };
                     let mut done = writing.swap_remove(at);
                     let _entered = done.span.clone().entered();
@@ -359,6 +376,10 @@ impl Worker {
                         done.count(&self.metrics);
                         let n_tokens = answers.iter().map(|answer| answer.token_ids.len()).sum::<usize>();
                         self.metrics.generated_tokens.fetch_add(n_tokens as u64, Ordering::Relaxed);
+                    }
+                    // Before its client can send the next turn.
+                    if let Some(read) = read {
+                        self.remember(done.picture, read);
                     }
                     let result = result.map_err(|error| ApiError::library(&error, "messages"));
                     let result = result.map(|answers| Written { answers, n_cached: done.n_cached });

@@ -37,13 +37,15 @@ struct Member {
     seen: Vec<u32>,
     limit: Limit,
     growth: Growth,
+    keep: bool,
 }
 
 /// A prompt that joins.
 #[derive(Debug)]
 pub struct Newcomer {
-    /// What was read of it before, from [`Batch::beginning`].
-    pub beginning: Option<Arc<Beginning>>,
+    /// What was read before, from [`Batch::beginning`] or [`Finished::read`], and how many of its rows this prompt begins
+    /// with.
+    pub beginning: Option<(Arc<Beginning>, usize)>,
     /// Its rows, `[n, hidden_size]`, but for those of its beginning; at least one.
     pub embeds: Tensor,
     /// Its own configuration.
@@ -52,6 +54,8 @@ pub struct Newcomer {
     pub seen: Vec<u32>,
     /// What its texts have to be.
     pub constraint: Option<Box<dyn Constraint>>,
+    /// Whether what was read comes back at the end, in [`Finished::read`].
+    pub keep: bool,
 }
 
 impl std::fmt::Debug for Member {
@@ -67,6 +71,9 @@ pub struct Finished {
     pub id: usize,
     /// Its texts, as [`generate`](super::generate) orders them; an error when the model's scores are not numbers.
     pub result: Result<Vec<Generation>>,
+    /// What was read, where that was to be kept: the prompt and its text but for the last token, which nothing was asked of.
+    /// `None` when there were several texts or beams, it failed, or the model reads prompts as a whole.
+    pub read: Option<Beginning>,
 }
 
 impl<'a> Batch<'a> {
@@ -132,13 +139,13 @@ impl<'a> Batch<'a> {
         let first = self.next_id;
         let rows = logits.chunks_exact(self.model.vocab_size());
         for (((prompt, limit), sequence), row) in prompts.into_iter().zip(limits).zip(sequences).zip(rows) {
-            let Newcomer { config, seen, constraint, .. } = prompt;
+            let Newcomer { config, seen, constraint, keep, .. } = prompt;
             let growth = Growth::new(&config, self.live.len(), constraint);
             // Draws part at their first token, each from a copy; beams are one text until then.
             let n = growth.n_running();
             self.live.extend(std::iter::repeat_n(sequence, n));
             (0..n).for_each(|_| self.joined.extend(row));
-            self.members.push(Member { id: self.next_id, config, seen, limit, growth });
+            self.members.push(Member { id: self.next_id, config, seen, limit, growth, keep });
             self.next_id += 1;
             self.n_joined += 1;
         }
@@ -149,7 +156,7 @@ impl<'a> Batch<'a> {
     fn begin(&mut self, prompts: &[Newcomer], sequences: &mut Vec<CachedSequence>) -> Result<()> {
         for prompt in prompts {
             sequences.push(match &prompt.beginning {
-                Some(beginning) => self.cache.begin(beginning)?,
+                Some((beginning, n_rows)) => self.cache.begin(beginning, *n_rows)?,
                 None => CachedSequence::new(),
             });
         }
@@ -201,14 +208,18 @@ impl<'a> Batch<'a> {
         let mut finished = Vec::new();
         let mut kept = Vec::with_capacity(self.members.len());
         for mut member in std::mem::take(&mut self.members) {
-            let Member { id, ref config, ref seen, limit, ref mut growth } = member;
+            let Member { id, ref config, ref seen, limit, ref mut growth, keep } = member;
             let rules = Rules { prompt: id, config, stop, seen, limit };
+            // A complete text has no row any more.
+            let row = growth.only_row().filter(|_| keep);
             match growth.step(&logits, vocab_size, &rules, on_event, &mut false) {
-                Err(error) => finished.push(Finished { id, result: Err(error) }),
+                Err(error) => finished.push(Finished { id, result: Err(error), read: None }),
                 Ok(()) if growth.n_running() > 0 => kept.push(member),
                 Ok(()) => {
                     let texts = member.growth.into_texts(&member.config);
-                    finished.push(Finished { id, result: Ok(texts) });
+                    let read = row.map(|row| &self.live[row]);
+                    let read = read.and_then(|text| self.cache.beginning(text, text.len()));
+                    finished.push(Finished { id, result: Ok(texts), read });
                 }
             }
         }

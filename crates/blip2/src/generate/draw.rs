@@ -90,6 +90,14 @@ impl Draws {
         self.finished.extend(running.map(|text| text.finish(FinishReason::Cancelled, config)));
     }
 
+    /// The row of the only text, where there was one from the start and it is not complete.
+    pub(super) fn only_row(&self) -> Option<usize> {
+        match &self.running[..] {
+            [text] if self.finished.is_empty() => Some(text.row),
+            _ => None,
+        }
+    }
+
     pub(super) fn into_texts(mut self) -> Vec<Generation> {
         self.finished.sort_by_key(|(sequence, _)| *sequence);
         self.finished.into_iter().map(|(_, text)| text).collect()

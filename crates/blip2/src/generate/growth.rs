@@ -121,6 +121,14 @@ impl Growth {
         }
     }
 
+    /// The row of the only text; `None` where there are several, or beams of one.
+    pub(super) fn only_row(&self) -> Option<usize> {
+        match self {
+            Self::Draws(draws) => draws.only_row(),
+            Self::Beams(_) => None,
+        }
+    }
+
     /// The running texts have their own rows from `first_row` on.
     pub(super) fn place(&mut self, first_row: usize) {
         match self {

@@ -4,10 +4,13 @@ use std::sync::Arc;
 
 use candle_core::Tensor;
 
+use super::read_text::ReadText;
 use super::stage2::Stage2;
 use super::{Answer, Blip2};
 use crate::cache::Beginning;
-use crate::generate::{Batch, Constraint, Event, Finished, GenerationConfig, Newcomer, StopRules};
+use crate::generate::{
+    Batch, Constraint, Event, Finished, Generation, GenerationConfig, Newcomer, StopRules,
+};
 use crate::text::{Prompt, StreamDecoder, Turn};
 use crate::{Error, Result};
 
@@ -18,41 +21,20 @@ pub struct Ask {
     pub prompt: Prompt,
     /// The picture's projected queries, from [`Blip2::soft_tokens`].
     pub soft_tokens: Tensor,
-    /// What was read of an earlier prompt about the same picture, from [`AnswerBatch::read_picture`].
-    pub read: Option<Arc<ReadPicture>>,
+    /// What was read about the same picture before, from [`AnswerBatch::read_picture`] or [`Answered::read`].
+    pub read: Option<Arc<ReadText>>,
     /// How to answer.
     pub generation: GenerationConfig,
     /// What the answer has to be, from [`Blip2::grammar`].
     pub constraint: Option<Box<dyn Constraint>>,
+    /// Whether what was read comes back with the answer, in [`Answered::read`].
+    pub keep: bool,
 }
 
 impl Ask {
     /// Rows of the prompt that were read before and are not read again.
     pub fn n_known(&self) -> usize {
-        self.known().map_or(0, |read| read.rows.len())
-    }
-
-    /// What was read before, where this prompt begins with it. The answer starts from the row that is read last, so one has to
-    /// be left.
-    fn known(&self) -> Option<&ReadPicture> {
-        let begins_alike =
-            |read: &&ReadPicture| self.prompt.image_at.is_some() && read.ids == self.prompt.before_image();
-        self.read.as_deref().filter(begins_alike).filter(|_| !self.prompt.after_image().is_empty())
-    }
-}
-
-/// What a language model has read of a prompt up to the end of its picture, for the next prompts about that picture.
-#[derive(Debug)]
-pub struct ReadPicture {
-    /// The tokens before the picture.
-    ids: Vec<u32>,
-    rows: Arc<Beginning>,
-}
-
-impl ReadPicture {
-    /// Its memory, in bytes.
-    pub fn n_bytes(&self) -> usize {
-        self.rows.n_bytes()
+        self.read.as_ref().map_or(0, |read| read.n_shared(&self.prompt))
     }
 }
 
@@ -80,6 +62,9 @@ pub struct Answered {
     pub id: usize,
     /// As many as were asked for, the best first where beams rank them.
     pub result: Result<Vec<Answer>>,
+    /// What was read, the prompt and the answer, where that was to be kept. `None` when there were several answers or beams, or
+    /// the model reads prompts as a whole.
+    pub read: Option<ReadText>,
 }
 
 /// Answers that grow together, a token a [`step`](Self::step). Each is what it would be alone, whoever is beside it.
@@ -87,7 +72,17 @@ pub struct Answered {
 pub struct AnswerBatch<'a> {
     stage2: &'a Stage2,
     batch: Batch<'a>,
-    decoders: Vec<(usize, Vec<StreamDecoder<'a>>)>,
+    members: Vec<Member<'a>>,
+}
+
+/// Who waits for an answer.
+#[derive(Debug)]
+struct Member<'a> {
+    id: usize,
+    /// One for each of its answers.
+    decoders: Vec<StreamDecoder<'a>>,
+    /// What it asked, where what was read is to be kept.
+    prompt: Option<Prompt>,
 }
 
 impl Blip2 {
@@ -106,7 +101,7 @@ impl Blip2 {
     /// When the model has no stage-2 part.
     pub fn answer_batch(&self) -> Result<AnswerBatch<'_>> {
         let stage2 = self.stage2()?;
-        Ok(AnswerBatch { stage2, batch: Batch::new(stage2.language_model()), decoders: Vec::new() })
+        Ok(AnswerBatch { stage2, batch: Batch::new(stage2.language_model()), members: Vec::new() })
     }
 }
 
@@ -142,17 +137,22 @@ impl<'a> AnswerBatch<'a> {
                         reason: reason.into(),
                     });
                 }
-                let known = ask.known();
+                let n_known = ask.n_known();
+                let known = ask.read.as_ref().filter(|_| n_known > 0);
                 let embeds = match known {
-                    Some(_) => self.stage2.language_model().embed(ask.prompt.after_image())?,
+                    Some(read) => {
+                        let words = &ask.prompt.after_image()[n_known - read.n_rows_to_image()..];
+                        self.stage2.language_model().embed(words)?
+                    }
                     None => self.stage2.embed(&ask.prompt, &ask.soft_tokens)?,
                 };
                 Ok(Newcomer {
-                    beginning: known.map(|read| read.rows.clone()),
+                    beginning: known.map(|read| (read.rows().clone(), n_known)),
                     embeds,
                     config: ask.generation.clone(),
                     seen: self.stage2.seen(&ask.prompt, &ask.generation),
                     constraint: ask.constraint.clone(),
+                    keep: ask.keep,
                 })
             })
             .collect::<Result<Vec<_>>>()?;
@@ -160,23 +160,25 @@ impl<'a> AnswerBatch<'a> {
         let ids = with_rules(stage2, |stop| self.batch.join(prompts, stop))?;
         for (&id, ask) in ids.iter().zip(asks) {
             let decoder = |_| stage2.tokenizer().decode_stream();
-            self.decoders.push((id, (0..ask.generation.num_return_sequences).map(decoder).collect()));
+            let decoders = (0..ask.generation.num_return_sequences).map(decoder).collect();
+            let prompt = ask.keep.then(|| ask.prompt.clone());
+            self.members.push(Member { id, decoders, prompt });
         }
         Ok(ids)
     }
 
     /// What was read for a member up to the end of its picture; `ask` is what it joined with. `None` when it has left, or the
     /// model reads prompts as a whole.
-    pub fn read_picture(&self, id: usize, ask: &Ask) -> Option<ReadPicture> {
+    pub fn read_picture(&self, id: usize, ask: &Ask) -> Option<ReadText> {
         let n_rows = ask.prompt.image_at? + ask.soft_tokens.dim(0).ok()?;
-        let rows = Arc::new(self.batch.beginning(id, n_rows)?);
-        Some(ReadPicture { ids: ask.prompt.before_image().to_vec(), rows })
+        let rows = self.batch.beginning(id, n_rows)?;
+        Some(ReadText::new(ask.prompt.before_image(), Vec::new(), rows))
     }
 
     /// Stops an answer that nobody wants any more.
     pub fn leave(&mut self, id: usize) {
         self.batch.leave(id);
-        self.decoders.retain(|(of, _)| *of != id);
+        self.members.retain(|member| member.id != id);
     }
 
     /// Gives every answer one more token; gives those that are complete, which leave.
@@ -184,29 +186,39 @@ impl<'a> AnswerBatch<'a> {
     /// # Errors
     /// When the model fails: the batch is then empty.
     pub fn step(&mut self, on_piece: &mut dyn FnMut(Piece<'_>)) -> Result<Vec<Answered>> {
-        let (stage2, batch, decoders) = (self.stage2, &mut self.batch, &mut self.decoders);
+        let (stage2, batch, members) = (self.stage2, &mut self.batch, &mut self.members);
         let on_event = &mut |event: Event<'_>| {
             let Event::Token { prompt: id, sequence, token, log_prob, logits } = event else { return };
-            let decoder = decoders.iter_mut().find(|(of, _)| *of == id);
-            let text = match decoder.and_then(|(_, decoders)| decoders.get_mut(sequence)) {
+            let member = members.iter_mut().find(|member| member.id == id);
+            let text = match member.and_then(|member| member.decoders.get_mut(sequence)) {
                 Some(decoder) if !stage2.tokenizer().is_control(token) => decoder.push(token),
                 _ => String::new(),
             };
             on_piece(Piece { id, sequence, token, text, log_prob, logits });
         };
         let finished = with_rules(stage2, |stop| batch.step(stop, on_event));
-        if batch.is_empty() {
-            decoders.clear();
-        }
-        let answered = finished?.into_iter().map(|Finished { id, result }| {
-            self.decoders.retain(|(of, _)| *of != id);
+        let finished = finished.inspect_err(|_| members.clear())?;
+        let answered = finished.into_iter().map(|Finished { id, result, read }| {
+            let at = members.iter().position(|member| member.id == id);
+            let prompt = at.and_then(|at| members.remove(at).prompt);
+            let read = match (prompt, read, &result) {
+                (Some(prompt), Some(rows), Ok(texts)) => read_text(&prompt, texts, rows),
+                _ => None,
+            };
             let answers = result.map(|texts| {
                 texts.into_iter().map(|text| stage2.answer(text, stage2.end_tokens(&[]))).collect()
             });
-            Answered { id, result: answers }
+            Answered { id, result: answers, read }
         });
         Ok(answered.collect())
     }
+}
+
+/// What was read for the only text after a prompt: all but the text's last token.
+fn read_text(prompt: &Prompt, texts: &[Generation], rows: Beginning) -> Option<ReadText> {
+    let ([text], Some(_)) = (texts, prompt.image_at) else { return None };
+    let (_, read) = text.token_ids.split_last()?;
+    Some(ReadText::new(prompt.before_image(), [prompt.after_image(), read].concat(), rows))
 }
 
 /// With the rules by which this model's answers end.
