@@ -338,7 +338,7 @@ mod tests {
             let options = OpenOptions { precision, quantization, ..OpenOptions::default() };
             (shape.memory_needed(&options) as f64 / 1e8).round() / 10.0
         };
-        assert_eq!(gigabytes(Precision::Bf16, None), 8.7);
+        assert_eq!(gigabytes(Precision::Bf16, None), 9.1);
         assert_eq!(gigabytes(Precision::F32, Some(Quantization::Int8)), 5.5);
         assert_eq!(gigabytes(Precision::F32, Some(Quantization::Int4)), 4.0);
         let parameters = n_language_parameters(&opt(50272, 2560, 32, 32));
