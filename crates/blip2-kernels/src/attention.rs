@@ -1,7 +1,8 @@
 //! Fused scaled-dot-product attention over packed rows, with its gradient.
 //!
-//! Scores are never held for more than one sequence and head, or one query and some heads. The gradient computes the probabilities again. The work
-//! for a query row runs over its own keys in order, so it does not depend on what else is in the batch.
+//! Scores are never held for more than one sequence and head, or one query and some heads. The gradient computes the
+//! probabilities again. The work for a query row runs over its own keys in order, so it does not depend on what else is in the
+//! batch.
 
 mod columns;
 mod decode;
