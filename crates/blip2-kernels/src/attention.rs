@@ -176,8 +176,8 @@ fn mix<E: Element>(
             #[inline(always)]
             || {
                 if is_step(sequence) {
-                    decode(isa, sequence, shape, heads.clone(), bias, q, [k, v], &mut scratch);
                     let query = rows(&sequence.queries).next().expect("one query");
+                    decode(isa, sequence, query, shape, heads.clone(), bias, q, [k, v], &mut scratch);
                     for (head, row) in heads.zip(scratch.out.chunks_exact(padded(d))) {
                         put(query, head, row);
                     }

@@ -15,12 +15,13 @@ use crate::lanes::{LANES, axpy};
 /// Keys whose scores are summed side by side.
 const KEYS: usize = 4 * LANES;
 
-/// The results of `heads` for the one query of `sequence`, into `scratch.out`, `[heads, d']`. For use inside `with_isa`.
+/// The results of `heads` for row `query`, the only one of `sequence`, into `scratch.out`, `[heads, d']`. For use inside `with_isa`.
 #[inline(always)]
 #[allow(clippy::too_many_arguments, reason = "the operands of attention")]
 pub(super) fn decode<E: Element>(
     isa: Isa,
     sequence: &Sequence,
+    query: usize,
     shape: AttentionShape,
     heads: Range<usize>,
     bias: Option<RelativeBias<'_>>,
@@ -30,7 +31,6 @@ pub(super) fn decode<E: Element>(
 ) {
     let (d, n_keys) = (shape.head_dim, count(&sequence.keys));
     let (wide, m) = (padded(d), n_keys.next_multiple_of(KEYS));
-    let query = rows(&sequence.queries).next().expect("a query");
     let key_head = |head: usize| head * shape.n_kv_heads / shape.n_heads;
     resize(&mut scratch.q, heads.len() * d);
     for (to, x) in
