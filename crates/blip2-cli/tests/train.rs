@@ -263,6 +263,40 @@ fn what_does_not_fit_is_said() {
     train(two, "qformer");
 }
 
+/// Stage 1 with BERT's part held still and half of each picture out of sight: the rest learns, and the switches of one run are
+/// checked before anything is read.
+#[test]
+fn berts_own_part_learns_at_its_own_rate() {
+    let work = Work::new();
+    let init = work.converted_stage1();
+    let options = "bert_learning_rate = 0.0\nimage_tokens_kept = 0.5\n";
+    let checkpoint = work.train("still", "captions.jsonl", &(stage1(&init) + options));
+    let [before, after] = [&init, &checkpoint]
+        .map(|folder| Safetensors::open(&folder.join("model.safetensors")).expect("tensors"));
+    let (mut n_still, mut n_learned) = (0, 0);
+    // Both layouts call the encoder's tensors the same.
+    for name in after.names().filter(|name| before.names().any(|other| other == *name)) {
+        let (old, new) = (before.read_f32(name).expect("numbers"), after.read_f32(name).expect("numbers"));
+        let is_berts = name.contains(".attention.attention.");
+        let is_new = name.contains(".crossattention.") || name.contains("_query.") || name == "query_tokens";
+        assert!(!is_berts || old == new, "{name} is BERT's");
+        // A key's bias shifts all scores of a query alike: its gradient is nothing but rounding.
+        assert!(!is_new || old != new || name.ends_with("key.bias"), "{name} learns");
+        n_still += usize::from(is_berts);
+        n_learned += usize::from(is_new);
+    }
+    assert!(n_still > 8 && n_learned > 8, "{n_still} {n_learned}");
+
+    for (option, field) in
+        [("bert_learning_rate = 1.5", "bert_learning_rate"), ("image_tokens_kept = 0.0", "image_tokens_kept")]
+    {
+        let fields = format!("dropout = 0.0\n{}{option}\n", stage1(&init));
+        let file = work.config("refused", "captions.jsonl", &fields, "epochs = 1\nsave_every = 9");
+        let said = refused(&[&"train", &file]);
+        assert!(said.contains(field), "{said}");
+    }
+}
+
 /// The first of them are named at once, all in a file, and the file at the end again.
 #[test]
 fn pictures_that_cannot_be_used_are_listed_in_the_run_folder() {

@@ -72,7 +72,7 @@ fn measure(
     for _ in 0..n_warmup + n_steps {
         let start = Instant::now();
         let (gradients, loss) = gradients()?;
-        optimizer.step(variables, &gradients, LEARNING_RATE)?;
+        optimizer.step(variables, &gradients, &|_| LEARNING_RATE)?;
         seconds.push(start.elapsed().as_secs_f64());
         losses.push(loss);
     }
@@ -143,6 +143,7 @@ impl Stage1 {
                 step: 0,
                 decoder_start: serde_json::from_str(&file.metadata()["dec_token_id"])?,
                 matching: true,
+                captioning: true,
                 hard_negatives: true,
             },
         })

@@ -14,6 +14,7 @@ pub use augment::Augment;
 use store::{Key, Store};
 
 use crate::data::{Dataset, ImageSource};
+use crate::random::Random;
 use crate::{Error, Result};
 use half::f16;
 use half::slice::HalfFloatSliceExt;
@@ -206,13 +207,47 @@ impl FeatureCache {
     /// # Errors
     /// [`Error::Training`] for a picture that is not in the cache (it could not be used, see [`Computed::unusable`]).
     pub fn gather(&self, views: &[(usize, u32)]) -> Result<Vec<f32>> {
+        self.gather_tokens(views, self.n_tokens, |_| (0..self.n_tokens).collect())
+    }
+
+    /// The features of some (picture, view) pairs, of each the share `kept` of its tokens, drawn for each pair by `seed`: the
+    /// others are as if the encoder had not seen that part of the picture. At least one token is kept, and all for 1.
+    ///
+    /// # Shapes
+    /// Returns `[B, round(kept * P), D]`; the tokens of a picture keep their order.
+    ///
+    /// # Errors
+    /// As [`gather`](Self::gather).
+    pub fn gather_some(&self, views: &[(usize, u32)], kept: f64, seed: &[u64]) -> Result<Vec<f32>> {
+        let n_kept = ((kept * self.n_tokens as f64).round() as usize).clamp(1, self.n_tokens);
+        if n_kept == self.n_tokens {
+            return self.gather(views);
+        }
+        self.gather_tokens(views, n_kept, |number| {
+            let mut tokens: Vec<usize> = (0..self.n_tokens).collect();
+            Random::new(&[seed, &[number as u64]].concat()).shuffle(&mut tokens);
+            tokens.truncate(n_kept);
+            tokens.sort_unstable();
+            tokens
+        })
+    }
+
+    /// `tokens_of` says which `n` tokens of a pair are taken.
+    fn gather_tokens(
+        &self,
+        views: &[(usize, u32)],
+        n: usize,
+        tokens_of: impl Fn(usize) -> Vec<usize> + Sync,
+    ) -> Result<Vec<f32>> {
         let slots: Vec<u32> =
             views.iter().map(|&(image, view)| self.slot(image, view)).collect::<Result<_>>()?;
-        let mut features = vec![0.0; slots.len() * self.n_tokens * self.width];
-        features
-            .par_chunks_mut(self.n_tokens * self.width)
-            .zip(slots)
-            .for_each(|(out, slot)| self.store.read(slot).convert_to_f32_slice(out));
+        let mut features = vec![0.0; slots.len() * n * self.width];
+        features.par_chunks_mut(n * self.width).zip(slots).enumerate().for_each(|(number, (out, slot))| {
+            let picture = self.store.read(slot);
+            for (out, token) in out.chunks_exact_mut(self.width).zip(tokens_of(number)) {
+                picture[token * self.width..][..self.width].convert_to_f32_slice(out);
+            }
+        });
         Ok(features)
     }
 

@@ -32,6 +32,12 @@ const CROSS_ATTENTION_GAINS: [f64; 4] = [4.0, 1.0, 0.7, 0.7];
 /// The temperature's start (BLIP-2's `temp`).
 const TEMPERATURE: f32 = 0.07;
 
+/// Whether a variable of the Q-Former is BERT's own: what reads texts. Queries, their feed-forward layers (copies, which go their
+/// own way), cross-attention and heads are not.
+pub fn is_berts(name: &str) -> bool {
+    name.starts_with("qformer.") && !name.contains("_query.") && !name.contains(".crossattention.")
+}
+
 /// Builds the tensors of a Q-Former with its stage-1 heads from `bert`, a plain `BertModel` checkpoint.
 ///
 /// # Errors

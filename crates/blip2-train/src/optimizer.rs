@@ -94,11 +94,16 @@ impl Optimizer {
         self.n_updates
     }
 
-    /// Clips `gradients` and updates the variables; returns the gradient's norm before clipping.
+    /// Clips `gradients` and updates each variable at its learning rate; returns the gradient's norm before clipping.
     ///
     /// # Errors
     /// When a gradient is not finite; nothing is changed then.
-    pub fn step(&mut self, variables: &BTreeMap<String, Var>, gradients: &Gradients, lr: f64) -> Result<f64> {
+    pub fn step(
+        &mut self,
+        variables: &BTreeMap<String, Var>,
+        gradients: &Gradients,
+        learning_rate: &dyn Fn(&str) -> f64,
+    ) -> Result<f64> {
         let norm = gradients.global_norm(self.n_updates)?;
         let clip =
             if norm > self.config.clip_norm { (self.config.clip_norm / (norm + 1e-6)) as f32 } else { 1.0 };
@@ -109,7 +114,7 @@ impl Optimizer {
             };
             let decay = if decays(name, variable.rank()) { self.config.weight_decay } else { 0.0 };
             let hyper = AdamW {
-                lr: lr as f32,
+                lr: learning_rate(name) as f32,
                 beta1: self.config.beta1,
                 beta2: self.config.beta2,
                 eps: self.config.eps,

@@ -116,14 +116,25 @@ fn resolve_data(data: &mut [DataConfig], base: &Path) {
     }
 }
 
-fn validate_step(batch_size: usize, micro_batch: usize, dropout: f32) -> Result<()> {
+fn validate_step(batch_size: usize, micro_batch: usize, dropout: f32, tokens_kept: f64) -> Result<()> {
     if !(1..=batch_size).contains(&micro_batch) {
         return Err(Error::config("micro_batch", format!("must be 1 to {batch_size}")));
     }
     if !(0.0..1.0).contains(&dropout) {
         return Err(Error::config("dropout", "must be at least 0 and below 1"));
     }
+    if !(0.0 < tokens_kept && tokens_kept <= 1.0) {
+        return Err(Error::config("image_tokens_kept", "must be above 0 and at most 1"));
+    }
     Ok(())
+}
+
+/// Stream of random numbers: which of a picture's tokens a step sees.
+const IMAGE_TOKENS: u64 = 0x70e5;
+
+/// Serde's default of `image_tokens_kept`.
+fn all_tokens() -> f64 {
+    1.0
 }
 
 /// What a run tells its caller while it goes on; any answer but `Continue` ends it after the step, saved.

@@ -10,7 +10,7 @@ use std::ops::Range;
 
 use blip2::layers::DropoutRng;
 use blip2::qformer::{QFormer, TextBatch};
-use candle_core::{Tensor, Var};
+use candle_core::{DType, Tensor, Var};
 
 use crate::Result;
 use crate::gradients::Gradients;
@@ -46,6 +46,8 @@ pub struct StepOptions {
     pub decoder_start: u32,
     /// Whether the step learns matching too; it is half of the work.
     pub matching: bool,
+    /// Whether the step learns captioning.
+    pub captioning: bool,
     /// Whether matching's negatives are drawn by similarity, or any of the batch.
     pub hard_negatives: bool,
 }
@@ -57,7 +59,7 @@ pub struct Values {
     pub itc: f32,
     /// Matching loss; 0 in a step without matching, like the accuracy.
     pub itm: f32,
-    /// Captioning loss.
+    /// Captioning loss; 0 in a step without captioning.
     pub itg: f32,
     /// Share of pairs whose match is classified rightly.
     pub itm_accuracy: f32,
@@ -239,16 +241,8 @@ impl Step<'_> {
         negatives: &HardNegatives,
         n_tokens: usize,
     ) -> Result<(Tensor, f32, f32, f32)> {
-        let texts = (0..part.texts.len()).map(|i| {
-            let mut ids = part.texts.text(i).to_vec();
-            ids[0] = self.options.decoder_start;
-            ids
-        });
-        let texts = TextBatch::new(texts);
-        let mut dropout = self.dropout(part, Purpose::CaptionDropout);
-        let hidden = self.qformer.decode_text(&features.query_keys, &texts, &mut dropout)?;
-        let (itg, _) = captioning_loss_sum(self.qformer, &hidden, &texts)?;
-        let itg = (itg / n_tokens as f64)?;
+        let zero = || Tensor::zeros((), DType::F32, self.batch.image_embeds.device());
+        let itg = if self.options.captioning { self.caption(part, features, n_tokens)? } else { zero()? };
         let itg_value = itg.to_scalar()?;
         if !self.options.matching {
             return Ok((itg, 0.0, itg_value, 0.0));
@@ -259,6 +253,20 @@ impl Step<'_> {
         let correct = count_correct(&logits, &labels)? as f32 / n_pairs as f32;
         let itm_value = itm.to_scalar()?;
         Ok(((itm + itg)?, itm_value, itg_value, correct))
+    }
+
+    /// A part's share of the captioning loss.
+    fn caption(&self, part: &Part, features: &Features, n_tokens: usize) -> Result<Tensor> {
+        let texts = (0..part.texts.len()).map(|i| {
+            let mut ids = part.texts.text(i).to_vec();
+            ids[0] = self.options.decoder_start;
+            ids
+        });
+        let texts = TextBatch::new(texts);
+        let mut dropout = self.dropout(part, Purpose::CaptionDropout);
+        let hidden = self.qformer.decode_text(&features.query_keys, &texts, &mut dropout)?;
+        let (sum, _) = captioning_loss_sum(self.qformer, &hidden, &texts)?;
+        Ok((sum / n_tokens as f64)?)
     }
 
     /// The logits of a part's 3B pairs: own picture and own text, a negative picture, a negative text.

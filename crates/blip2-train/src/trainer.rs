@@ -30,6 +30,11 @@ pub trait Objective {
     /// When the batch cannot be used or the tensor engine fails.
     fn gradients(&self, batch: &Batch, step: u64) -> Result<(Gradients, Vec<Value>)>;
 
+    /// A variable's learning rate, as a factor of the schedule's.
+    fn learning_rate_factor(&self, _name: &str) -> f64 {
+        1.0
+    }
+
     /// Whether a variable is meant to have no gradient in this step.
     fn waits(&self, _name: &str, _step: u64) -> bool {
         false
@@ -181,7 +186,8 @@ pub fn train(
             return Err(Error::Training(format!("no gradient reaches `{name}`")));
         }
         let learning_rate = config.learning_rate.at(step, n_steps);
-        let gradient_norm = optimizer.step(objective.variables(), &gradients, learning_rate)?;
+        let rate_of = |name: &str| learning_rate * objective.learning_rate_factor(name);
+        let gradient_norm = optimizer.step(objective.variables(), &gradients, &rate_of)?;
         step += 1;
         let images_per_second = per_second(batch.items.len(), started.elapsed());
         let epoch = batch.epoch;

@@ -57,6 +57,7 @@ impl Stage1 {
             step: 0,
             decoder_start: self.dec,
             matching: true,
+            captioning: true,
             hard_negatives: true,
         })
     }
@@ -80,6 +81,7 @@ fn matching_can_wait() {
             step: 0,
             decoder_start: stage1.dec,
             matching: false,
+            captioning: true,
             hard_negatives: true,
         });
         assert_eq!((without.itc, without.itg, without.itm), (with.itc, with.itg, 0.0));
@@ -136,7 +138,7 @@ fn ten_steps_agree() {
     for _ in 0..10 {
         let (gradients, values) = stage1.gradients(usize::MAX);
         losses.push(values.loss());
-        norms.push(optimizer.step(&stage1.variables, &gradients, lr).expect("a step") as f32);
+        norms.push(optimizer.step(&stage1.variables, &gradients, &|_| lr).expect("a step") as f32);
     }
     let mut comparison = steps.comparison();
     comparison.slice("steps.loss", &losses);

@@ -133,6 +133,34 @@ fn views_are_added_to_what_is_there_and_are_reproducible() {
     assert_eq!(setup.compute(20, &encoder).0.gather(&all).unwrap(), features);
 }
 
+/// The fake encoder's tokens: 6 numbers in 3 tokens of 2.
+#[test]
+fn some_tokens_of_a_picture_are_drawn_anew_for_each_and_in_order() {
+    let setup = Setup::new(&["a.png", "b.png"]);
+    let (cache, _) = setup.compute(0, &Fake::new("k"));
+    let (n_tokens, width) = (cache.n_tokens(), cache.width());
+    let views: Vec<(usize, u32)> = (0..40).map(|number| (number % 2, 0)).collect();
+    let all = cache.gather(&views).unwrap();
+    assert_eq!(cache.gather_some(&views, 1.0, &[1]).unwrap(), all);
+
+    let some = cache.gather_some(&views, 0.67, &[1]).unwrap();
+    assert_eq!(some, cache.gather_some(&views, 0.67, &[1]).unwrap(), "a function of the seed");
+    assert_ne!(some, cache.gather_some(&views, 0.67, &[2]).unwrap());
+    let n_kept = some.len() / views.len() / width;
+    assert_eq!((n_tokens, n_kept), (3, 2));
+    let mut drawn = std::collections::BTreeSet::new();
+    for (picture, kept) in all.chunks(n_tokens * width).zip(some.chunks(n_kept * width)) {
+        let places: Vec<_> = kept
+            .chunks(width)
+            .map(|token| picture.chunks(width).position(|own| own == token).expect("a token of the picture"))
+            .collect();
+        assert!(places.is_sorted() && places[0] != places[1], "{places:?}");
+        drawn.insert(places);
+    }
+    assert_eq!(drawn.len(), 3, "each pair of three comes in forty draws");
+    assert_eq!(cache.gather_some(&views, 0.01, &[1]).unwrap().len(), views.len() * width, "one at least");
+}
+
 #[test]
 fn equal_pictures_share_and_unusable_ones_are_reported() {
     let mut setup = Setup::new(&["a.png", "b.png"]);

@@ -11,11 +11,11 @@ use blip2::text::clean_caption;
 use candle_core::{Device, Tensor, Var};
 use serde::{Deserialize, Serialize};
 
-use super::{Observer, Run, RunPrecision, open_data, open_output, resolve_data, validate_step};
+use super::{IMAGE_TOKENS, Observer, Run, RunPrecision, open_data, open_output, resolve_data, validate_step};
 use crate::data::{Batch, DataConfig, Dataset, LoaderConfig, Text};
 use crate::features::{FeatureCache, FeatureEncoder};
 use crate::gradients::Gradients;
-use crate::initialize::from_bert;
+use crate::initialize::{from_bert, is_berts};
 use crate::stage1::{self, StepOptions};
 use crate::trainer::{LoopConfig, Objective, Outcome, Value};
 use crate::{Error, Result};
@@ -53,6 +53,18 @@ pub struct Stage1Config {
     pub max_text_tokens: usize,
     /// Dropout probability of the Q-Former.
     pub dropout: f32,
+    /// The share of a picture's tokens that a step sees, drawn for each picture anew; 1 for all, as in the paper. Fewer make it
+    /// hard to remember pictures, where these are few.
+    #[serde(default = "super::all_tokens")]
+    pub image_tokens_kept: f64,
+    /// Whether captioning is learned. A Q-Former that goes on to stage 2 needs it; one that is only to match, embed and classify may
+    /// spend its last steps on that.
+    #[serde(default = "yes")]
+    pub captioning: bool,
+    /// The learning rate of what is BERT's own (embeddings, self-attention, the text's feed-forward layers) as a factor of the
+    /// others'; 1 as in the paper. BERT knows more words than a small data set shows, and at the full rate forgets them.
+    #[serde(default = "one")]
+    pub bert_learning_rate: f64,
     /// Precision of the matrix products; master weights and sums are f32.
     pub precision: RunPrecision,
     /// The first step that learns matching; 0 for all, as in the paper. Matching is half of a step's work, and learns
@@ -82,6 +94,14 @@ pub enum Stage1Init {
     Weights(Vec<PathBuf>),
 }
 
+fn yes() -> bool {
+    true
+}
+
+fn one() -> f64 {
+    1.0
+}
+
 impl Stage1Config {
     /// How the encoder is opened.
     pub fn encoder_options(&self) -> EncoderOptions {
@@ -104,7 +124,10 @@ impl Stage1Config {
         if self.batch_size < 2 {
             return Err(Error::config("batch_size", "must be 2 or more: contrast needs another picture"));
         }
-        validate_step(self.batch_size, self.micro_batch, self.dropout)?;
+        validate_step(self.batch_size, self.micro_batch, self.dropout, self.image_tokens_kept)?;
+        if !(0.0..=1.0).contains(&self.bert_learning_rate) {
+            return Err(Error::config("bert_learning_rate", "must be 0 to 1"));
+        }
         if let Some(number) = self.data.iter().position(|entry| entry.weight != 1.0) {
             let reason = "is for stage 2: the losses of stage 1 are of pairs, not of answers";
             return Err(Error::config(format!("data[{number}].weight"), reason));
@@ -188,7 +211,7 @@ impl<'a> Stage1<'a> {
         step >= self.config.matching_from_step
     }
 
-    fn batch(&self, batch: &Batch) -> Result<stage1::Batch> {
+    fn batch(&self, batch: &Batch, step: u64) -> Result<stage1::Batch> {
         let mut texts = Vec::with_capacity(batch.items.len());
         for item in &batch.items {
             let Text::Captions(captions) = &self.dataset.samples()[item.sample].text else {
@@ -199,8 +222,9 @@ impl<'a> Stage1<'a> {
             texts.push((self.tokenize)(&clean_caption(&captions[item.choice]), self.config.max_text_tokens)?);
         }
         let views: Vec<(usize, u32)> = batch.items.iter().map(|item| (item.image, item.view)).collect();
-        let features = self.features.gather(&views)?;
-        let shape = (views.len() * self.features.n_tokens(), self.features.width());
+        let seed = [self.config.seed, IMAGE_TOKENS, step];
+        let features = self.features.gather_some(&views, self.config.image_tokens_kept, &seed)?;
+        let shape = (features.len() / self.features.width(), self.features.width());
         Ok(stage1::Batch {
             image_embeds: Tensor::from_vec(features, shape, &Device::Cpu)?,
             image_ids: batch.items.iter().map(|item| u64::from(item.group)).collect(),
@@ -223,10 +247,11 @@ impl Objective for Stage1<'_> {
             // [DEC] is the last entry of the vocabulary (BLIP-2 adds it to BERT's).
             decoder_start: self.config.qformer.vocab_size as u32 - 1,
             matching: self.learns_matching(step),
+            captioning: self.config.captioning,
             hard_negatives: step >= self.config.hard_negatives_from_step,
         };
         let (gradients, values) =
-            stage1::gradients(&self.qformer, &self.variables, &self.batch(batch)?, options)?;
+            stage1::gradients(&self.qformer, &self.variables, &self.batch(batch, step)?, options)?;
         let values = [
             ("loss", values.loss()),
             ("itc", values.itc),
@@ -240,7 +265,12 @@ impl Objective for Stage1<'_> {
         Ok((gradients, values.map(|(name, value)| (name, f64::from(value))).to_vec()))
     }
 
+    fn learning_rate_factor(&self, name: &str) -> f64 {
+        if is_berts(name) { self.config.bert_learning_rate } else { 1.0 }
+    }
+
     fn waits(&self, name: &str, step: u64) -> bool {
-        name.starts_with("itm_head.") && !self.learns_matching(step)
+        (name.starts_with("itm_head.") && !self.learns_matching(step))
+            || (name.starts_with("cls.") && !self.config.captioning)
     }
 }

@@ -13,7 +13,7 @@ use blip2::text::{LanguageTokenizer, Prompt, PromptFormat};
 use candle_core::{Device, Tensor, Var};
 use serde::{Deserialize, Serialize};
 
-use super::{Observer, Run, RunPrecision, open_data, open_output, resolve_data, validate_step};
+use super::{IMAGE_TOKENS, Observer, Run, RunPrecision, open_data, open_output, resolve_data, validate_step};
 use crate::data::{Batch, DataConfig, Dataset, LoaderConfig, Text};
 use crate::features::{FeatureCache, FeatureEncoder};
 use crate::frozen::FrozenProof;
@@ -76,6 +76,10 @@ pub struct Stage2Config {
     pub split_captions: bool,
     /// Dropout probability of the Q-Former.
     pub dropout: f32,
+    /// The share of a picture's tokens that a step sees, drawn for each picture anew; 1 for all, as in the paper. Fewer make it
+    /// hard to remember pictures, where these are few.
+    #[serde(default = "super::all_tokens")]
+    pub image_tokens_kept: f64,
     /// Precision of the matrix products; master weights and sums are f32.
     pub precision: RunPrecision,
     /// The loop's settings.
@@ -115,7 +119,7 @@ impl Stage2Config {
         if self.batch_size == 0 {
             return Err(Error::config("batch_size", "must be 1 or more"));
         }
-        validate_step(self.batch_size, self.micro_batch, self.dropout)?;
+        validate_step(self.batch_size, self.micro_batch, self.dropout, self.image_tokens_kept)?;
         if self.texts_per_picture == 0 {
             return Err(Error::config("texts_per_picture", "must be 1 or more"));
         }
@@ -261,8 +265,9 @@ impl<'a> Stage2<'a> {
             weights.push(self.dataset.entries()[self.dataset.samples()[item.sample].entry].weight as f32);
         }
         let views: Vec<(usize, u32)> = batch.items.iter().map(|item| (item.image, item.view)).collect();
-        let features = self.features.gather(&views)?;
-        let shape = (views.len() * self.features.n_tokens(), self.features.width());
+        let seed = [self.config.seed, IMAGE_TOKENS, step];
+        let features = self.features.gather_some(&views, self.config.image_tokens_kept, &seed)?;
+        let shape = (features.len() / self.features.width(), self.features.width());
         let image_embeds = Tensor::from_vec(features, shape, &Device::Cpu)?;
         Ok(stage2::Batch { image_embeds, prompts, weights })
     }
