@@ -8,7 +8,7 @@ use clap::{Parser, Subcommand};
 
 /// BLIP-2 in Rust: a small trained bridge that lets a frozen language model see.
 #[derive(Debug, Parser)]
-#[command(version, propagate_version = true)]
+#[command(name = "blip2", version, propagate_version = true)]
 pub(crate) struct Args {
     /// Threads that compute; without it as many as RAYON_NUM_THREADS says or the machine has.
     #[arg(long, global = true, env = "BLIP2_THREADS", value_name = "N")]

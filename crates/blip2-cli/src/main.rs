@@ -26,6 +26,7 @@ mod rows;
 mod serve;
 mod train;
 
+use std::io::Write;
 use std::num::NonZeroUsize;
 use std::process::ExitCode;
 
@@ -107,7 +108,10 @@ fn run(command: Command) -> anyhow::Result<Done> {
         Command::Train(args) => train::run(&args).map(|()| Done::All),
         Command::Data(args) => data::run(&args),
         Command::Completions { shell } => {
-            clap_complete::generate(shell, &mut Args::command(), "blip2", &mut std::io::stdout());
+            // It panics where its writer fails: what fails is our own writing.
+            let mut script = Vec::new();
+            clap_complete::generate(shell, &mut Args::command(), "blip2", &mut script);
+            std::io::stdout().lock().write_all(&script)?;
             Ok(Done::All)
         }
     }

@@ -43,6 +43,26 @@ fn wrong_usage_is_status_2() {
 }
 
 #[test]
+fn the_version_is_that_of_the_command() {
+    let home = tempfile::tempdir().expect("a folder");
+    let version = format!("blip2 {}\n", env!("CARGO_PKG_VERSION"));
+    assert_eq!(String::from_utf8_lossy(&blip2(home.path(), &["--version"]).stdout), version);
+}
+
+/// Standard output may be full, or closed by who reads it.
+#[cfg(target_os = "linux")]
+#[test]
+fn a_completion_script_that_cannot_be_written_is_an_error_and_no_panic() {
+    let full = std::fs::File::options().write(true).open("/dev/full").expect("the full device");
+    let output = Command::new(env!("CARGO_BIN_EXE_blip2"))
+        .args(["completions", "zsh"])
+        .stdout(full)
+        .output()
+        .expect("the command runs");
+    refused(&output, 1, &["No space left"]);
+}
+
+#[test]
 fn an_instruction_set_that_is_none_is_wrong_usage() {
     for command in [&["info"][..], &["completions", "bash"]] {
         let output = Command::new(env!("CARGO_BIN_EXE_blip2"))
