@@ -297,6 +297,20 @@ fn berts_own_part_learns_at_its_own_rate() {
     }
 }
 
+/// Weights that overflow are found when the next step looks at its similarities; that is not the fault of the batch.
+#[test]
+fn stage_1_that_stops_being_finite_says_so_and_keeps_its_checkpoint() {
+    let work = Work::new();
+    let fields = stage1(&work.converted_stage1()) + "dropout = 0.0\n";
+    let file = work.config("high", "captions.jsonl", &fields, "epochs = 9\nsave_every = 1");
+    let config = std::fs::read_to_string(&file).expect("readable").replace("peak = 5e-3", "peak = 1e30");
+    std::fs::write(&file, config).expect("written");
+    let said = refused(&[&"train", &file]);
+    assert!(said.contains("is not finite") && said.contains("lower learning rate"), "{said}");
+    assert!(!said.contains("batch_size"), "{said}");
+    assert!(work.path("high/step-00000001/state.json").is_file(), "the last checkpoint is kept");
+}
+
 /// The first of them are named at once, all in a file, and the file at the end again.
 #[test]
 fn pictures_that_cannot_be_used_are_listed_in_the_run_folder() {

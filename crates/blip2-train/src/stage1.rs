@@ -12,13 +12,13 @@ use blip2::layers::DropoutRng;
 use blip2::qformer::{QFormer, TextBatch};
 use candle_core::{DType, Tensor, Var};
 
-use crate::Result;
 use crate::gradients::Gradients;
 use crate::health::query_cosine;
 use crate::losses::{
     HardNegatives, captioning_loss_sum, contrastive_loss, matching_loss_sum, sample_negatives, similarities,
 };
 use crate::random::Random;
+use crate::{Error, Result};
 
 /// A stage-1 batch of B picture-text pairs.
 #[derive(Debug, Clone)]
@@ -313,6 +313,11 @@ impl Step<'_> {
 
     fn measure(&self, sims: &Tensor, itc: &Tensor) -> Result<(Values, HardNegatives)> {
         let ids = &self.batch.image_ids;
+        let itc = itc.to_scalar::<f32>()?;
+        // Told before negatives are drawn: there is no drawing by similarities that are no numbers.
+        if !itc.is_finite() {
+            return Err(Error::NotFinite { step: self.options.step, what: "itc".into() });
+        }
         let temperature = self.temperature()?.to_scalar::<f32>()?;
         let sims = sims.flatten_all()?.to_vec1::<f32>()?;
         let mut random = Random::new(&[self.options.seed, self.options.step, Purpose::Negatives as u64]);
@@ -322,7 +327,7 @@ impl Step<'_> {
             None => sample_negatives(&sims, f32::INFINITY, ids, &mut random)?,
         };
         let values = Values {
-            itc: itc.to_scalar()?,
+            itc,
             temperature,
             query_cosine: query_cosine(self.qformer, &self.batch.image_embeds, ids.len())?,
             recall_at_1: recall_at_1(&sims, ids),
