@@ -34,7 +34,7 @@ const N_KEPT: usize = 2;
 /// Writes checkpoint `step-…` into `run_dir` and removes the oldest beyond two.
 ///
 /// # Errors
-/// When the disk is full or not writable; what was there before stays.
+/// When the disk is full or not writable, or a weight is not finite; what was there before stays.
 pub fn save(
     run_dir: &Path,
     state: &State,
@@ -75,7 +75,12 @@ fn write_parts(
 ) -> Result<()> {
     let mut model = Tensors::new();
     for (name, variable) in variables {
-        model.insert(name.clone(), (variable.dims().to_vec(), variable.flatten_all()?.to_vec1()?));
+        let data = variable.flatten_all()?.to_vec1::<f32>()?;
+        // A last update may have overflowed: nothing could go on from here, but from the checkpoint before.
+        if !data.iter().all(|value| value.is_finite()) {
+            return Err(Error::NotFinite { step: state.step, what: format!("`{name}`") });
+        }
+        model.insert(name.clone(), (variable.dims().to_vec(), data));
     }
     write_tensors(&dir.join("model.safetensors"), &model)?;
     let mut moments = Tensors::new();

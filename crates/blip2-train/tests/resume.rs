@@ -149,3 +149,22 @@ fn a_loss_that_is_not_a_number_ends_the_run_and_changes_nothing() {
     let (state, model, _) = checkpoint::load(&kept).expect("whole");
     assert_eq!((state.step, &model["weight"].1), (2, &toy.weights()));
 }
+
+/// An update that overflows is seen at the next step only; nothing could be continued from weights like that.
+#[test]
+fn weights_that_are_no_numbers_are_not_saved() {
+    let dir = tempfile::tempdir().expect("a folder");
+    let settings = LoopConfig { save_every: 1, ..settings() };
+    let toy = Toy::new();
+    let start = Start::fresh(&settings, &toy);
+    let outcome = train(&toy, &mut loader(dir.path()), &settings, "", dir.path(), start, &mut |report| {
+        if report.step == 2 {
+            let broken = Tensor::full(f32::INFINITY, (2, 2), &Device::Cpu).expect("a tensor");
+            toy.variables["weight"].set(&broken).expect("set");
+        }
+        ControlFlow::Continue(())
+    });
+    assert!(matches!(outcome, Err(Error::NotFinite { step: 2, .. })), "{outcome:?}");
+    let kept = checkpoint::newest(dir.path()).expect("readable").expect("a checkpoint");
+    assert_eq!(checkpoint::load(&kept).expect("whole").0.step, 1);
+}
