@@ -80,12 +80,14 @@ impl RunConfig {
                 let mut config: Stage1Config = toml::from_str(&text).map_err(wrong)?;
                 config.resolve(base);
                 config.validate()?;
+                config.run.validate()?;
                 Ok(Self::Stage1(config))
             }
             2 => {
                 let mut config: Stage2Config = toml::from_str(&text).map_err(wrong)?;
                 config.resolve(base);
                 config.validate()?;
+                config.run.validate()?;
                 Ok(Self::Stage2(config))
             }
             other => Err(Error::file(path, format!("`stage` must be 1 or 2, not {other}"))),
@@ -265,6 +267,30 @@ mod tests {
         for stage in [1, 2] {
             let error = read(&format!("stage = {stage}\noutptu = \"x\"\n"));
             assert!(error.contains("outptu") && error.contains("run.toml"), "{error}");
+        }
+    }
+
+    #[test]
+    fn settings_that_no_run_can_have_are_refused_with_their_name() {
+        let root = Path::new(concat!(env!("CARGO_MANIFEST_DIR"), "/../.."));
+        for stage in ["stage1.toml", "stage2.toml"] {
+            let text = std::fs::read_to_string(root.join("configs").join(stage)).expect("readable");
+            for (field, value) in [
+                ("epochs", "0"),
+                ("save_every", "0"),
+                ("peak", "-3e-4"),
+                ("peak", "nan"),
+                ("min", "inf"),
+                ("beta2", "1.0"),
+                ("eps", "0.0"),
+                ("weight_decay", "-0.05"),
+                ("clip_norm", "nan"),
+            ] {
+                let is_field = |line: &&str| line.starts_with(&format!("{field} = "));
+                let line = text.lines().find(is_field).expect(field);
+                let error = read(&text.replace(line, &format!("{field} = {value}")));
+                assert!(error.contains("`run.") && error.contains(&format!("{field}` must be")), "{error}");
+            }
         }
     }
 

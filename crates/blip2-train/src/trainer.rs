@@ -63,6 +63,39 @@ pub struct LoopConfig {
 }
 
 impl LoopConfig {
+    /// Refuses settings that no run can have, before anything is read for it.
+    ///
+    /// # Errors
+    /// [`Error::Config`] with the field.
+    pub fn validate(&self) -> Result<()> {
+        let Self { epochs, max_steps, learning_rate, optimizer, save_every } = self;
+        for (field, value) in
+            [("epochs", *epochs), ("max_steps", max_steps.unwrap_or(1)), ("save_every", *save_every)]
+        {
+            if value == 0 {
+                return Err(Error::config(format!("run.{field}"), "must be 1 or more"));
+            }
+        }
+        // Written so that what is no number is refused too.
+        let is_share = |value: f32| (0.0..1.0).contains(&value);
+        let is_positive = |value: f64| value > 0.0 && value.is_finite();
+        let is_not_negative = |value: f64| value >= 0.0 && value.is_finite();
+        for (field, is_right, expected) in [
+            ("learning_rate.peak", is_positive(learning_rate.peak), "above 0"),
+            ("learning_rate.min", is_not_negative(learning_rate.min), "at least 0"),
+            ("optimizer.beta1", is_share(optimizer.beta1), "at least 0 and below 1"),
+            ("optimizer.beta2", is_share(optimizer.beta2), "at least 0 and below 1"),
+            ("optimizer.eps", is_positive(optimizer.eps.into()), "above 0"),
+            ("optimizer.weight_decay", is_not_negative(optimizer.weight_decay.into()), "at least 0"),
+            ("optimizer.clip_norm", optimizer.clip_norm > 0.0, "above 0"),
+        ] {
+            if !is_right {
+                return Err(Error::config(format!("run.{field}"), format!("must be {expected}")));
+            }
+        }
+        Ok(())
+    }
+
     /// How many steps a run has whose epochs have so many batches.
     fn n_steps(&self, batches_per_epoch: usize) -> u64 {
         let n_steps = self.epochs.saturating_mul(batches_per_epoch as u64);
