@@ -185,6 +185,11 @@ impl Observer for Terminal {
         }
     }
 
+    fn on_resume(&mut self, step: u64, changed: &[String]) {
+        eprintln!("continuing after step {step}");
+        changed.iter().for_each(|setting| eprintln!("  since its checkpoint {setting}"));
+    }
+
     fn on_step(&mut self, report: &Report) -> ControlFlow<()> {
         if self.bar.is_finished() || self.bar.length() != Some(report.n_steps) {
             self.start(report.n_steps, "training");

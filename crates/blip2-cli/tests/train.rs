@@ -297,6 +297,31 @@ fn berts_own_part_learns_at_its_own_rate() {
     }
 }
 
+/// A run is trained in slices until it is done; what was changed between two of them is said.
+#[test]
+fn a_run_that_is_continued_says_what_changed_and_ends_well_when_it_is_done() {
+    let work = Work::new();
+    let opt = golden("blip2_opt");
+    let fields = |dropout: &str| stage2(&opt, &opt, &opt, OPT_PROMPTS) + &format!("dropout = {dropout}\n");
+    let file = work.config("slices", "both.jsonl", &fields("0.0"), "epochs = 2\nsave_every = 9");
+    let first = done(&[&"train", &file]);
+    let again = run(&[&"train", &file, &"--resume"]);
+    let said = String::from_utf8_lossy(&again.stderr);
+    assert!(again.status.success() && said.contains("finished"), "{said}");
+    assert_eq!(String::from_utf8_lossy(&again.stdout), first, "the same checkpoint");
+    assert!(said.contains("continuing after step 4") && !said.contains("since its checkpoint"), "{said}");
+
+    let file = work.config("slices", "both.jsonl", &fields("0.1"), "epochs = 3\nsave_every = 9");
+    let more = run(&[&"train", &file, &"--resume"]);
+    let said = String::from_utf8_lossy(&more.stderr);
+    assert!(more.status.success(), "{said}");
+    for changed in ["run.epochs is 3, was 2", "dropout is 0.1"] {
+        assert!(said.contains(&format!("since its checkpoint {changed}")), "{changed}: {said}");
+    }
+    assert_eq!(said.matches("since its checkpoint").count(), 2, "{said}");
+    assert!(String::from_utf8_lossy(&more.stdout).trim().ends_with("step-00000006"), "{more:?}");
+}
+
 /// Weights that overflow are found when the next step looks at its similarities; that is not the fault of the batch.
 #[test]
 fn stage_1_that_stops_being_finite_says_so_and_keeps_its_checkpoint() {

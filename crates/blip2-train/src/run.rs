@@ -1,5 +1,6 @@
 //! A training run from its configuration file: what `blip2 train` does.
 
+mod changed;
 pub mod stage1;
 pub mod stage2;
 
@@ -145,6 +146,8 @@ pub trait Observer {
     fn on_features(&mut self, progress: Progress) -> ControlFlow<()>;
     /// Features are ready.
     fn on_data(&mut self, dataset: &Dataset, computed: &Computed);
+    /// The run goes on from the checkpoint of `step`, with these of its settings changed since.
+    fn on_resume(&mut self, _step: u64, _changed: &[String]) {}
     /// A step was made.
     fn on_step(&mut self, report: &Report) -> ControlFlow<()>;
 }
@@ -222,6 +225,14 @@ impl Run<'_> {
             Some(path) => Start::resume(path, self.settings, objective, &mut loader)?,
             None => Start::fresh(self.settings, objective),
         };
+        if let Some(before) = start.settings() {
+            observer.on_resume(start.step(), &changed::changed_settings(before, &self.config));
+        }
+        let n_steps = self.settings.n_steps(loader.batches_per_epoch());
+        // To continue what is done is no mistake: whoever trains in slices need not know which one is the last.
+        if let Some(path) = self.checkpoint.filter(|_| start.step() >= n_steps) {
+            return Ok(Outcome::Finished(path));
+        }
         let mut log = TrainingLog::open(self.output, start.step())?;
         let mut log_error = None;
         let outcome = trainer::train(

@@ -97,7 +97,7 @@ impl LoopConfig {
     }
 
     /// How many steps a run has whose epochs have so many batches.
-    fn n_steps(&self, batches_per_epoch: usize) -> u64 {
+    pub(crate) fn n_steps(&self, batches_per_epoch: usize) -> u64 {
         let n_steps = self.epochs.saturating_mul(batches_per_epoch as u64);
         self.max_steps.map_or(n_steps, |most| n_steps.min(most))
     }
@@ -137,17 +137,23 @@ pub enum Outcome {
 pub struct Start {
     optimizer: Optimizer,
     step: u64,
+    settings: Option<String>,
 }
 
 impl Start {
     /// From the first step.
     pub fn fresh(config: &LoopConfig, objective: &impl Objective) -> Self {
-        Self { optimizer: Optimizer::new(config.optimizer, objective.variables()), step: 0 }
+        Self { optimizer: Optimizer::new(config.optimizer, objective.variables()), step: 0, settings: None }
     }
 
     /// Steps that were made before.
     pub fn step(&self) -> u64 {
         self.step
+    }
+
+    /// The configuration that the checkpoint was written with, as text.
+    pub fn settings(&self) -> Option<&str> {
+        self.settings.as_deref()
     }
 
     /// From a checkpoint: restores the variables' values, the optimiser and the loader's place.
@@ -174,7 +180,7 @@ impl Start {
         }
         loader.restore(&state.loader)?;
         let optimizer = Optimizer::resume(config.optimizer, variables, moments, state.step)?;
-        Ok(Self { optimizer, step: state.step })
+        Ok(Self { optimizer, step: state.step, settings: Some(state.config) })
     }
 }
 
@@ -193,7 +199,7 @@ pub fn train(
     start: Start,
     on_step: &mut dyn FnMut(&Report) -> ControlFlow<()>,
 ) -> Result<Outcome> {
-    let Start { mut optimizer, mut step } = start;
+    let Start { mut optimizer, mut step, .. } = start;
     let n_steps = config.n_steps(loader.batches_per_epoch());
     if step >= n_steps {
         let ends_by_steps = config.max_steps == Some(n_steps);
