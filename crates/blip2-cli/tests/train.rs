@@ -297,6 +297,17 @@ fn berts_own_part_learns_at_its_own_rate() {
     }
 }
 
+/// It is said before the features of all pictures are computed.
+#[test]
+fn stage_1_refuses_questions_at_once_and_names_their_file() {
+    let work = Work::new();
+    let fields = stage1(&work.converted_stage1()) + "dropout = 0.0\n";
+    let file = work.config("refused", "both.jsonl", &fields, "epochs = 1\nsave_every = 9");
+    let said = refused(&[&"train", &file]);
+    assert!(said.contains("both.jsonl: has questions or dialogues"), "{said}");
+    assert!(!work.path("features").exists());
+}
+
 /// A run is trained in slices until it is done; what was changed between two of them is said.
 #[test]
 fn a_run_that_is_continued_says_what_changed_and_ends_well_when_it_is_done() {

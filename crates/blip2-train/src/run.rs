@@ -172,16 +172,19 @@ fn open_output(output: &Path, resume: bool) -> Result<Option<PathBuf>> {
 /// could.
 pub const SKIPPED_FILE: &str = "skipped.txt";
 
-/// Reads the data and makes sure that the frozen encoder's features of all pictures are on disk. What cannot be used is
-/// listed in the run's folder, `output`.
+/// Reads the data, lets `check` refuse it, and makes sure that the frozen encoder's features of all pictures are on disk. What
+/// cannot be used is listed in the run's folder, `output`.
 fn open_data(
     output: &Path,
     data: &[DataConfig],
     features: &Path,
     encoder: &dyn FeatureEncoder,
+    check: impl FnOnce(&Dataset) -> Result<()>,
     observer: &mut dyn Observer,
 ) -> Result<(Dataset, FeatureCache)> {
     let mut dataset = Dataset::load(data, Path::new(""))?;
+    // The features may take hours.
+    check(&dataset)?;
     let (features, computed) =
         FeatureCache::compute(features, &dataset, encoder, |progress| observer.on_features(progress))?;
     dataset.skip_images(&computed.unusable);

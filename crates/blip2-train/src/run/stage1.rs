@@ -157,7 +157,19 @@ pub fn train_stage1(
     observer: &mut dyn Observer,
 ) -> Result<Outcome> {
     let checkpoint = open_output(&config.output, resume)?;
-    let (dataset, features) = open_data(&config.output, &config.data, &config.features, encoder, observer)?;
+    let is_captioned = |dataset: &Dataset| match dataset
+        .samples()
+        .iter()
+        .find(|sample| !matches!(sample.text, Text::Captions(_)))
+    {
+        Some(sample) => {
+            let reason = "has questions or dialogues, and stage 1 learns from captions: leave it to stage 2";
+            Err(Error::file(&config.data[sample.entry].path, reason))
+        }
+        None => Ok(()),
+    };
+    let (dataset, features) =
+        open_data(&config.output, &config.data, &config.features, encoder, is_captioned, observer)?;
     let objective = Stage1::new(config, init, &dataset, &features, tokenize)?;
     let run = Run {
         output: &config.output,

@@ -163,7 +163,9 @@ pub fn train_stage2(
     let mut frozen_files = vec![config.encoder.as_path(), config.language_model.as_path()];
     frozen_files.dedup(); // a whole model's folder is both
     let before = FrozenProof::take(&frozen_files, language)?;
-    let (dataset, features) = open_data(&config.output, &config.data, &config.features, encoder, observer)?;
+    let any = |_: &Dataset| Ok(());
+    let (dataset, features) =
+        open_data(&config.output, &config.data, &config.features, encoder, any, observer)?;
     let objective = Stage2::new(config, language, init, &dataset, &features)?;
     let run = Run {
         output: &config.output,
