@@ -179,7 +179,7 @@ pub(crate) enum EarlyStoppingArg {
 
 #[derive(Debug, clap::Args)]
 pub(crate) struct CaptionArgs {
-    /// The pictures.
+    /// The pictures; `-` is the one on standard input.
     #[arg(required_unless_present = "folder")]
     pub(crate) pictures: Vec<PathBuf>,
     /// Describe the pictures in this folder; may be given several times.
@@ -221,7 +221,7 @@ pub(crate) struct CaptionArgs {
 
 #[derive(Debug, clap::Args)]
 pub(crate) struct AskArgs {
-    /// The picture.
+    /// The picture; `-` reads it from standard input.
     pub(crate) picture: PathBuf,
     /// The question.
     pub(crate) question: String,
@@ -258,7 +258,7 @@ pub(crate) struct ChatArgs {
 
 #[derive(Debug, clap::Args)]
 pub(crate) struct MatchArgs {
-    /// The picture.
+    /// The picture; `-` reads it from standard input.
     pub(crate) picture: PathBuf,
     /// The texts.
     #[arg(required = true)]
@@ -272,7 +272,7 @@ pub(crate) struct MatchArgs {
 
 #[derive(Debug, clap::Args)]
 pub(crate) struct EmbedArgs {
-    /// A picture; may be given several times.
+    /// A picture; may be given several times. `-` is the one on standard input.
     #[arg(long, value_name = "PICTURE", required_unless_present = "text")]
     pub(crate) image: Vec<PathBuf>,
     /// A text; may be given several times.
@@ -299,7 +299,7 @@ pub(crate) struct EmbedArgs {
 
 #[derive(Debug, clap::Args)]
 pub(crate) struct ExplainArgs {
-    /// The picture.
+    /// The picture; `-` reads it from standard input.
     pub(crate) picture: PathBuf,
     /// What the picture is matched with; with --caption or --question, what is written about it.
     pub(crate) text: String,
@@ -325,7 +325,7 @@ pub(crate) struct ExplainArgs {
 
 #[derive(Debug, clap::Args)]
 pub(crate) struct ClassifyArgs {
-    /// The picture.
+    /// The picture; `-` reads it from standard input.
     pub(crate) picture: PathBuf,
     /// The labels.
     #[arg(required = true)]

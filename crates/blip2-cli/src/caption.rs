@@ -13,7 +13,7 @@ use indicatif::{ProgressBar, ProgressStyle};
 use crate::Done;
 use crate::args::CaptionArgs;
 use crate::generation::{self, Written};
-use crate::model::{open_to_write, pixels};
+use crate::model::{encode_picture, is_stdin, open_to_write, pixels};
 use destination::Destination;
 
 /// Pictures that are described at once: the language model reads its weights once for all of them.
@@ -85,10 +85,14 @@ fn caption_pictures(
     args: &CaptionArgs,
     config: &GenerationConfig,
 ) -> anyhow::Result<Vec<anyhow::Result<Vec<Answer>>>> {
-    let features: Vec<anyhow::Result<ImageFeatures>> = model
-        .encode_files(paths, &Limits::default(), pixels(args.preset))?
-        .into_iter()
-        .map(|features| Ok(features?))
+    let files: Vec<&Path> = paths.iter().map(AsRef::as_ref).filter(|path| !is_stdin(path)).collect();
+    let mut of_files = model.encode_files(&files, &Limits::default(), pixels(args.preset))?.into_iter();
+    let features: Vec<anyhow::Result<ImageFeatures>> = paths
+        .iter()
+        .map(|path| match path.as_ref() {
+            path if is_stdin(path) => encode_picture(model, path, args.preset),
+            _ => Ok(of_files.next().context("a picture got no features")??),
+        })
         .collect();
     let readable: Vec<_> = features.iter().flatten().collect();
     let captions = match &args.prompt {

@@ -11,7 +11,7 @@ use serde_json::json;
 use crate::Done;
 use crate::args::{AskArgs, ChatArgs};
 use crate::generation::{Written, WrongUsage};
-use crate::model::{encode_picture, open_to_write};
+use crate::model::{encode_picture, is_stdin, open_to_write};
 
 pub(crate) fn ask(args: &AskArgs) -> anyhow::Result<Done> {
     if args.question.trim().is_empty() {
@@ -81,6 +81,10 @@ fn is_cut(finish: FinishReason) -> bool {
 
 pub(crate) fn chat(args: &ChatArgs) -> anyhow::Result<Done> {
     let mut generation = args.generation.clone();
+    if is_stdin(&args.picture) {
+        let message = "the questions come from standard input: give the picture as a file";
+        return Err(WrongUsage(message.into()).into());
+    }
     if let Some(n) = generation.num_captions.filter(|n| *n != 1) {
         let message = format!("`--num-captions` is {n}, expected 1: a conversation goes on with one answer");
         return Err(WrongUsage(message).into());

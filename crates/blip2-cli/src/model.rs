@@ -1,6 +1,7 @@
 //! Which model and which pictures: what several commands share.
 
 use std::env;
+use std::io::Read;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, bail};
@@ -195,12 +196,25 @@ fn default_model() -> anyhow::Result<PathBuf> {
     )
 }
 
+/// Whether a picture's path stands for standard input: `-`.
+pub(crate) fn is_stdin(path: &Path) -> bool {
+    path.as_os_str() == "-"
+}
+
 /// Reads a picture, as it is seen or as the implementation of the preset reads it.
 ///
 /// # Errors
 /// Says in one line what is wrong with the file.
 pub(crate) fn open_picture(path: &Path, preset: Option<PresetArg>) -> anyhow::Result<RgbImage> {
-    Ok(blip2::image::open(path, &Limits::default(), pixels(preset))?)
+    let limits = Limits::default();
+    if !is_stdin(path) {
+        return Ok(blip2::image::open(path, &limits, pixels(preset))?);
+    }
+    let mut bytes = Vec::new();
+    // One more than is allowed, so that too much is told from just enough.
+    let read = std::io::stdin().lock().take(limits.max_bytes + 1).read_to_end(&mut bytes);
+    read.context("standard input cannot be read")?;
+    blip2::image::decode(&bytes, &limits, pixels(preset)).context("standard input")
 }
 
 /// How pictures are read.

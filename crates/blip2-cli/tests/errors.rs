@@ -169,6 +169,11 @@ fn generation_settings_that_cannot_be_are_refused_first() {
     }
     let chat = ["chat", "a.jpg", "--model", "nowhere", "--num-captions", "2"];
     refused(&blip2(home.path(), &chat), 2, &["`--num-captions` is 2", "one answer"]);
+    refused(
+        &blip2(home.path(), &["chat", "-", "--model", "nowhere"]),
+        2,
+        &["questions come from standard input"],
+    );
 }
 
 /// What contradicts a model's own settings is wrong usage before its weights are read: here there are none.

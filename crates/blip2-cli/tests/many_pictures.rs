@@ -184,3 +184,36 @@ fn captions_that_fit_best_are_kept() {
     let output = filter(&["--overwrite"]);
     assert_eq!(output.status.code(), Some(1), "{}", said(&output));
 }
+
+/// A picture on standard input is one among the others, in its place.
+#[test]
+fn a_picture_comes_from_standard_input() {
+    let dir = folder();
+    let caption = |arguments: &[&str], from: &Path| {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_blip2"));
+        command.args([
+            "caption",
+            "--beams",
+            "1",
+            "--max-new-tokens",
+            "4",
+            "--min-new-tokens",
+            "2",
+            "--model",
+        ]);
+        command.arg(golden("blip2_opt")).args(arguments).current_dir(dir.path());
+        command.stdin(fs::File::open(from).expect("a file")).output().expect("the command runs")
+    };
+    let output = caption(&["--json", "broken.jpg", "-", "a.png"], &golden("blip2.png"));
+    assert_eq!(output.status.code(), Some(3), "{}", said(&output));
+    let rows: serde_json::Value = serde_json::from_slice(&output.stdout).expect("JSON");
+    assert_eq!([&rows[0]["path"], &rows[1]["path"], &rows[2]["path"]], ["broken.jpg", "-", "a.png"]);
+    assert!(rows[0]["error"].is_string(), "{rows}");
+    assert_eq!(rows[1]["token_ids"], rows[2]["token_ids"]);
+
+    let output = caption(&["-"], &dir.path().join("notes.md"));
+    assert_eq!(output.status.code(), Some(1), "{}", said(&output));
+    assert!(said(&output).contains("standard input: is not a picture"), "{}", said(&output));
+    let output = caption(&["-", "--sidecar"], &golden("blip2.png"));
+    assert_eq!(output.status.code(), Some(2), "{}", said(&output));
+}

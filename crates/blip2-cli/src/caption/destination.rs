@@ -9,6 +9,8 @@ use blip2::model::Answer;
 use serde_json::{Value, json};
 
 use crate::args::CaptionArgs;
+use crate::generation::WrongUsage;
+use crate::model::is_stdin;
 use crate::rows::RowsFile;
 
 pub(super) enum Destination {
@@ -24,8 +26,13 @@ impl Destination {
     /// Prepares to take the captions of `pictures`.
     ///
     /// # Errors
-    /// When two pictures would have one file beside them, or the file of rows is not one of ours.
+    /// When two pictures would have one file beside them, the one on standard input has no name to write down, or the file of
+    /// rows is not one of ours.
     pub(super) fn open(args: &CaptionArgs, pictures: &[PathBuf]) -> anyhow::Result<Self> {
+        if (args.out.is_some() || args.sidecar.is_some()) && pictures.iter().any(|path| is_stdin(path)) {
+            let message = "the picture on standard input has no name: --out and --sidecar are for files";
+            return Err(WrongUsage(message.into()).into());
+        }
         if let Some(path) = &args.out {
             return Ok(Self::Rows(RowsFile::open(path, args.overwrite)?));
         }
