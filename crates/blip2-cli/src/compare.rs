@@ -65,27 +65,39 @@ pub(crate) fn embed(args: &EmbedArgs) -> anyhow::Result<Done> {
         return write_stages(args, path).map(|()| Done::All);
     }
     let model = open_as(&args.model, Part::Stage1, args.preset)?;
-    let mut items = Vec::new();
-    for path in &args.image {
-        let features = encode_picture(&model, path, args.preset)?;
-        let values = model.embed_images(&[&features])?.concat();
-        items.push(("path", path.display().to_string(), values));
-    }
     let texts: Vec<&str> = args.text.iter().map(String::as_str).collect();
-    for (text, values) in texts.iter().zip(model.embed_texts(&texts)?) {
-        items.push(("text", (*text).to_owned(), values));
-    }
+    let of_texts = model.embed_texts(&texts)?;
+    let of_picture = |path: &Path| -> anyhow::Result<Vec<f32>> {
+        let features = encode_picture(&model, path, args.preset)?;
+        Ok(model.embed_images(&[&features])?.concat())
+    };
     let width = model.config().qformer.image_text_hidden_size;
-    if let Some(path) = &args.npy {
-        let values: Vec<f32> = items.iter().flat_map(|(_, _, values)| values).copied().collect();
-        return write_npy(path, &values, width).map(|()| Done::All);
+    if let Some(file) = &args.npy {
+        // An array says only by its places whose rows they are: it has all of them or is not written.
+        let mut values =
+            args.image.iter().map(|path| of_picture(path)).collect::<anyhow::Result<Vec<_>>>()?;
+        values.extend(of_texts);
+        return write_npy(file, &values.concat(), width).map(|()| Done::All);
     }
     let mut out = std::io::stdout().lock();
-    for (kind, name, values) in items {
-        let rows: Vec<&[f32]> = values.chunks_exact(width).collect();
-        writeln!(out, "{}", json!({kind: name, "embeds": rows}))?;
+    let mut n_failed = 0;
+    for path in &args.image {
+        let name = path.display().to_string();
+        let row = match of_picture(path) {
+            Ok(values) => json!({"path": name, "embeds": values.chunks_exact(width).collect::<Vec<_>>()}),
+            Err(error) => {
+                n_failed += 1;
+                let message = crate::message(&error);
+                eprintln!("blip2: {message}");
+                json!({"path": name, "error": message})
+            }
+        };
+        writeln!(out, "{row}")?;
     }
-    Ok(Done::All)
+    for (text, values) in texts.iter().zip(of_texts) {
+        writeln!(out, "{}", json!({"text": text, "embeds": values.chunks_exact(width).collect::<Vec<_>>()}))?;
+    }
+    Ok(Done::of(n_failed, args.image.len() + texts.len()))
 }
 
 /// What every stage makes of the pictures and texts, as a safetensors file.

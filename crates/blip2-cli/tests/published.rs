@@ -135,3 +135,31 @@ fn a_quantised_folder_captions_as_the_original_does_in_as_few_bits() {
     let said = String::from_utf8_lossy(&refused.stderr);
     assert!(!refused.status.success() && said.contains("stored in few bits"), "{said}");
 }
+
+/// A picture that cannot be read costs its own row; an array, whose rows have no names, is whole or not written.
+#[test]
+fn features_of_the_readable_pictures_are_printed_and_the_others_named() {
+    let dir = tempfile::tempdir().expect("a folder");
+    let (broken, array) = (dir.path().join("broken.jpg"), dir.path().join("rows.npy"));
+    std::fs::write(&broken, "no picture").expect("written");
+    let embed = |more: &[&std::ffi::OsStr]| {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_blip2"));
+        command
+            .args(["embed", "--text", "a cat", "--image"])
+            .arg(&broken)
+            .arg("--image")
+            .arg(golden("blip2.png"));
+        command.arg("--model").arg(golden("blip2_itm")).args(more).output().expect("the command runs")
+    };
+    let output = embed(&[]);
+    let said = String::from_utf8_lossy(&output.stderr);
+    assert_eq!(output.status.code(), Some(3), "{said}");
+    assert_eq!(said.matches("broken.jpg: is not a picture").count(), 1, "{said}");
+    let lines = String::from_utf8(output.stdout).expect("text");
+    let rows: Vec<Json> = lines.lines().map(|line| serde_json::from_str(line).expect("JSON")).collect();
+    assert!(rows[0]["error"].is_string() && rows[0]["embeds"].is_null(), "{lines}");
+    assert!(rows[1]["embeds"].is_array() && rows[2]["text"] == "a cat", "{lines}");
+    let output = embed(&["--npy".as_ref(), array.as_ref()]);
+    assert_eq!(output.status.code(), Some(1));
+    assert!(output.stdout.is_empty() && !array.exists());
+}
