@@ -225,7 +225,7 @@ pub(crate) struct AskArgs {
     pub(crate) picture: PathBuf,
     /// The question.
     pub(crate) question: String,
-    /// Rank these answers by likelihood instead of writing one.
+    /// Rank these answers by likelihood instead of writing one; spaces around them do not count.
     #[arg(long, value_delimiter = ',', value_name = "A,B,C")]
     pub(crate) choices: Vec<String>,
     /// Write only what matches this regular expression as a whole.
@@ -327,7 +327,7 @@ pub(crate) struct ExplainArgs {
 pub(crate) struct ClassifyArgs {
     /// The picture; `-` reads it from standard input.
     pub(crate) picture: PathBuf,
-    /// The labels.
+    /// The labels, each of which counts once.
     #[arg(required = true)]
     pub(crate) labels: Vec<String>,
     /// The text that a label is compared as.

@@ -1,6 +1,6 @@
 //! `blip2 match`, `blip2 embed` and `blip2 classify`.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, HashSet};
 use std::io::Write;
 use std::path::Path;
 
@@ -40,7 +40,7 @@ pub(crate) fn match_texts(args: &MatchArgs) -> anyhow::Result<Done> {
 pub(crate) fn classify(args: &ClassifyArgs) -> anyhow::Result<Done> {
     let model = open_as(&args.model, Part::Stage1, args.preset)?;
     let features = encode_picture(&model, &args.picture, args.preset)?;
-    let labels: Vec<&str> = args.labels.iter().map(String::as_str).collect();
+    let labels = distinct(&args.labels);
     let scores = model.classify(&features, &labels, &args.template)?;
     let mut out = std::io::stdout().lock();
     if args.model.json {
@@ -100,6 +100,13 @@ pub(crate) fn embed(args: &EmbedArgs) -> anyhow::Result<Done> {
     Ok(Done::of(n_failed, args.image.len() + texts.len()))
 }
 
+/// Each of the texts once, without the spaces around it: a text that came twice would have its share of the probability twice,
+/// and a space before a word (`yes, no`) makes it another one.
+pub(crate) fn distinct(texts: &[String]) -> Vec<&str> {
+    let mut seen = HashSet::new();
+    texts.iter().map(|text| text.trim()).filter(|text| seen.insert(*text)).collect()
+}
+
 /// What every stage makes of the pictures and texts, as a safetensors file.
 fn write_stages(args: &EmbedArgs, path: &Path) -> anyhow::Result<()> {
     let model = open_as(&args.model, Part::Both, args.preset)?;
@@ -145,4 +152,15 @@ fn write_npy(path: &Path, values: &[f32], width: usize) -> anyhow::Result<()> {
         file.write_all(&header)?;
         values.iter().try_for_each(|value| file.write_all(&value.to_le_bytes()))
     })?)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::distinct;
+
+    #[test]
+    fn texts_to_choose_from_are_taken_once_and_without_spaces() {
+        let texts = ["yes", " no", "yes ", "No", ""].map(String::from);
+        assert_eq!(distinct(&texts), ["yes", "no", "No", ""]);
+    }
 }

@@ -10,6 +10,7 @@ use serde_json::json;
 
 use crate::Done;
 use crate::args::{AskArgs, ChatArgs};
+use crate::compare::distinct;
 use crate::generation::{Written, WrongUsage};
 use crate::model::{encode_picture, is_stdin, open_to_write};
 
@@ -22,7 +23,7 @@ pub(crate) fn ask(args: &AskArgs) -> anyhow::Result<Done> {
     let path = args.picture.display().to_string();
     let mut out = std::io::stdout().lock();
     if !args.choices.is_empty() {
-        let ranked = model.rank(&features, &args.question, &args.choices)?;
+        let ranked = model.rank(&features, &args.question, &distinct(&args.choices))?;
         if args.model.json {
             let rows: Vec<_> = ranked
                 .iter()

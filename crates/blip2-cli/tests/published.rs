@@ -163,3 +163,14 @@ fn features_of_the_readable_pictures_are_printed_and_the_others_named() {
     assert_eq!(output.status.code(), Some(1));
     assert!(output.stdout.is_empty() && !array.exists());
 }
+
+/// `--choices "yes, no"` is how people write it; the space would be part of the answer, and make it another one.
+#[test]
+fn spaces_and_doubles_among_choices_and_labels_do_not_count() {
+    let picture = golden("blip2.png");
+    let picture = picture.to_str().expect("UTF-8");
+    let ask = |choices: &str| blip2(&["ask", picture, "a", "--choices", choices], "blip2_opt");
+    assert_eq!(ask("a, b ,b"), ask("a,b"));
+    let labels = |labels: &[&str]| blip2(&[&["classify", picture][..], labels].concat(), "blip2_itm");
+    assert_eq!(labels(&["cat", "dog ", "cat"]), labels(&["cat", "dog"]));
+}
