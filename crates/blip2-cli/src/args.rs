@@ -260,7 +260,8 @@ pub(crate) struct ChatArgs {
 pub(crate) struct MatchArgs {
     /// The picture; `-` reads it from standard input.
     pub(crate) picture: PathBuf,
-    /// The texts.
+    /// The texts. Where they are cleaned first (models trained here, `--preset lavis`), of each the first 50 words count, as in
+    /// training.
     #[arg(required = true)]
     pub(crate) texts: Vec<String>,
     /// Compare as this implementation does: its reading of pictures and texts, its epsilons.

@@ -95,15 +95,15 @@ impl Stage1 {
     pub(super) fn tokenize(&self, texts: &[&str]) -> Result<TextBatch> {
         let limit = self.qformer.config().max_position_embeddings;
         let encode = |text: &&str| {
-            let text = match self.texts {
+            let read = match self.texts {
                 Texts::Cleaned => clean_caption(text),
                 Texts::AsGiven => (*text).to_owned(),
             };
-            if text.trim().is_empty() {
-                return Err(Error::Request("the text to compare with the picture is empty".into()));
+            if read.trim().is_empty() {
+                return Err(Error::Request(nothing_to_compare(text)));
             }
             // One more than fits, so that a text that is too long is told from one that just fits.
-            let ids = self.tokenizer.encode(&text, limit + 1)?;
+            let ids = self.tokenizer.encode(&read, limit + 1)?;
             if ids.len() > limit { Err(Error::TextTooLong { n_tokens: ids.len(), limit }) } else { Ok(ids) }
         };
         Ok(TextBatch::new(texts.iter().map(encode).collect::<Result<Vec<_>>>()?))
@@ -147,6 +147,14 @@ impl Stage1 {
         let by_query = self.embed_texts(texts)?.matmul(&image.t()?)?; // [T, Q]
         Ok(by_query.max(D::Minus1)?.to_vec1()?)
     }
+}
+
+/// Why a text cannot be compared of which nothing is left.
+fn nothing_to_compare(text: &str) -> String {
+    if text.trim().is_empty() {
+        return "a text to compare with the picture is empty".into();
+    }
+    format!("the text {text:?} to compare with the picture has nothing but punctuation, which is not read")
 }
 
 impl Blip2 {
@@ -277,5 +285,18 @@ impl Blip2 {
             .collect();
         scores.sort_by(|a, b| b.probability.total_cmp(&a.probability));
         Ok(scores)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::nothing_to_compare;
+
+    /// Of several texts the one that is wrong is told from the others.
+    #[test]
+    fn a_text_without_words_is_named() {
+        assert!(nothing_to_compare(" ").contains("empty"));
+        let said = nothing_to_compare("!!!");
+        assert!(said.contains("\"!!!\"") && said.contains("punctuation"), "{said}");
     }
 }
