@@ -13,6 +13,7 @@ use blip2::model::{
 use blip2::weights::int8::{Storage, write_trained};
 use blip2::weights::{MappedFile, sha256};
 use blip2_train::checkpoint;
+use blip2_train::initialize::Tensors;
 use blip2_train::run::{Stage1Config as Stage1Run, Stage2Config as Stage2Run};
 
 use crate::Done;
@@ -33,25 +34,45 @@ pub(crate) fn run(args: &PackArgs) -> anyhow::Result<Done> {
     if args.out.join(FILE_NAME).exists() {
         bail!("{} is a model already: choose another folder", args.out.display());
     }
+    let is_new = !args.out.exists();
     fs::create_dir_all(&args.out).with_context(|| format!("cannot make {}", args.out.display()))?;
-    let write = |stem: &str, checkpoint: &Path| -> anyhow::Result<(String, Vec<PathBuf>)> {
-        let (state, tensors, _) = checkpoint::load(checkpoint)?;
-        let files = write_trained(&args.out, stem, &tensors, storage, MAX_SHARD_BYTES)?;
-        Ok((state.config, files.iter().filter_map(|path| path.file_name().map(PathBuf::from)).collect()))
+    let packed = model_folder(args, storage);
+    if packed.is_err() && is_new {
+        // The error is the one to report; what others have put there meanwhile stays.
+        let _ = fs::remove_dir(&args.out);
+    }
+    packed?;
+    println!("{}", args.out.display());
+    eprintln!("the frozen parts are looked for in this folder, in BLIP2_FROZEN and in the cache");
+    Ok(Done::All)
+}
+
+/// Writes this project's own folder: all of its files, or none.
+fn model_folder(args: &PackArgs, storage: Storage) -> anyhow::Result<()> {
+    // Inside the folder: the same disk, so that the last step is to rename.
+    let work = tempfile::Builder::new()
+        .prefix(".pack-")
+        .tempdir_in(&args.out)
+        .with_context(|| format!("cannot write to {}", args.out.display()))?;
+    let write = |stem: &str, tensors: &Tensors| -> anyhow::Result<Vec<PathBuf>> {
+        let files = write_trained(work.path(), stem, tensors, storage, MAX_SHARD_BYTES)?;
+        Ok(files.iter().filter_map(|path| path.file_name().map(PathBuf::from)).collect())
     };
     let (mut stage1, mut stage2) = (None, None);
     let mut shared = None;
     if let Some(path) = &args.stage1 {
-        let (run, weights) = write("stage1", path)?;
-        let run = stage1_run(&run)?;
-        fs::copy(&run.vocabulary, args.out.join("vocab.txt"))
+        let (state, tensors, _) = checkpoint::load(path)?;
+        let run = stage1_run(&state.config, path)?;
+        let weights = write("stage1", &tensors)?;
+        fs::copy(&run.vocabulary, work.path().join("vocab.txt"))
             .with_context(|| format!("cannot copy {}", run.vocabulary.display()))?;
         stage1 = Some(Stage1Config { weights, vocabulary: "vocab.txt".into() });
         shared = Some((run.encoder_options(), run.encoder, run.qformer));
     }
     if let Some(path) = &args.stage2 {
-        let (run, weights) = write("stage2", path)?;
-        let run = stage2_run(&run)?;
+        let (state, tensors, _) = checkpoint::load(path)?;
+        let run = stage2_run(&state.config, path)?;
+        let weights = write("stage2", &tensors)?;
         if shared.as_ref().is_some_and(|(_, _, qformer)| *qformer != run.qformer) {
             bail!("the two checkpoints are of Q-Formers of different sizes");
         }
@@ -86,14 +107,16 @@ pub(crate) fn run(args: &PackArgs) -> anyhow::Result<Done> {
     let (options, encoder, qformer) = shared.context("no checkpoint was given")?;
     let config =
         ModelConfig { name: args.name.clone(), vision: vision(&encoder, options)?, qformer, stage1, stage2 };
-    // Last, so that a folder with a configuration is a whole model.
     let json = serde_json::to_vec_pretty(&config)?;
-    blip2::weights::write_atomically(args.out.join(FILE_NAME), |file| {
+    for entry in fs::read_dir(work.path())? {
+        let entry = entry?;
+        let to = args.out.join(entry.file_name());
+        fs::rename(entry.path(), &to).with_context(|| format!("cannot write {}", to.display()))?;
+    }
+    // Last, so that a folder with a configuration is a whole model.
+    Ok(blip2::weights::write_atomically(args.out.join(FILE_NAME), |file| {
         std::io::Write::write_all(file, &json)
-    })?;
-    println!("{}", args.out.display());
-    eprintln!("the frozen parts are looked for in this folder, in BLIP2_FROZEN and in the cache");
-    Ok(Done::All)
+    })?)
 }
 
 /// The encoder as a model folder names it.
@@ -121,7 +144,7 @@ fn hugging_face(args: &PackArgs) -> anyhow::Result<Done> {
     let weights = checkpoint.join("model.safetensors");
     let options = ConvertOptions { max_shard_bytes: args.max_shard_bytes, ..ConvertOptions::default() };
     let image_size = if is_stage2 {
-        let run = stage2_run(&state.config)?;
+        let run = stage2_run(&state.config, checkpoint)?;
         let trained = Trained {
             weights: &weights,
             qformer: &run.qformer,
@@ -138,7 +161,7 @@ fn hugging_face(args: &PackArgs) -> anyhow::Result<Done> {
         trained_to_hugging_face(&trained, &args.out, &options)?;
         run.image_size
     } else {
-        let run = stage1_run(&state.config)?;
+        let run = stage1_run(&state.config, checkpoint)?;
         let trained = Trained {
             weights: &weights,
             qformer: &run.qformer,
@@ -161,12 +184,25 @@ fn hugging_face(args: &PackArgs) -> anyhow::Result<Done> {
     Ok(Done::All)
 }
 
-fn stage1_run(config: &str) -> anyhow::Result<Stage1Run> {
+fn stage1_run(config: &str, checkpoint: &Path) -> anyhow::Result<Stage1Run> {
+    is_of_stage(1, config, checkpoint)?;
     toml::from_str(config).context("the configuration inside the stage-1 checkpoint")
 }
 
-fn stage2_run(config: &str) -> anyhow::Result<Stage2Run> {
+fn stage2_run(config: &str, checkpoint: &Path) -> anyhow::Result<Stage2Run> {
+    is_of_stage(2, config, checkpoint)?;
     toml::from_str(config).context("the configuration inside the stage-2 checkpoint")
+}
+
+/// Refuses a checkpoint of the other stage in words of the arguments: its configuration would miss fields, too.
+fn is_of_stage(wanted: i64, config: &str, checkpoint: &Path) -> anyhow::Result<()> {
+    let config = config.parse::<toml::Table>().ok();
+    match config.and_then(|config| config.get("stage")?.as_integer()) {
+        Some(stage) if stage != wanted => {
+            bail!("{} is a checkpoint of stage {stage}: give it as --stage{stage}", checkpoint.display())
+        }
+        _ => Ok(()),
+    }
 }
 
 fn name_of(path: &Path) -> anyhow::Result<PathBuf> {

@@ -297,6 +297,29 @@ fn berts_own_part_learns_at_its_own_rate() {
     }
 }
 
+/// What cannot be packed leaves nothing behind that looks like a model, or like a part of one.
+#[test]
+fn a_checkpoint_that_cannot_be_packed_leaves_no_folder() {
+    let work = Work::new();
+    let fields = stage1(&work.converted_stage1());
+    let (checkpoint, out) = (work.train("stage1", "captions.jsonl", &fields), work.path("packed"));
+    let said = refused(&[&"pack", &"--stage2", &checkpoint, &"--out", &out]);
+    assert!(said.contains("is a checkpoint of stage 1: give it as --stage1"), "{said}");
+    assert!(!out.exists());
+    let gone = work.path("step-00000001");
+    refused(&[&"pack", &"--stage1", &checkpoint, &"--stage2", &gone, &"--out", &out]);
+    assert!(!out.exists());
+    // A folder that was there keeps what it has.
+    std::fs::create_dir(&out).expect("made");
+    std::fs::write(out.join("notes.txt"), "mine").expect("written");
+    refused(&[&"pack", &"--stage1", &checkpoint, &"--stage2", &gone, &"--out", &out]);
+    assert_eq!(std::fs::read_dir(&out).expect("readable").count(), 1);
+    done(&[&"pack", &"--stage1", &checkpoint, &"--out", &out]);
+    let names = std::fs::read_dir(&out).expect("readable").map(|entry| entry.expect("an entry").file_name());
+    assert!(names.into_iter().all(|name| !name.to_string_lossy().starts_with('.')));
+    assert!(out.join("config.json").is_file() && out.join("vocab.txt").is_file());
+}
+
 /// It is said before the features of all pictures are computed.
 #[test]
 fn stage_1_refuses_questions_at_once_and_names_their_file() {
