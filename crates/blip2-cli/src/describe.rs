@@ -99,7 +99,7 @@ pub(crate) fn chat(args: &ChatArgs) -> anyhow::Result<Done> {
     let mut chat = model.chat(&features)?;
     let stdin = std::io::stdin();
     let is_terminal = stdin.is_terminal();
-    let mut n_refused = 0;
+    let (mut n_asked, mut n_refused) = (0, 0);
     let mut out = std::io::stdout().lock();
     if is_terminal {
         eprintln!("Ask about {}; /quit or Ctrl-D ends.", args.picture.display());
@@ -108,15 +108,21 @@ pub(crate) fn chat(args: &ChatArgs) -> anyhow::Result<Done> {
         if is_terminal {
             eprint!("> ");
         }
-        let mut line = String::new();
-        let n_bytes = stdin.lock().read_line(&mut line)?;
-        let question = line.trim();
-        if n_bytes == 0 || question == "/quit" {
-            return Ok(if n_refused == 0 { Done::All } else { Done::SomeFailed });
+        let mut line = Vec::new();
+        let n_bytes = stdin.lock().read_until(b'\n', &mut line)?;
+        let question = std::str::from_utf8(line.trim_ascii());
+        if n_bytes == 0 || question == Ok("/quit") {
+            return Ok(Done::of(n_refused, n_asked));
         }
-        if question.is_empty() {
+        if question.is_ok_and(|question| question.trim().is_empty()) {
             continue;
         }
+        n_asked += 1;
+        let Ok(question) = question.map(str::trim) else {
+            n_refused += 1;
+            eprintln!("blip2: a question is not text in UTF-8: ask it again");
+            continue;
+        };
         let mut broken = None;
         let mut write = |text: &str| match out.write_all(text.as_bytes()).and_then(|()| out.flush()) {
             Ok(()) => ControlFlow::Continue(()),

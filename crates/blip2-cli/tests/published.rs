@@ -1,7 +1,7 @@
 //! A checkpoint in a Hugging Face folder through the command: tiny random ones from the library's golden files.
 
 use std::path::{Path, PathBuf};
-use std::process::Command;
+use std::process::{Command, Stdio};
 
 use blip2::weights::safetensors::Safetensors;
 use serde_json::Value as Json;
@@ -173,4 +173,28 @@ fn spaces_and_doubles_among_choices_and_labels_do_not_count() {
     assert_eq!(ask("a, b ,b"), ask("a,b"));
     let labels = |labels: &[&str]| blip2(&[&["classify", picture][..], labels].concat(), "blip2_itm");
     assert_eq!(labels(&["cat", "dog ", "cat"]), labels(&["cat", "dog"]));
+}
+
+/// A conversation goes on after a question that cannot be asked; where none could be, the command failed.
+#[test]
+fn a_question_that_is_not_text_does_not_end_the_conversation() {
+    use std::io::Write;
+
+    let chat = |questions: &[u8]| {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_blip2"));
+        command.arg("chat").arg(golden("blip2.png")).args(["--max-new-tokens", "4", "--json", "--model"]);
+        command.arg(golden("blip2_opt")).stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped());
+        let mut chat = command.spawn().expect("the command runs");
+        chat.stdin.take().expect("a pipe").write_all(questions).expect("written");
+        chat.wait_with_output().expect("it ends")
+    };
+    for (questions, status, n_answers) in
+        [(&b"a\xff\n\na\n"[..], 3, 1), (b"a\xff", 1, 0), (b" \r\n", 0, 0), (b"a\n /quit \na\n", 0, 1)]
+    {
+        let output = chat(questions);
+        let said = String::from_utf8_lossy(&output.stderr);
+        assert_eq!(output.status.code(), Some(status), "{said}");
+        assert_eq!(said.contains("not text in UTF-8"), status != 0, "{said}");
+        assert_eq!(output.stdout.iter().filter(|byte| **byte == b'\n').count(), n_answers, "{said}");
+    }
 }
