@@ -1,5 +1,6 @@
 //! Where captions go: standard output, a file beside each picture, or one file for all.
 
+use std::borrow::Cow;
 use std::collections::HashMap;
 use std::io::Write;
 use std::path::{Path, PathBuf};
@@ -112,7 +113,7 @@ impl Destination {
                         if *with_path {
                             write!(out, "{}\t", path.display())?;
                         }
-                        writeln!(out, "{}", answer.text)?;
+                        writeln!(out, "{}", shown(&answer.text, *with_path || answers.len() > 1))?;
                     }
                 }
                 Ok(out.flush()?)
@@ -150,7 +151,24 @@ impl Destination {
     }
 }
 
+/// A caption among others is one of as many lines; alone it is shown as it was written.
+fn shown(text: &str, is_among_others: bool) -> Cow<'_, str> {
+    if is_among_others { one_line(text).into() } else { text.into() }
+}
+
 /// A caption is a line of a file.
 fn one_line(text: &str) -> String {
     text.split_whitespace().collect::<Vec<_>>().join(" ")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::shown;
+
+    #[test]
+    fn a_caption_among_others_is_one_line() {
+        let text = "A cat.\n\n- A\tB";
+        assert_eq!(shown(text, true), "A cat. - A B");
+        assert_eq!(shown(text, false), text);
+    }
 }
