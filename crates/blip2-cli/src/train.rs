@@ -5,7 +5,7 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
-use anyhow::Context;
+use anyhow::{Context, bail};
 use blip2::layers::Precision;
 use blip2::model::{open_encoder, open_language_model, open_trained};
 use blip2::text::BertTokenizer;
@@ -94,6 +94,9 @@ fn run_stage1(config: &Stage1Config, resume: bool, terminal: &mut Terminal) -> a
         Stage1Init::Weights(files) => open_trained(files).context("the weights to start from")?,
     };
     let tokenizer = BertTokenizer::from_vocab(&config.vocabulary).context("the vocabulary")?;
+    if let Err(reason) = tokenizer.check_rows(config.qformer.vocab_size) {
+        bail!("the vocabulary: {} {reason}", config.vocabulary.display());
+    }
     let tokenize = |text: &str, limit: usize| Ok(tokenizer.encode(text, limit)?);
     Ok(train_stage1(config, &encoder, &*init, &tokenize, resume, terminal)?)
 }

@@ -261,6 +261,13 @@ fn what_does_not_fit_is_said() {
     // A folder beside other weights, of another language model's width, or none.
     let two = stage2(&opt, &opt, &opt, OPT_PROMPTS).replace("]\nbatch_size", ", \"more\"]\nbatch_size");
     train(two, "qformer");
+    // Half a vocabulary reads half of the words as unknown.
+    let vocabulary = std::fs::read_to_string(golden("lavis/vocab.txt")).expect("readable");
+    let lines: Vec<&str> = vocabulary.lines().collect();
+    std::fs::write(work.path("half.txt"), lines[..lines.len() / 2].join("\n")).expect("written");
+    let fields = stage1(&work.converted_stage1());
+    let whole = support::quoted(&golden("lavis/vocab.txt"));
+    train(fields.replace(&whole, &support::quoted(&work.path("half.txt"))), "half.txt has");
 }
 
 /// Stage 1 with BERT's part held still and half of each picture out of sight: the rest learns, and the switches of one run are

@@ -46,6 +46,7 @@ fn folder() -> tempfile::TempDir {
     write_trained(dir.path(), "stage2", &names(&stage2, false), Storage::F32, usize::MAX).expect("written");
     let mut vocabulary = vec!["[PAD]".to_owned(), "[UNK]".into(), "[CLS]".into(), "[SEP]".into()];
     vocabulary.extend(('a'..='z').flat_map(|c| [c.to_string(), format!("##{c}")]));
+    vocabulary.extend((vocabulary.len() + 1..qformer.vocab_size).map(|id| format!("[unused{id}]")));
     std::fs::write(dir.path().join("vocab.txt"), vocabulary.join("\n")).expect("written");
     let config = ModelConfig {
         name: "tiny".into(),
@@ -88,6 +89,19 @@ fn pictures() -> Vec<ImageFeatures> {
             ImageFeatures::from_rows(rows, 40).expect("whole tokens")
         })
         .collect()
+}
+
+/// Most words would be unknown, and nothing would say so.
+#[test]
+fn a_vocabulary_that_is_cut_short_is_refused() {
+    let dir = folder();
+    let file = dir.path().join("vocab.txt");
+    let whole = std::fs::read_to_string(&file).expect("a vocabulary");
+    let lines: Vec<&str> = whole.lines().collect();
+    std::fs::write(&file, lines[..lines.len() / 2].join("\n")).expect("written");
+    let options = OpenOptions { vision: false, ..OpenOptions::default() };
+    let error = Blip2::open(dir.path(), &options).expect_err("half a vocabulary").to_string();
+    assert!(error.contains("vocab.txt") && error.contains("cut short"), "{error}");
 }
 
 #[test]

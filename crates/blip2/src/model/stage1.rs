@@ -75,7 +75,11 @@ impl Stage1 {
         let loader = Loader::frozen(&weights, options.precision);
         let qformer = QFormer::load(&config.qformer, &loader, TextSide::Whole)?;
         weights.finish()?;
-        let tokenizer = BertTokenizer::from_vocab(folder.join(&stage1.vocabulary))?;
+        let vocabulary = folder.join(&stage1.vocabulary);
+        let tokenizer = BertTokenizer::from_vocab(&vocabulary)?;
+        tokenizer
+            .check_rows(config.qformer.vocab_size)
+            .map_err(|reason| Error::File { path: vocabulary, reason })?;
         let texts = Texts::of(options.preset, Texts::Cleaned);
         Ok(Self::new(qformer, tokenizer, texts, weights.n_parameters()))
     }

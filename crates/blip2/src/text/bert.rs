@@ -172,6 +172,21 @@ impl BertTokenizer {
         self.pieces.len() + 1
     }
 
+    /// Why this is not the vocabulary of a Q-Former whose word embedding has `n_rows`, if it is not: one that was cut short would
+    /// read most words as unknown and say nothing. The embedding may have a row more, for BLIP-2's `<image>`.
+    ///
+    /// # Errors
+    /// The reason, of [`Error::File`] for whoever knows the file.
+    pub fn check_rows(&self, n_rows: usize) -> std::result::Result<(), String> {
+        let n = self.n_tokens();
+        if (n..=n + 1).contains(&n_rows) {
+            return Ok(());
+        }
+        Err(format!(
+            "has {n} tokens with [DEC], the Q-Former has {n_rows}: it is cut short, or another model's vocabulary"
+        ))
+    }
+
     /// The mark before a text.
     pub fn cls_id(&self) -> u32 {
         self.cls
