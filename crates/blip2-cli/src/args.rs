@@ -211,6 +211,9 @@ pub(crate) struct CaptionArgs {
     /// With --sidecar or --out: replace what is there instead of going on from it.
     #[arg(long, help_heading = "Many pictures")]
     pub(crate) overwrite: bool,
+    /// With --json: the logarithm of each token's probability too (`log_probs`, beside `token_ids`).
+    #[arg(long, requires = "json")]
+    pub(crate) log_probs: bool,
     /// Begin the caption with this text, as it stands, instead of the model's own prompt (`--prompt=` for none).
     #[arg(long, value_name = "TEXT")]
     pub(crate) prompt: Option<String>,
@@ -232,6 +235,9 @@ pub(crate) struct AskArgs {
     /// Rank these answers by likelihood instead of writing one; spaces around them do not count.
     #[arg(long, value_delimiter = ',', value_name = "A,B,C")]
     pub(crate) choices: Vec<String>,
+    /// With --json: the logarithm of each token's probability too (`log_probs`, beside `token_ids`).
+    #[arg(long, requires = "json", conflicts_with = "choices")]
+    pub(crate) log_probs: bool,
     /// Write only what matches this regular expression as a whole.
     #[arg(long, value_name = "PATTERN", conflicts_with = "choices")]
     pub(crate) regex: Option<String>,

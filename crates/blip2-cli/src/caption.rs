@@ -15,6 +15,7 @@ use crate::args::CaptionArgs;
 use crate::generation::{self, Written};
 use crate::model::{encode_picture, is_stdin, open_to_write, pixels};
 use destination::Destination;
+pub(crate) use destination::with_log_probs;
 
 /// Pictures that are described at once: the language model reads its weights once for all of them.
 const PICTURES_AT_ONCE: usize = 8;

@@ -10,6 +10,7 @@ use serde_json::json;
 
 use crate::Done;
 use crate::args::{AskArgs, ChatArgs};
+use crate::caption::with_log_probs;
 use crate::compare::distinct;
 use crate::generation::{Written, WrongUsage};
 use crate::model::{encode_picture, is_stdin, open_to_write};
@@ -52,8 +53,9 @@ pub(crate) fn ask(args: &AskArgs) -> anyhow::Result<Done> {
         let rows: Vec<_> = answers
             .iter()
             .map(|answer| {
-                json!({"path": path, "question": args.question, "answer": answer.text,
-                    "token_ids": answer.token_ids})
+                let row = json!({"path": path, "question": args.question, "answer": answer.text,
+                    "token_ids": answer.token_ids});
+                with_log_probs(row, answer, args.log_probs)
             })
             .collect();
         writeln!(out, "{}", serde_json::to_string_pretty(&rows)?)?;

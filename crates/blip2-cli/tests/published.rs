@@ -198,3 +198,20 @@ fn a_question_that_is_not_text_does_not_end_the_conversation() {
         assert_eq!(output.stdout.iter().filter(|byte| **byte == b'\n').count(), n_answers, "{said}");
     }
 }
+
+/// How sure the model was, for those who want to leave out what it was not sure of.
+#[test]
+fn the_probabilities_of_tokens_come_with_them_where_they_are_wanted() {
+    let picture = golden("blip2.png");
+    let picture = picture.to_str().expect("UTF-8");
+    for (verb, text) in [(&["caption", picture][..], "caption"), (&["ask", picture, "a"], "answer")] {
+        let settings = [verb, &["--beams", "2", "--max-new-tokens", "4"]].concat();
+        let plain = blip2(&settings, "blip2_opt");
+        let row = &blip2(&[&settings[..], &["--log-probs"]].concat(), "blip2_opt")[0];
+        assert!(plain[0]["log_probs"].is_null());
+        assert_eq!(plain[0][text], row[text]);
+        let log_probs = row["log_probs"].as_array().expect("numbers");
+        assert_eq!(log_probs.len(), row["token_ids"].as_array().expect("ids").len());
+        assert!(log_probs.iter().all(|value| value.as_f64().is_some_and(|value| value <= 0.0)), "{row}");
+    }
+}

@@ -16,7 +16,7 @@ use crate::rows::RowsFile;
 
 pub(super) enum Destination {
     /// Standard output, as lines, or as one JSON array when all are there.
-    Output { array: Option<Vec<Value>>, with_path: bool },
+    Output { array: Option<Vec<Value>>, with_path: bool, log_probs: bool },
     /// A text file beside each picture.
     Sidecars { extension: String, overwrite: bool },
     /// A file of rows.
@@ -39,7 +39,8 @@ impl Destination {
         }
         let Some(extension) = &args.sidecar else {
             let array = args.model.json.then(Vec::new);
-            return Ok(Self::Output { array, with_path: pictures.len() > 1 });
+            let (with_path, log_probs) = (pictures.len() > 1, args.log_probs);
+            return Ok(Self::Output { array, with_path, log_probs });
         };
         if extension.is_empty() || extension.contains(['/', '\\', '.']) {
             bail!("--sidecar={extension} is not an extension: give one like txt, without a dot");
@@ -94,19 +95,21 @@ impl Destination {
         // Files keep what is there: a picture that cannot be described is tried again the next time.
         let described = results.clone().filter_map(|(path, result)| Some((path, result.as_ref().ok()?)));
         match self {
-            Self::Output { array: Some(array), .. } => {
+            Self::Output { array: Some(array), log_probs, .. } => {
                 for (path, result) in results {
                     let path = path.display().to_string();
                     match result {
-                        Ok(answers) => array.extend(answers.iter().map(
-                            |answer| json!({"path": path, "caption": answer.text, "token_ids": answer.token_ids}),
-                        )),
+                        Ok(answers) => array.extend(answers.iter().map(|answer| {
+                            let row =
+                                json!({"path": path, "caption": answer.text, "token_ids": answer.token_ids});
+                            with_log_probs(row, answer, *log_probs)
+                        })),
                         Err(error) => array.push(json!({"path": path, "error": crate::message(error)})),
                     }
                 }
                 Ok(())
             }
-            Self::Output { array: None, with_path } => {
+            Self::Output { array: None, with_path, .. } => {
                 let mut out = std::io::stdout().lock();
                 for (path, answers) in described {
                     for answer in answers {
@@ -149,6 +152,14 @@ impl Destination {
         }
         Ok(())
     }
+}
+
+/// A row of JSON with how likely each token was, where that is wanted.
+pub(crate) fn with_log_probs(mut row: Value, answer: &Answer, wanted: bool) -> Value {
+    if wanted {
+        row["log_probs"] = json!(answer.log_probs);
+    }
+    row
 }
 
 /// A caption among others is one of as many lines; alone it is shown as it was written.
