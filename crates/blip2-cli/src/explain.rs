@@ -1,6 +1,7 @@
 //! `blip2 explain`.
 
 use std::io::Write;
+use std::path::Path;
 
 use anyhow::bail;
 use blip2::model::Word;
@@ -10,12 +11,18 @@ use serde_json::json;
 
 use crate::Done;
 use crate::args::ExplainArgs;
+use crate::generation::WrongUsage;
 use crate::model::{Part, open, open_picture};
 
 pub(crate) fn run(args: &ExplainArgs) -> anyhow::Result<Done> {
     let is_written = args.caption || !args.question.is_empty();
     if args.word.is_some() && !is_written {
         bail!("--word is a part of a caption or an answer: add --caption or --question");
+    }
+    if let Some(path) = args.output.as_deref().filter(|path| names_another_format(path)) {
+        let message =
+            format!("--output {}: the heat map is a PNG, so its name has to end in .png", path.display());
+        return Err(WrongUsage(message).into());
     }
     let picture = open_picture(&args.picture, None)?;
     let model = open(&args.model, if is_written { Part::Stage2 } else { Part::Stage1 })?;
@@ -37,6 +44,13 @@ pub(crate) fn run(args: &ExplainArgs) -> anyhow::Result<Done> {
         writeln!(std::io::stdout().lock(), "{}", serde_json::to_string_pretty(&row)?)?;
     }
     Ok(Done::All)
+}
+
+/// Whether a file's name says that it is a picture, but none of PNG.
+fn names_another_format(path: &Path) -> bool {
+    let extension = path.extension().map(|extension| extension.to_string_lossy().to_ascii_lowercase());
+    let others = ["jpg", "jpeg", "webp", "gif", "bmp", "tif", "tiff"];
+    extension.is_some_and(|extension| others.contains(&extension.as_str()))
 }
 
 /// The conversation: all questions but the last are answered.

@@ -37,6 +37,7 @@ fn wrong_usage_is_status_2() {
         |more: &[&str]| blip2(home.path(), &[&["eval", "retrieval", "a.jsonl"][..], more].concat());
     refused(&retrieval(&["--rerank", "16"]), 2, &["sum", "itm", "none"]);
     refused(&retrieval(&["--candidates", "0"]), 2, &["--candidates"]);
+    refused(&blip2(home.path(), &["explain", "a.jpg", "a cat", "-o", "heat.JPG"]), 2, &["heat.JPG", ".png"]);
     for arguments in [["info", "--threads", "0"], ["--threads", "many", "info"]] {
         refused(&blip2(home.path(), &arguments), 2, &["--threads"]);
     }
