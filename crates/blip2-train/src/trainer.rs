@@ -166,7 +166,10 @@ impl Start {
         objective: &impl Objective,
         loader: &mut Loader,
     ) -> Result<Self> {
-        let (state, mut model, moments) = checkpoint::load(path)?;
+        let (state, mut model, moments) = checkpoint::load(path).map_err(|error| {
+            let before = format!("remove {} to continue from the checkpoint before it", path.display());
+            Error::Training(format!("{error}; {before}"))
+        })?;
         let variables = objective.variables();
         for (name, variable) in variables {
             let fits = model.remove(name).filter(|(shape, _)| shape == variable.dims());

@@ -168,3 +168,23 @@ fn weights_that_are_no_numbers_are_not_saved() {
     let kept = checkpoint::newest(dir.path()).expect("readable").expect("a checkpoint");
     assert_eq!(checkpoint::load(&kept).expect("whole").0.step, 1);
 }
+
+/// Two checkpoints are kept: the message says how to get at the other one.
+#[test]
+fn a_damaged_checkpoint_names_the_way_to_the_one_before() {
+    let dir = tempfile::tempdir().expect("a folder");
+    let settings = LoopConfig { save_every: 2, max_steps: Some(4), ..settings() };
+    let start = || Start::fresh(&settings, &Toy::new());
+    let on_step = &mut |_: &_| ControlFlow::Continue(());
+    let outcome = train(&Toy::new(), &mut loader(dir.path()), &settings, "", dir.path(), start(), on_step);
+    let Ok(Outcome::Finished(newest)) = outcome else { panic!("not finished") };
+    let weights = newest.join("model.safetensors");
+    let bytes = std::fs::read(&weights).expect("readable");
+    std::fs::write(&weights, &bytes[..bytes.len() / 2]).expect("written");
+    let resume = |path: &Path| Start::resume(path, &settings, &Toy::new(), &mut loader(dir.path()));
+    let error = resume(&newest).expect_err("half a file").to_string();
+    assert!(error.contains("model.safetensors") && error.contains("remove "), "{error}");
+    std::fs::remove_dir_all(&newest).expect("removed");
+    let before = checkpoint::newest(dir.path()).expect("readable").expect("another one");
+    assert_eq!(resume(&before).expect("whole").step(), 2);
+}
