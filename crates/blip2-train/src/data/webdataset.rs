@@ -11,7 +11,7 @@ use super::folder::{PICTURE_EXTENSIONS, captions, extension};
 use super::{Builder, ImageSource, Row, Text};
 use crate::{Error, Result};
 use std::fs::File;
-use std::io::{BufReader, Read};
+use std::io::{BufReader, Read, Seek};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
@@ -59,8 +59,21 @@ struct Pending {
 }
 
 fn read_shard(path: &Path, builder: &mut Builder) -> Result<()> {
-    let damaged = |error: std::io::Error| Error::file(path, format!("is not a whole tar archive: {error}"));
-    let file = File::open(path).map_err(Error::io(path))?;
+    // The reader quotes what it cannot read, whatever bytes that are.
+    let damaged = |error: std::io::Error| {
+        let printable: String =
+            error.to_string().chars().filter(|c| c.is_ascii() && !c.is_control()).collect();
+        Error::file(path, format!("is not a whole tar archive: {printable}"))
+    };
+    let mut file = File::open(path).map_err(Error::io(path))?;
+    let mut magic = [0; 2];
+    if file.read(&mut magic).map_err(Error::io(path))? == 2 && magic == [0x1f, 0x8b] {
+        return Err(Error::file(
+            path,
+            "is compressed, and pictures are read from where they are: unpack it with gunzip",
+        ));
+    }
+    file.rewind().map_err(Error::io(path))?;
     let n_bytes = file.metadata().map_err(Error::io(path))?.len();
     let archive_path: Arc<Path> = Arc::from(path);
     let mut archive = tar::Archive::new(BufReader::new(file));
@@ -276,6 +289,18 @@ mod tests {
         for (said, (name, reason)) in skipped.iter().zip(expected) {
             assert!(said.contains(name) && said.contains(reason), "{said}");
         }
+    }
+
+    #[test]
+    fn a_compressed_shard_is_told_to_be_unpacked() {
+        let dir = tempfile::tempdir().unwrap();
+        fs::write(dir.path().join("s.tar"), b"\x1f\x8b\x08 and so on").unwrap();
+        let error = Dataset::load(&[DataConfig::new("s.tar")], dir.path()).unwrap_err().to_string();
+        assert!(error.contains("s.tar") && error.contains("gunzip"), "{error}");
+        // Bytes that a terminal would obey are not in the message.
+        fs::write(dir.path().join("s.tar"), [0x1b; 512]).unwrap();
+        let error = Dataset::load(&[DataConfig::new("s.tar")], dir.path()).unwrap_err().to_string();
+        assert!(error.contains("not a whole tar archive") && !error.contains('\u{1b}'), "{error}");
     }
 
     #[test]
