@@ -6,7 +6,7 @@ use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::Path;
 
 use ::image::error::UnsupportedErrorKind;
-use ::image::{DynamicImage, ExtendedColorType, ImageDecoder, ImageReader, RgbImage};
+use ::image::{DynamicImage, ExtendedColorType, ImageDecoder, ImageFormat, ImageReader, RgbImage};
 
 use super::ImageError;
 use super::recognise::{Format, is_complete, recognise};
@@ -134,11 +134,20 @@ fn read_header<'a>(
     let mut reader = ImageReader::with_format(Cursor::new(bytes), format.decoder);
     let mut allocations = ::image::Limits::default();
     // Room for 16-bit RGBA and the decoder's copy of it.
-    allocations.max_alloc = Some(limits.max_pixels.saturating_mul(16).saturating_add(64 << 20));
+    let room = limits.max_pixels.saturating_mul(16).saturating_add(64 << 20);
+    allocations.max_alloc =
+        Some(if format.decoder == ImageFormat::Png { room.min(png_room(bytes, limits)) } else { room });
     reader.limits(allocations);
     let decoder = reader.into_decoder().map_err(|error| in_words(error, format))?;
     check_size(decoder.dimensions(), format, limits)?;
     Ok(decoder)
+}
+
+/// What the PNG decoder may take beside the pixels, which its limit does not count: a row of them, texts and colour profile.
+/// Profiles are stored compressed, a thousandfold if somebody wants that, and unpacked with the header. What is this much
+/// larger than the whole file is passed over, as if the picture had none; texts are never larger than the file.
+fn png_room(bytes: &[u8], limits: &Limits) -> u64 {
+    (4 * bytes.len() as u64).saturating_add(8 * u64::from(limits.max_side)).saturating_add(1 << 20)
 }
 
 fn decode_as(format: Format, bytes: &[u8], limits: &Limits, pixels: Pixels) -> Result<RgbImage, ImageError> {
@@ -319,18 +328,23 @@ mod tests {
         }
     }
 
+    /// The checksum of a PNG's chunks.
+    fn crc(bytes: &[u8]) -> u32 {
+        !bytes.iter().fold(!0_u32, |crc, &byte| {
+            (0..8).fold(
+                crc ^ u32::from(byte),
+                |crc, _| if crc & 1 == 1 { crc >> 1 ^ 0xedb8_8320 } else { crc >> 1 },
+            )
+        })
+    }
+
     /// A PNG header that claims `width` × `height`, with hardly any data: a decompression bomb.
     fn png_claiming(width: u32, height: u32) -> Vec<u8> {
         let mut bytes = file("png");
         bytes[16..20].copy_from_slice(&width.to_be_bytes());
         bytes[20..24].copy_from_slice(&height.to_be_bytes());
-        let crc = bytes[12..29].iter().fold(!0_u32, |crc, &byte| {
-            (0..8).fold(
-                crc ^ u32::from(byte),
-                |crc, _| if crc & 1 == 1 { crc >> 1 ^ 0xedb8_8320 } else { crc >> 1 },
-            )
-        });
-        bytes[29..33].copy_from_slice(&(!crc).to_be_bytes());
+        let crc = crc(&bytes[12..29]);
+        bytes[29..33].copy_from_slice(&crc.to_be_bytes());
         bytes
     }
 
@@ -351,6 +365,43 @@ mod tests {
         assert!(matches!(error, ImageError::TooManyBytes { limit: 100, .. }), "{error}");
         let few = Limits { max_pixels: 24 * 16 - 1, ..Limits::default() };
         assert!(matches!(decode(&file("jpeg"), &few, Pixels::AsSeen), Err(ImageError::TooManyPixels { .. })));
+    }
+
+    /// A PNG with a colour profile of so many bytes, which are all the same.
+    fn png_with_profile(n_bytes: usize) -> Vec<u8> {
+        use ::image::ImageEncoder;
+        let mut bytes = Vec::new();
+        let mut encoder = ::image::codecs::png::PngEncoder::new(&mut bytes);
+        encoder.set_icc_profile(vec![0; n_bytes]).unwrap();
+        encoder.write_image(&[9; 12], 2, 2, ExtendedColorType::Rgb8).unwrap();
+        bytes
+    }
+
+    #[test]
+    fn a_profile_that_unpacks_to_much_more_than_its_file_is_passed_over() {
+        let limits = Limits::default();
+        let format = Format { decoder: ImageFormat::Png, name: "PNG" };
+        for (n_bytes, is_read) in [(3000, true), (1 << 20, true), (16 << 20, false)] {
+            let bytes = png_with_profile(n_bytes);
+            assert!(bytes.len() < 100_000);
+            let profile = read_header(format, &bytes, &limits).unwrap().icc_profile().unwrap();
+            assert_eq!(profile.map(|profile| profile.len()), is_read.then_some(n_bytes));
+            assert_eq!(decoded(&bytes).unwrap(), RgbImage::from_pixel(2, 2, [9; 3].into()));
+        }
+    }
+
+    #[test]
+    fn long_texts_in_a_png_are_no_reason_to_refuse_it() {
+        let whole = file("png");
+        let text = [&b"Comment\0"[..], &[b'x'; 6 << 20]].concat();
+        let body = [&b"tEXt"[..], &text].concat();
+        let length = u32::try_from(text.len()).unwrap().to_be_bytes();
+        // Between the header, of 33 bytes with the signature, and the pixels.
+        let chunk = [&length[..], &body, &crc(&body).to_be_bytes()].concat();
+        assert_eq!(
+            decoded(&[&whole[..33], &chunk, &whole[33..]].concat()).unwrap(),
+            decoded(&whole).unwrap()
+        );
     }
 
     #[test]
