@@ -118,19 +118,62 @@ impl RequestBody {
         self.memory
     }
 
-    /// Reads it as JSON. Unknown fields are left alone: clients send new ones all the time.
+    /// Reads it as a JSON object. Unknown fields are left alone: clients send new ones all the time.
     pub(crate) fn json<T: DeserializeOwned>(&self) -> Result<T, ApiError> {
-        if self.bytes.iter().all(u8::is_ascii_whitespace) {
-            return Err(ApiError::body("the request's body is empty, it should be a JSON object"));
+        match self.bytes.iter().find(|byte| !byte.is_ascii_whitespace()) {
+            None => return Err(ApiError::body("the request's body is empty, it should be a JSON object")),
+            // Where a structure is wanted a list of its values would do too, in an order that nobody has promised.
+            Some(b'{') => {}
+            Some(_) => return Err(ApiError::body("the request's body is not a JSON object")),
         }
-        serde_json::from_slice(&self.bytes).map_err(|error| {
-            // The message may quote what it did not expect, and that may be a picture.
-            let message = error.to_string();
-            let short: String = message.chars().take(160).collect();
-            let place = message.rfind(" at line ").map_or("", |at| &message[at..]);
-            let short = if short.len() < message.len() { format!("{short}…{place}") } else { short };
-            ApiError::body(format!("the request's body is not the JSON that this address takes: {short}"))
-        })
+        let mut json = serde_json::Deserializer::from_slice(&self.bytes);
+        let value = serde_path_to_error::deserialize(&mut json).map_err(|error| {
+            // A field's name is the client's word too.
+            let path: String = error.path().to_string().chars().take(100).collect();
+            in_words(&path, error.inner())
+        })?;
+        json.end().map_err(|error| in_words(".", &error))?;
+        Ok(value)
+    }
+}
+
+/// What is wrong with a body, in the words of JSON and not of the program that reads it, and the field where it is.
+fn in_words(path: &str, error: &serde_json::Error) -> ApiError {
+    let message = error.to_string();
+    let (what, place) = message.rsplit_once(" at line ").unwrap_or((message.as_str(), ""));
+    if error.classify() != serde_json::error::Category::Data {
+        return ApiError::body(format!("the request's body is not JSON: {what} at line {place}"));
+    }
+    let what = what.rsplit_once(", expected ").map_or_else(
+        || what.to_owned(),
+        |(found, expected)| format!("{found}, expected {}", kind_in_words(expected)),
+    );
+    // The message may quote what it did not expect, and that may be a picture.
+    let short: String = what.chars().take(160).collect();
+    let short = if short.len() < what.len() { short + "…" } else { short };
+    let missing = what.strip_prefix("missing field `").and_then(|rest| rest.strip_suffix('`'));
+    let param = match (path, missing) {
+        (".", None) => return ApiError::body(short),
+        (".", Some(field)) => field.to_owned(),
+        (path, None) => path.to_owned(),
+        (path, Some(field)) => format!("{path}.{field}"),
+    };
+    let message = if missing.is_some() { short } else { format!("`{param}`: {short}") };
+    ApiError { param: Some(param), ..ApiError::body(message) }
+}
+
+/// What the program calls a kind of value, as its clients call it.
+fn kind_in_words(expected: &str) -> &str {
+    match expected {
+        "usize" | "u8" | "u16" | "u32" | "u64" => "a whole number that is not negative",
+        "i8" | "i16" | "i32" | "i64" => "a whole number",
+        "f32" | "f64" => "a number",
+        "a sequence" => "a list",
+        "a map" => "an object",
+        "a boolean" => "true or false",
+        "a string" => "a text",
+        structure if structure.starts_with("struct ") => "an object",
+        other => other,
     }
 }
 
@@ -184,8 +227,82 @@ mod tests {
         let json = format!("{{\"n\": \"{}\"}}", "A".repeat(10_000));
         let body = RequestBody { bytes: json.into_bytes(), memory: Memory::default() };
         let error = body.json::<std::collections::BTreeMap<String, u32>>().expect_err("no number");
-        assert!(error.message.len() < 400 && error.message.ends_with("column 10008"), "{}", error.message);
-        let deep = RequestBody { bytes: "[".repeat(100_000).into_bytes(), memory: Memory::default() };
+        assert!(error.message.len() < 400 && error.message.ends_with('…'), "{}", error.message);
+        let deep = format!("{{\"a\": {}", "[".repeat(100_000));
+        let deep = RequestBody { bytes: deep.into_bytes(), memory: Memory::default() };
         assert_eq!(deep.json::<serde_json::Value>().expect_err("too deep").status, 400);
+    }
+
+    #[test]
+    fn what_is_wrong_is_said_in_the_words_of_json() {
+        use crate::wire::{ImageField, OneOrMany};
+
+        #[derive(Debug, serde::Deserialize)]
+        struct Asked {
+            #[serde(rename = "image")]
+            _image: ImageField,
+            #[serde(rename = "n")]
+            _n: Option<usize>,
+            #[serde(rename = "stop")]
+            _stop: Option<OneOrMany<String>>,
+            #[serde(rename = "turns", default)]
+            _turns: Vec<Turn>,
+        }
+        #[derive(Debug, serde::Deserialize)]
+        struct Turn {
+            #[serde(rename = "role")]
+            _role: String,
+        }
+
+        for (json, param, message) in [
+            (
+                r#"{"image": "", "n": -1}"#,
+                Some("n"),
+                "`n`: invalid value: integer `-1`, expected a whole number that is not negative",
+            ),
+            (
+                r#"{"image": "", "n": "2"}"#,
+                Some("n"),
+                "`n`: invalid type: string \"2\", expected a whole number that is not negative",
+            ),
+            (
+                r#"{"image": "", "stop": 5}"#,
+                Some("stop"),
+                "`stop`: expected one value or a list, each of the right type",
+            ),
+            (r#"{"image": 5}"#, Some("image"), "`image`: expected a text or {\"url\": …}"),
+            (r#"{"n": 5}"#, Some("image"), "missing field `image`"),
+            (r#"{"image": "", "turns": [{"role": "a"}, {}]}"#, Some("turns[1].role"), "missing field `role`"),
+            (
+                r#"{"image": "", "turns": [3]}"#,
+                Some("turns[0]"),
+                "`turns[0]`: invalid type: integer `3`, expected an object",
+            ),
+            (
+                r#"{"image": "", "n": ", expected a lot"}"#,
+                Some("n"),
+                "`n`: invalid type: string \", expected a lot\", expected a whole number that is not negative",
+            ),
+            (r#"["", 5]"#, None, "the request's body is not a JSON object"),
+            ("null", None, "the request's body is not a JSON object"),
+            ("", None, "the request's body is empty, it should be a JSON object"),
+            (
+                r#"{"image": "", "n": NaN}"#,
+                None,
+                "the request's body is not JSON: expected value at line 1 column 20",
+            ),
+            (
+                r#"{"image": ""} x"#,
+                None,
+                "the request's body is not JSON: trailing characters at line 1 column 15",
+            ),
+        ] {
+            let body = RequestBody { bytes: json.into(), memory: Memory::default() };
+            let error = body.json::<Asked>().expect_err(json);
+            assert_eq!((error.param.as_deref(), error.message.as_str()), (param, message), "{json}");
+            assert_eq!((error.status.as_u16(), error.code), (400, "invalid_body"));
+        }
+        let whole = r#" {"image": {"url": ""}, "n": 2, "stop": ["a"], "turns": [], "later": 1} "#;
+        assert!(RequestBody { bytes: whole.into(), memory: Memory::default() }.json::<Asked>().is_ok());
     }
 }

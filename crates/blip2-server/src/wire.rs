@@ -18,7 +18,7 @@ use crate::picture::Source;
 
 /// A value, or a list of them.
 #[derive(Debug, Clone, Deserialize)]
-#[serde(untagged)]
+#[serde(untagged, expecting = "expected one value or a list, each of the right type")]
 pub(crate) enum OneOrMany<T> {
     One(T),
     Many(Vec<T>),
@@ -42,7 +42,7 @@ impl<T> OneOrMany<T> {
 
 /// A picture, as `{"url": …}` or as the URL or base64 itself.
 #[derive(Debug, Clone, Deserialize)]
-#[serde(untagged)]
+#[serde(untagged, expecting = "expected a text or {\"url\": …}")]
 pub(crate) enum ImageField {
     Text(String),
     Object { url: String },

@@ -91,14 +91,14 @@ fn what_cannot_be_explained_is_said() {
             "invalid_value",
             "history",
         ),
-        (json!({"question": "who?", "history": [{"question": "a"}]}), "invalid_body", ""),
+        (json!({"question": "who?", "history": [{"question": "a"}]}), "invalid_body", "history[0].answer"),
         (json!({"caption": true, "text": " "}), "invalid_value", "text"),
         (json!({"question": " "}), "invalid_value", "question"),
         (json!({"question": "who?", "text": "a ".repeat(100)}), "context_length_exceeded", "text"),
         (json!({"question": "who?", "text": "a ".repeat(4000)}), "context_length_exceeded", "text"),
         (json!({"question": "who?", "text": "a ".repeat(5000)}), "invalid_value", "text"),
         (json!({"caption": true, "image": "!"}), "invalid_image_url", "image"),
-        (json!({"caption": true, "text": 5}), "invalid_body", ""),
+        (json!({"caption": true, "text": 5}), "invalid_body", "text"),
     ] {
         assert_eq!(refused(&opt, &fields), (code.to_owned(), param.to_owned()), "{fields}");
     }

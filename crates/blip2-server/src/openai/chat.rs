@@ -41,7 +41,7 @@ struct ChatMessage {
 }
 
 #[derive(Debug, Deserialize)]
-#[serde(untagged)]
+#[serde(untagged, expecting = "expected a text or a list of parts, each an object with its type")]
 enum Content {
     Text(String),
     Parts(Vec<Part>),

@@ -43,7 +43,7 @@ enum Pooling {
 
 /// A text, or a text or picture by name.
 #[derive(Debug, Deserialize)]
-#[serde(untagged)]
+#[serde(untagged, expecting = "expected a text, {\"text\": …} or {\"image\": …}")]
 enum Input {
     Text(String),
     Picture { image: ImageField },
