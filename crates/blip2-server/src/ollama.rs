@@ -35,16 +35,14 @@ struct ChatRequest {
 #[derive(Debug, Deserialize)]
 struct ChatMessage {
     role: String,
-    #[serde(default)]
-    content: String,
+    content: Option<String>,
     images: Option<Vec<String>>,
 }
 
 #[derive(Debug, Deserialize)]
 struct GenerateRequest {
     model: Option<String>,
-    #[serde(default)]
-    prompt: String,
+    prompt: Option<String>,
     system: Option<String>,
     images: Option<Vec<String>>,
     stream: Option<bool>,
@@ -122,7 +120,7 @@ pub(crate) async fn chat(
             .into_iter()
             .map(|message| Message {
                 role: message.role,
-                text: message.content,
+                text: message.content.unwrap_or_default(),
                 pictures: message.images.unwrap_or_default(),
             })
             .collect(),
@@ -147,10 +145,11 @@ pub(crate) async fn generate(
     refuse("template", asked.template.is_some_and(|template| !template.is_empty()))?;
     let pictures = asked.images.unwrap_or_default();
     let mut messages = Vec::new();
-    if !asked.prompt.is_empty() || !pictures.is_empty() {
+    let prompt = asked.prompt.unwrap_or_default();
+    if !prompt.is_empty() || !pictures.is_empty() {
         let system = asked.system.filter(|system| !system.is_empty());
         messages.extend(system.map(|text| Message { role: "system".into(), text, pictures: Vec::new() }));
-        messages.push(Message { role: "user".into(), text: asked.prompt, pictures });
+        messages.push(Message { role: "user".into(), text: prompt, pictures });
     }
     let ask = Ask {
         model: asked.model,
@@ -193,11 +192,11 @@ async fn respond(app: &Arc<App>, context: &Context, ask: Ask, memory: Memory) ->
         let lines = Lines { app: app.clone(), is_chat, n_prompt, growing, start, first: None };
         return Ok(stream::response(events, lines, context));
     }
-    let Complete { answers, .. } = accepted.complete().await?;
+    let Complete { answers, first, .. } = accepted.complete().await?;
     let mut growing = GrowingText::new(&accepted.generation.stop_strings);
     let Some(answer) = answers.first() else { return Err(ApiError::internal()) };
     let text = growing.finish(&answer.text).to_owned();
-    Ok(Json(line.last(&text, answer, accepted.n_prompt, start, start)).into_response())
+    Ok(Json(line.last(&text, answer, accepted.n_prompt, start, first)).into_response())
 }
 
 /// How a line of a response is written.
@@ -218,17 +217,27 @@ impl Line<'_> {
         line
     }
 
-    fn last(&self, text: &str, answer: &Answer, n_prompt: usize, start: Instant, first: Instant) -> Value {
+    /// The end of an answer that began at `start` and whose first token came at `first`; of beams, which come all at once,
+    /// no time is told apart.
+    fn last(
+        &self,
+        text: &str,
+        answer: &Answer,
+        n_prompt: usize,
+        start: Instant,
+        first: Option<Instant>,
+    ) -> Value {
+        let (first, end) = (first.unwrap_or(start), Instant::now());
         let nanoseconds = |time: Duration| u64::try_from(time.as_nanos()).unwrap_or(u64::MAX);
         let mut line = self.of(text);
         line["done"] = true.into();
         line["done_reason"] = finish_reason(answer.finish).into();
-        line["total_duration"] = nanoseconds(start.elapsed()).into();
+        line["total_duration"] = nanoseconds(end - start).into();
         line["load_duration"] = 0.into();
         line["prompt_eval_count"] = n_prompt.into();
         line["prompt_eval_duration"] = nanoseconds(first - start).into();
         line["eval_count"] = answer.token_ids.len().into();
-        line["eval_duration"] = nanoseconds(first.elapsed()).into();
+        line["eval_duration"] = nanoseconds(end - first).into();
         line
     }
 
@@ -273,8 +282,7 @@ impl Format for Lines {
         let line = Line { app: &self.app, is_chat: self.is_chat };
         let rest = self.growing.finish(&answer.text);
         let rest = if rest.is_empty() { String::new() } else { format!("{}\n", line.of(rest)) };
-        let first = self.first.unwrap_or(self.start);
-        format!("{rest}{}\n", line.last("", answer, self.n_prompt, self.start, first))
+        format!("{rest}{}\n", line.last("", answer, self.n_prompt, self.start, self.first))
     }
 
     fn failed(&mut self, error: &ApiError) -> String {

@@ -1,6 +1,7 @@
 //! What the interfaces have in common: values that come in several forms, and conversations.
 
 use std::sync::Arc;
+use std::time::Instant;
 
 use blip2::generate::{Constraint, FinishReason, GenerationConfig};
 use blip2::model::{Answer, Stage2Config};
@@ -225,22 +226,26 @@ pub(crate) struct Complete {
     pub(crate) n_cached: usize,
     /// Of each answer; none with beams.
     pub(crate) tokens: Vec<Vec<Token>>,
+    /// When the first of them came.
+    pub(crate) first: Option<Instant>,
 }
 
 impl Accepted {
     /// Waits for the whole.
     pub(crate) async fn complete(&mut self) -> Result<Complete, ApiError> {
         let mut tokens = vec![Vec::new(); self.generation.num_return_sequences];
+        let mut first = None;
         loop {
             match self.events.recv().await {
                 Some(Event::Token(token)) => {
+                    first.get_or_insert_with(Instant::now);
                     if let Some(tokens) = tokens.get_mut(token.sequence) {
                         tokens.push(token);
                     }
                 }
                 Some(Event::Done(written)) => {
                     let Written { answers, n_cached } = written?;
-                    return Ok(Complete { answers, n_cached, tokens });
+                    return Ok(Complete { answers, n_cached, tokens, first });
                 }
                 // The model's thread met a mistake.
                 None => return Err(ApiError::internal()),

@@ -158,11 +158,22 @@ fn ollamas_conversations_are_lines_of_json() {
         whole["stream"] = false.into();
         let whole = server.post(path, &whole).ok();
         assert_eq!((text(&whole), &whole["done"]), (expected.text.clone(), &json!(true)));
+        for line in [&whole, last] {
+            let time = |name: &str| line[name].as_u64().unwrap_or_else(|| panic!("{name}: {line}"));
+            assert!(time("prompt_eval_duration") > 0, "{path}: the prompt took no time: {line}");
+            assert!(time("prompt_eval_duration") + time("eval_duration") <= time("total_duration"), "{line}");
+        }
     }
     // Clients that write out what they leave unset.
     let unset =
         json!({"prompt": "who?", "images": [image], "stream": false, "options": null, "format": null});
     assert_eq!(server.post("/api/generate", &unset).ok()["done"], true);
+    let unset = json!({"prompt": null, "images": [image], "stream": false});
+    assert_eq!(server.post("/api/generate", &unset).ok()["done"], true);
+    let said = json!({"role": "user", "content": "who?", "images": [image]});
+    let unset =
+        json!({"messages": [said, {"role": "assistant", "content": null, "images": null}], "stream": false});
+    assert!(server.post("/api/chat", &unset).text().contains("the last message must be the user's"));
     let load = server.post("/api/generate", &json!({"model": server.name})).ok();
     assert_eq!((&load["done"], &load["done_reason"]), (&json!(true), &json!("load")));
 }

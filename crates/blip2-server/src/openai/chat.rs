@@ -117,7 +117,7 @@ pub(crate) async fn complete(
             ChatStream { head, log_probs, with_usage, n_prompt, n_image, growing: growing.collect() };
         return Ok(stream::response(events, stream, &context));
     }
-    let Complete { answers, n_cached, tokens } = accepted.complete().await?;
+    let Complete { answers, n_cached, tokens, .. } = accepted.complete().await?;
     let usage = usage((accepted.n_prompt, accepted.n_image, n_cached), &answers);
     let choices: Vec<Value> = answers
         .iter()
