@@ -328,6 +328,17 @@ def phone(browser, server, options):
     expect(theme).to_have_text("Theme: dark")
     assert page.evaluate("document.documentElement.dataset.theme") == "dark"
     visit.done("phone width, and the theme is kept")
+    page.get_by_label("Choose pictures").set_input_files(PICTURES)
+    expect(page.locator("#batch-state")).to_have_text("3 of 3")
+    visit.fits_width()
+    scroll = page.locator("#batch .scroll")
+    assert scroll.evaluate("at => at.scrollWidth <= at.clientWidth"), "the table fits"
+    widths = page.locator("#rows td:nth-child(3)").evaluate_all("cells => cells.map((at) => at.clientWidth)")
+    assert all(width > 180 for width in widths), f"captions have room: {widths}"
+    assert scroll.get_by_role("columnheader", name="Caption").count() == 1, "columns have names"
+    visit.axe("phone, table")
+    visit.shot("13-phone-table", full=True)
+    visit.done("a table at phone width")
     visit.context.close()
 
 

@@ -79,7 +79,7 @@ function makeRow(row) {
   opener.onclick = () => open(row.file, row.caption);
   row.cells = {
     caption: make("td", { hidden: !abilities.has("caption") }),
-    fits: make("td"),
+    fits: make("td", { className: "fits" }),
     state: make("td"),
   };
   const image = make("img", { src: row.url, alt: "", loading: "lazy", decoding: "async" });
