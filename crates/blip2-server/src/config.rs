@@ -27,7 +27,9 @@ pub struct ServerConfig {
     pub queue: usize,
     /// Texts that grow at once: `n`, or the beams, of all requests that are being answered.
     pub batch: usize,
-    /// Memory of the keys and values of all texts that grow, in bytes: a request begins when its own fit.
+    /// Memory of the keys and values of all texts that grow, in bytes: a request begins when its own, at their longest, fit.
+    /// Rows of texts that ended are given back when they are more than those that are used, and buffers grow by halves: up
+    /// to three times as much may be taken for a while.
     pub kv_bytes: usize,
     /// Memory of the features of pictures seen before, in bytes.
     pub picture_cache_bytes: usize,
