@@ -261,14 +261,28 @@ fn unusable(error: impl std::fmt::Display) -> Error {
     refuse(format!("the form of the answer cannot be kept to: {}", in_short(&error.to_string())))
 }
 
-/// The first line of a compiler's message: what comes after it is about the compiler.
+/// The first line of a compiler's message: what comes after it is about the compiler. Where that line is about the compiler
+/// too, what it means for a schema.
 fn in_short(message: &str) -> String {
     const LONGEST: usize = 200;
+    const MEANINGS: [(&str, &str); 3] = [
+        ("oneOf constraints", "oneOf is not supported where several of its schemas may fit: use anyOf"),
+        ("Only absolute $ref", "a $ref names something outside of it"),
+        ("NoExtensionBias", "no text fits it"),
+    ];
     let line = message.lines().next().unwrap_or_default().trim();
     if line.is_empty() || line.starts_with("panic") {
         return "it is too large or too deep".into();
     }
-    line.chars().take(LONGEST).collect()
+    if let Some((_, meaning)) = MEANINGS.iter().find(|(beginning, _)| line.starts_with(beginning)) {
+        return (*meaning).into();
+    }
+    // A pattern's own error comes last, after the pattern with a mark below it.
+    let of_pattern = message.lines().find_map(|line| line.trim().strip_prefix("error: "));
+    match of_pattern.filter(|_| line.contains("regex parse error")) {
+        Some(reason) => format!("a pattern in it: {}", reason.chars().take(LONGEST).collect::<String>()),
+        None => line.chars().take(LONGEST).collect(),
+    }
 }
 
 /// Refuses what is no regular expression, or one that is nested deeply, in the words of those who know.
