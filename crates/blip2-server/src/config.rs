@@ -161,6 +161,11 @@ impl ServerConfig {
                 return Err(StartError::Config(format!("the limit of {name} is {value}: give 1 or more")));
             }
         }
+        if self.kv_bytes == 0 {
+            return Err(StartError::Config(
+                "the memory for keys and values is 0: nothing could be written".into(),
+            ));
+        }
         if self.limits.decode_bytes == 0 || self.limits.decode_bytes > 1 << 40 {
             return Err(StartError::Config("the memory for decoding pictures is 0 or too large".into()));
         }
@@ -199,6 +204,8 @@ mod tests {
     fn limits_that_allow_nothing_are_refused() {
         let config = ServerConfig { queue: 0, ..ServerConfig::default() };
         assert!(config.validate().expect_err("refused").to_string().contains("queue"));
+        let config = ServerConfig { kv_bytes: 0, ..ServerConfig::default() };
+        assert!(config.validate().expect_err("refused").to_string().contains("keys and values"));
         for limits in [
             Limits { all_body_bytes: 1, ..Limits::default() },
             Limits { decode_bytes: 0, ..Limits::default() },
