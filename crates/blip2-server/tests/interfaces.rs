@@ -239,6 +239,8 @@ fn the_description_is_of_this_server() {
             assert!(!operation["responses"]["200"]["content"][kind].is_null(), "{path} is {kind}");
         }
     }
+    // This server has no keys.
+    assert_eq!(description["security"], json!([{"key": []}, {}]));
     for page in ["/", "/docs"] {
         let text = server.get(page).text();
         assert!(
