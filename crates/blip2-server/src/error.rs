@@ -6,7 +6,7 @@
 use std::net::SocketAddr;
 
 use axum::body::Body;
-use axum::http::header::{CONTENT_TYPE, RETRY_AFTER};
+use axum::http::header::{CONTENT_TYPE, RETRY_AFTER, WWW_AUTHENTICATE};
 use axum::http::{HeaderValue, StatusCode};
 use axum::response::{IntoResponse, Response};
 use blip2::image::ImageError;
@@ -235,6 +235,9 @@ impl ApiError {
         } else if self.status.is_server_error() || self.status == StatusCode::REQUEST_TIMEOUT {
             // Clients of OpenAI try again by themselves; here the same would happen again.
             headers.insert("x-should-retry", HeaderValue::from_static("false"));
+        } else if self.status == StatusCode::UNAUTHORIZED {
+            // HTTP wants to be told how to come in.
+            headers.insert(WWW_AUTHENTICATE, HeaderValue::from_static("Bearer"));
         }
         response
     }

@@ -57,7 +57,8 @@ fn every_address_wants_a_key_but_the_open_ones() {
         }
     }
     // What is no address is not told to strangers either.
-    assert_eq!(server.get("/v2/secret").status, 401);
+    let refused = server.get("/v2/secret");
+    assert_eq!((refused.status, refused.header("www-authenticate")), (401, Some("Bearer")));
     assert_eq!(
         server.send("GET", "/v2/secret", &[("authorization", "Bearer right")], b"").error_code(),
         "not_found"
