@@ -44,6 +44,12 @@ await assert.rejects(openai.chat.completions.create({ ...request, model: "gpt-4o
 await assert.rejects(openai.chat.completions.create({ ...request, messages: [] }), OpenAI.BadRequestError);
 console.log("ok      openai errors");
 
+// A full queue: with retries every one of many is answered in the end.
+const patient = openai.withOptions({ maxRetries: 30 });
+const many = await Promise.all(Array.from({ length: 100 }, () => patient.chat.completions.create(request)));
+assert.ok(many.every((answer) => answer.choices[0].message.content === text));
+console.log("ok      openai, 100 at once with retries");
+
 const long = { ...request, max_tokens: 400, min_tokens: 400, stream: true };
 const stream = await openai.chat.completions.create(long);
 for await (const _ of stream) {
@@ -69,6 +75,14 @@ console.log("ok      ollama chat streamed");
 const generated = await ollama.generate({ model, prompt: "What is this?", images: [new Uint8Array(picture)], options });
 assert.equal(generated.response, text);
 console.log("ok      ollama generate");
+const { capabilities } = await ollama.show({ model });
+if (capabilities.includes("embedding")) {
+  const { embeddings } = await ollama.embed({ model, input: ["a cat", "a dog"] });
+  const { data } = await openai.embeddings.create({ model, input: ["a cat", "a dog"] });
+  // OpenAI's client asks for base64 by itself and gives numbers.
+  assert.deepEqual(data.map((row) => [...row.embedding].map(Math.fround)), embeddings.map((row) => row.map(Math.fround)));
+  console.log("ok      embeddings, the same through both");
+}
 await assert.rejects(ollama.chat({ model: "llava", messages: said }), /there is no model/);
 console.log("ok      ollama errors");
 const aborted = await ollama.chat({ model, messages: said, options: { num_predict: 400 }, stream: true });
