@@ -5,7 +5,8 @@
 
 writes crates/blip2/tests/golden/{blip2_opt,blip2_t5}/: `config.json`, `model.safetensors`, `tokenizer.json`,
 `tokenizer_config.json`, `preprocessor_config.json` as the hub has them, and `expected.json`: the first tokens of the picture,
-the queries as the language model reads them, and the tokens that follow prompts, greedily and with beams; and blip2_itm/, a
+the queries as the language model reads them, and the tokens that follow prompts, greedily and with beams; blip2_opt_narrow/, an OPT
+whose embeddings are narrower than its layers (as those of OPT-350m); and blip2_itm/, a
 `Blip2ForImageTextRetrieval` with `vocab.txt`: the matching head's logits, the similarities, both features, and the picture's tokens
 at twice the size. The picture is
 crates/blip2/tests/golden/blip2.png. Random weights, every bias and every query among them.
@@ -62,7 +63,7 @@ def vision_config() -> Blip2VisionConfig:
     )
 
 
-def model_of(family: str, n_tokens: int, line_break: int) -> Blip2ForConditionalGeneration:
+def model_of(family: str, n_tokens: int, line_break: int, width: int = 32) -> Blip2ForConditionalGeneration:
     vision = vision_config()
     qformer = Blip2QFormerConfig(
         hidden_size=32, intermediate_size=48, num_hidden_layers=3, num_attention_heads=4, encoder_hidden_size=24,
@@ -71,7 +72,7 @@ def model_of(family: str, n_tokens: int, line_break: int) -> Blip2ForConditional
     if family == "opt":
         text = OPTConfig(
             vocab_size=n_tokens + 4, hidden_size=32, ffn_dim=48, num_hidden_layers=2, num_attention_heads=4,
-            word_embed_proj_dim=32, max_position_embeddings=120, bos_token_id=2, pad_token_id=1, eos_token_id=line_break,
+            word_embed_proj_dim=width, max_position_embeddings=120, bos_token_id=2, pad_token_id=1, eos_token_id=line_break,
         )
     else:
         text = T5Config(
@@ -118,12 +119,12 @@ def write_processor(folder: Path) -> None:
     (folder / "preprocessor_config.json").write_text(json.dumps(processor, indent=1) + "\n")
 
 
-def write(family: str, image: Image.Image) -> None:
+def write(family: str, image: Image.Image, name: str = "", width: int = 32) -> None:
     made = tokenizer(family)
     n_tokens = made.get_vocab_size()
     line_break = made.encode("\n", add_special_tokens=False).ids[0]
-    model = model_of(family, n_tokens, line_break)
-    folder = FOLDER / f"blip2_{family}"
+    model = model_of(family, n_tokens, line_break, width)
+    folder = FOLDER / f"blip2_{name or family}"
     shutil.rmtree(folder, ignore_errors=True)
     model.save_pretrained(folder)
     (folder / "generation_config.json").unlink(missing_ok=True)
@@ -141,7 +142,8 @@ def write(family: str, image: Image.Image) -> None:
         embeds = model.vision_model(values).last_hidden_state
         hook.remove()
         queries = model.qformer(query_embeds=model.query_tokens, encoder_hidden_states=embeds).last_hidden_state
-        soft_tokens = model.language_projection(queries)[0]
+        # Where the embeddings are narrower than the layers, `masked_scatter` takes the first numbers of all.
+        soft_tokens = model.language_projection(queries)[0].flatten()[: N_QUERIES * width].reshape(N_QUERIES, width)
         texts = []
         end = line_break if family == "opt" else 1
         for prompt in PROMPTS[family]:
@@ -243,6 +245,7 @@ def main() -> None:
     image.save(path)
     for family in SPECIAL:
         write(family, Image.open(path).convert("RGB"))
+    write("opt", Image.open(path).convert("RGB"), "opt_narrow", width=20)
     write_itm(Image.open(path).convert("RGB"))
 
 

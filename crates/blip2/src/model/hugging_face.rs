@@ -268,8 +268,10 @@ fn open_generation(folder: &Path, json: &Json, file: &Safetensors, options: &Ope
     let bridge = QFormer::load(&qformer, &Loader::frozen(&source, BRIDGE_PRECISION), TextSide::None)?;
     let language_model =
         LanguageModel::from_safetensors(&text, file, LANGUAGE_MODEL, options.frozen_format())?;
-    let language_projection =
-        loader.linear("language_projection", qformer.hidden_size, language_model.hidden_size())?;
+    // Of an OPT with narrower embeddings than layers it may have either width, which was checked.
+    let projected = loader.shape("language_projection.weight").and_then(|shape| shape.first().copied());
+    let projected = projected.unwrap_or_else(|| language_model.hidden_size());
+    let language_projection = loader.linear("language_projection", qformer.hidden_size, projected)?;
     // Buffers of old revisions: positions count from 0.
     file.ignore(|name| name.ends_with(".position_ids"));
     file.finish()?;

@@ -406,7 +406,14 @@ fn architecture(state: &State<'_>, head: Head, config: Option<&Path>) -> Result<
 /// # Errors
 /// [`Error::TensorNames`] with all that is missing, misshapen or unknown; [`Error::Config`].
 pub(super) fn check_tensors(file: &Safetensors, json: &Json, writes: bool) -> Result<()> {
-    let model = architecture_of(json, writes, file.names().count(), |name| file.contains(name))?;
+    let mut model = architecture_of(json, writes, file.names().count(), |name| file.contains(name))?;
+    if let Head::Language(language) = &mut model.head {
+        // Where the two differ, transformers' own models project to the layers' width: what is stored decides.
+        let stored = file.shape("language_projection.weight").ok().and_then(|shape| shape.first().copied());
+        if stored == Some(language.inner_width) && language.inner_width > language.width {
+            language.width = language.inner_width;
+        }
+    }
     let table = Table::of(&model);
     let prefix = hugging_face::LANGUAGE_MODEL;
     let usual_name = |name: &str| match (&model.head, name.strip_prefix(prefix)) {

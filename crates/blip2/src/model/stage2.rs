@@ -158,9 +158,19 @@ impl Stage2 {
         (0..features.len()).map(|i| Ok(rows.narrow(0, i * n, n)?)).collect()
     }
 
-    /// Query outputs as the language model reads them.
+    /// Query outputs of whole pictures as the language model reads them.
     pub(super) fn project(&self, queries: &Tensor) -> Result<Tensor> {
-        Ok(self.language_projection.forward(queries)?)
+        let rows = self.language_projection.forward(queries)?;
+        let ((n_rows, found), width) = (rows.dims2()?, self.language_model.hidden_size());
+        if found == width {
+            return Ok(rows);
+        }
+        // transformers projects to the width of the layers. Where the embeddings are narrower (as OPT-350m's), its
+        // `masked_scatter` fills the image tokens' rows with the first numbers of all.
+        let n_queries = self.n_queries();
+        let n_pictures = n_rows / n_queries;
+        let first = rows.reshape((n_pictures, n_queries * found))?.narrow(1, 0, n_queries * width)?;
+        Ok(first.contiguous()?.reshape((n_rows, width))?)
     }
 
     pub(super) fn folder_generation(&self) -> &FolderGeneration {

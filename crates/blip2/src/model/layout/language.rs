@@ -63,8 +63,10 @@ impl Family {
 #[derive(Debug, Clone)]
 pub(super) struct Language {
     pub(super) family: Family,
-    /// Width of its embeddings.
+    /// Width of its embeddings, and of what stands for a picture beside them.
     pub(super) width: usize,
+    /// Width of its layers, which OPT-350m's embeddings are narrower than.
+    pub(super) inner_width: usize,
     /// Rows of its embeddings.
     pub(super) vocab_size: usize,
     /// Names and shapes.
@@ -146,7 +148,7 @@ fn opt(config: &OptConfig) -> Language {
     } else {
         tensors.push((head, vec![config.vocab_size, width]));
     }
-    Language { family: Family::Opt, width: d, vocab_size: config.vocab_size, tensors, copies }
+    Language { family: Family::Opt, width, inner_width: d, vocab_size: config.vocab_size, tensors, copies }
 }
 
 fn t5(config: &T5Config, has_head: bool) -> Language {
@@ -186,5 +188,12 @@ fn t5(config: &T5Config, has_head: bool) -> Language {
     }
     let copies =
         ["encoder", "decoder"].map(|stack| (format!("{stack}.embed_tokens.weight"), "shared.weight".into()));
-    Language { family: Family::T5, width: d, vocab_size: config.vocab_size, tensors, copies: copies.into() }
+    Language {
+        family: Family::T5,
+        width: d,
+        inner_width: d,
+        vocab_size: config.vocab_size,
+        tensors,
+        copies: copies.into(),
+    }
 }
