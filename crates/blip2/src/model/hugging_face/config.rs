@@ -1,6 +1,6 @@
 //! What the small files of a Hugging Face folder say: sizes, and how pictures are prepared.
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use serde_json::Value as Json;
 
@@ -152,17 +152,33 @@ pub(in crate::model) fn qformer_config(json: &Json) -> Result<QFormerConfig> {
     })
 }
 
-/// How pictures are prepared: BLIP-2's way, with the numbers of `preprocessor_config.json` where there is one.
+/// What a folder says of how pictures are prepared, and in which file: a part of `processor_config.json`, as transformers 5 saves
+/// it and looks for it first, or else `preprocessor_config.json`.
+fn image_processor(folder: &Path) -> Result<Option<(PathBuf, Json)>> {
+    let read = |name: &str| -> Result<Option<(PathBuf, Json)>> {
+        let path = folder.join(name);
+        let bytes = match std::fs::read(&path) {
+            Ok(bytes) => bytes,
+            Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(None),
+            Err(source) => return Err(Error::Io { path, source }),
+        };
+        let json = serde_json::from_slice(&bytes)
+            .map_err(|error| Error::File { path: path.clone(), reason: error.to_string() })?;
+        Ok(Some((path, json)))
+    };
+    match read("processor_config.json")? {
+        Some((path, mut json)) if json["image_processor"].is_object() => {
+            Ok(Some((path, json["image_processor"].take())))
+        }
+        _ => read("preprocessor_config.json"),
+    }
+}
+
+/// How pictures are prepared: BLIP-2's way, with the numbers that the folder has for it.
 pub(super) fn processor(folder: &Path, image_size: usize) -> Result<ImageProcessor> {
     let mut processor = ImageProcessor::blip2(image_size);
-    let path = folder.join("preprocessor_config.json");
-    let bytes = match std::fs::read(&path) {
-        Ok(bytes) => bytes,
-        Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(processor),
-        Err(source) => return Err(Error::Io { path, source }),
-    };
+    let Some((path, json)) = image_processor(folder)? else { return Ok(processor) };
     let refuse = |reason: String| Error::File { path: path.clone(), reason };
-    let json: Json = serde_json::from_slice(&bytes).map_err(|error| refuse(error.to_string()))?;
     let numbers = |field: &str, default: [f64; 3]| -> Result<[f64; 3]> {
         if json[field].is_null() {
             return Ok(default);
@@ -193,4 +209,26 @@ pub(super) fn processor(folder: &Path, image_size: usize) -> Result<ImageProcess
         return Err(refuse(format!("`resample` is {}, BLIP-2's is 3, bicubic", json["resample"])));
     }
     Ok(processor)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn pictures_are_prepared_as_the_files_of_either_age_say() {
+        let folder = tempfile::tempdir().unwrap();
+        let write = |name: &str, text: &str| std::fs::write(folder.path().join(name), text).unwrap();
+        let mean = || processor(folder.path(), 28).map(|processor| processor.image_mean);
+        assert_eq!(mean().unwrap(), ImageProcessor::blip2(28).image_mean);
+        write("processor_config.json", r#"{"num_query_tokens": 32}"#);
+        write("preprocessor_config.json", r#"{"image_mean": [0.1, 0.2, 0.3]}"#);
+        assert_eq!(mean().unwrap(), [0.1, 0.2, 0.3]);
+        // What transformers 5 saves holds where both are there.
+        write("processor_config.json", r#"{"image_processor": {"image_mean": [0.5, 0.5, 0.5]}}"#);
+        assert_eq!(mean().unwrap(), [0.5; 3]);
+        write("processor_config.json", r#"{"image_processor": {"size": {"height": 30, "width": 28}}}"#);
+        let error = mean().unwrap_err().to_string();
+        assert!(error.contains("processor_config.json: makes pictures of height 30"), "{error}");
+    }
 }
