@@ -498,6 +498,41 @@ fn with_tensors(
     dir
 }
 
+/// `qkv_bias` false is an encoder whose queries, keys and values have biases of zero.
+#[test]
+fn an_encoder_may_lack_the_biases_of_attention() {
+    let is_bias = |name: &str| name.ends_with("self_attn.qkv.bias");
+    let without =
+        with_tensors("blip2_opt", |name, shape| (!is_bias(name)).then(|| (name.into(), shape)), &[]);
+    assert!(refused(&without).contains("layers.1.self_attn.qkv.bias"), "{}", refused(&without));
+    let config = changed("blip2_opt", |c| c["vision_config"]["qkv_bias"] = false.into());
+    std::fs::copy(config.path().join("config.json"), without.path().join("config.json")).expect("copied");
+
+    let whole = Safetensors::open(golden("blip2_opt")).expect("weights");
+    let values = |name: &str| {
+        let values = whole.read_f32(name).expect("values");
+        if is_bias(name) { vec![0.0; values.len()] } else { values }
+    };
+    let all: Vec<_> = whole.names().map(|name| (name, values(name))).collect();
+    let tensors: Vec<_> = all
+        .iter()
+        .map(|(name, values)| NamedTensor {
+            name: (*name).into(),
+            shape: whole.shape(name).expect("a shape").to_vec(),
+            values: Values::F32(values),
+        })
+        .collect();
+    let zero = changed("blip2_opt", |_| {});
+    write_safetensors(zero.path().join("model.safetensors"), &tensors, &BTreeMap::new()).expect("written");
+
+    let tokens = |folder: &Path| {
+        let model = Blip2::open(folder, &OpenOptions::default()).expect("a model");
+        features(&model).tokens().to_vec2::<f32>().expect("rows")
+    };
+    assert_eq!(tokens(without.path()), tokens(zero.path()));
+    assert_ne!(tokens(without.path()), tokens(&golden("blip2_opt")));
+}
+
 #[test]
 fn all_tensors_that_are_wrong_are_named_at_once_before_a_weight_is_read() {
     let dir = with_tensors(

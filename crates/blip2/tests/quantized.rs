@@ -129,6 +129,7 @@ fn cosine_of_a_vision_transformer(outlier: Option<f32>) -> f64 {
         hidden_act: VitActivation::Gelu,
         pre_norm: false,
         patch_bias: true,
+        qkv_bias: true,
     };
     let (d, inner) = (config.hidden_size, config.intermediate_size);
     let mut random = Random { outlier, ..Random::default() };

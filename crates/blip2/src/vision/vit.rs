@@ -38,6 +38,13 @@ pub struct VitConfig {
     pub pre_norm: bool,
     /// Whether the patch projection has a bias (EVA).
     pub patch_bias: bool,
+    /// Whether queries, keys and values have biases; those of all published encoders have.
+    #[serde(default = "yes")]
+    pub qkv_bias: bool,
+}
+
+fn yes() -> bool {
+    true
 }
 
 /// A vision transformer's nonlinearity.
@@ -64,6 +71,7 @@ impl VitConfig {
             hidden_act: VitActivation::Gelu,
             pre_norm: false,
             patch_bias: true,
+            qkv_bias: true,
         }
     }
 
@@ -80,6 +88,7 @@ impl VitConfig {
             hidden_act: VitActivation::QuickGelu,
             pre_norm: true,
             patch_bias: false,
+            qkv_bias: true,
         }
     }
 
@@ -99,7 +108,12 @@ impl VitConfig {
         let (d, ffn, patch) =
             (self.hidden_size, self.intermediate_size, 3 * self.patch_size * self.patch_size);
         // CLIP is the one with a norm before the blocks.
-        let qkv = 3 * d * d + if self.pre_norm { 3 * d } else { 2 * d };
+        let n_biases = match (self.qkv_bias, self.pre_norm) {
+            (false, _) => 0,
+            (true, false) => 2 * d,
+            (true, true) => 3 * d,
+        };
+        let qkv = 3 * d * d + n_biases;
         let block = 4 * d + qkv + d * (d + 1) + ffn * (d + 1) + d * (ffn + 1);
         let patches = d * patch + if self.patch_bias { d } else { 0 };
         let pre_norm = if self.pre_norm { 2 * d } else { 0 };
@@ -225,9 +239,11 @@ impl Vit {
             .transpose()?;
         let block = |i: usize| -> Result<Block> {
             let at = loader.at(format!("encoder.layers.{i}"));
+            let qkv = at.at("self_attn").at("qkv");
+            let bias = config.qkv_bias.then(|| qkv.tensor("bias", &[3 * d])).transpose()?;
             Ok(Block {
                 layer_norm1: LayerNorm::load(&at.at("layer_norm1"), d, config.layer_norm_eps)?,
-                qkv: at.at("self_attn").linear("qkv", d, 3 * d)?,
+                qkv: Linear::new(qkv.weight("weight", d, 3 * d)?, bias),
                 projection: at.at("self_attn").linear("projection", d, d)?,
                 layer_norm2: LayerNorm::load(&at.at("layer_norm2"), d, config.layer_norm_eps)?,
                 fc1: at.at("mlp").linear("fc1", d, config.intermediate_size)?,

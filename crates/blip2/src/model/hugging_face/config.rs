@@ -117,13 +117,8 @@ pub(in crate::model) fn vit_config(json: &Json) -> Result<VitConfig> {
         // Only what `layout` wrote has these: Hugging Face has no CLIP encoder for BLIP-2.
         pre_norm: json["pre_norm"].as_bool().unwrap_or(base.pre_norm),
         patch_bias: json["patch_bias"].as_bool().unwrap_or(base.patch_bias),
+        qkv_bias: json["qkv_bias"].as_bool().unwrap_or(base.qkv_bias),
     };
-    if json["qkv_bias"] == Json::Bool(false) {
-        return Err(wrong(
-            "vision_config.qkv_bias",
-            "is false: an encoder without these biases is not known here",
-        ));
-    }
     config.validate()?;
     Ok(config)
 }

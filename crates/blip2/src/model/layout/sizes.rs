@@ -141,7 +141,7 @@ pub(super) fn config_json(
         "post_layernorm_eps": qformer.vision_layer_norm_eps,
         "attention_dropout": 0.0,
         "initializer_range": 1e-10,
-        "qkv_bias": true,
+        "qkv_bias": vision.qkv_bias,
     });
     if vision.pre_norm {
         vision_config["pre_norm"] = true.into();

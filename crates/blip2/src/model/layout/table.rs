@@ -155,7 +155,9 @@ impl Table {
                 let lavis = |name: &str| format!("visual_encoder.transformer.resblocks.{i}.{name}");
                 self.norm(&at("layer_norm1"), &lavis("ln_1"), d);
                 self.same(at("self_attn.qkv.weight"), lavis("attn.in_proj_weight"), &[3 * d, d]);
-                self.same(at("self_attn.qkv.bias"), lavis("attn.in_proj_bias"), &[3 * d]);
+                if config.qkv_bias {
+                    self.same(at("self_attn.qkv.bias"), lavis("attn.in_proj_bias"), &[3 * d]);
+                }
                 self.linear(&at("self_attn.projection"), &lavis("attn.out_proj"), d, d);
                 self.norm(&at("layer_norm2"), &lavis("ln_2"), d);
                 self.linear(&at("mlp.fc1"), &lavis("mlp.c_fc"), ffn, d);
@@ -164,7 +166,9 @@ impl Table {
                 let lavis = |name: &str| format!("visual_encoder.blocks.{i}.{name}");
                 self.norm(&at("layer_norm1"), &lavis("norm1"), d);
                 self.same(at("self_attn.qkv.weight"), lavis("attn.qkv.weight"), &[3 * d, d]);
-                self.push(at("self_attn.qkv.bias"), Lavis::QueryValueBias(lavis("attn")), &[3 * d]);
+                if config.qkv_bias {
+                    self.push(at("self_attn.qkv.bias"), Lavis::QueryValueBias(lavis("attn")), &[3 * d]);
+                }
                 self.linear(&at("self_attn.projection"), &lavis("attn.proj"), d, d);
                 self.norm(&at("layer_norm2"), &lavis("norm2"), d);
                 self.linear(&at("mlp.fc1"), &lavis("mlp.fc1"), ffn, d);
