@@ -265,7 +265,7 @@ fn match_candidates(
 fn similarities(model: &Blip2, pictures: &[ImageFeatures], texts: &[&str]) -> Result<Vec<f32>> {
     let mut text_rows = Vec::with_capacity(texts.len());
     for chunk in texts.chunks(64) {
-        text_rows.extend(model.embed_texts(chunk)?);
+        text_rows.extend(model.embed_candidates(chunk)?);
     }
     let width = model.config().qformer.image_text_hidden_size;
     let mut similarities = Vec::with_capacity(pictures.len() * texts.len());

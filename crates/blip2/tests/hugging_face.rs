@@ -300,6 +300,7 @@ fn presets_prepare_texts_as_their_source_does() {
     let (given, cleaned) = ("Two dogs (running) on the red sofa.", "two dogs running on the red sofa");
     let (own, hf, lavis) = (open(None), open(Some(Preset::Hf)), open(Some(Preset::Lavis)));
     let n_tokens = |model: &Blip2| model.n_matcher_tokens(&[given, cleaned]).expect("tokens");
+    let n_tokens_of = |model: &Blip2, text: &str| model.n_matcher_tokens(&[text]).expect("tokens")[0];
     // Two brackets and a full stop.
     assert_eq!(n_tokens(&lavis)[0], n_tokens(&lavis)[1]);
     assert_eq!(n_tokens(&hf)[0], n_tokens(&hf)[1] + 3);
@@ -308,6 +309,16 @@ fn presets_prepare_texts_as_their_source_does() {
     assert_eq!(scores(&lavis, given), scores(&lavis, cleaned));
     assert_ne!(scores(&hf, given), scores(&hf, cleaned));
     assert_eq!(scores(&hf, given), scores(&own, given));
+    // Of a text that is matched LAVIS reads the beginning (here what fits), whatever follows; what is embedded is read whole.
+    let (begins, goes_on) = ("the cat ".repeat(7), "the cat ".repeat(8) + "a red dog on the sofa");
+    assert_eq!(n_tokens_of(&lavis, &begins), 16);
+    assert_eq!(scores(&lavis, &goes_on), scores(&lavis, &begins));
+    let logits = |text: &str| lavis.itm_logits(&features(&lavis), &[text]).expect("logits");
+    assert_eq!(logits(&goes_on), logits(&begins));
+    let embed = |text: &str| lavis.embed_candidates(&[text]).expect("a row");
+    assert_eq!(embed(&goes_on), embed(&begins));
+    assert!(lavis.embed_texts(&[goes_on.as_str()]).is_err());
+    assert!(hf.match_texts(&features(&hf), &[goes_on.as_str()]).is_err());
     // A text of which nothing is left is refused.
     assert!(lavis.match_texts(&features(&lavis), &["(...)"]).is_err());
 }

@@ -20,8 +20,8 @@ pub enum Preset {
     /// and the prompt's tokens. Texts are compared as they are given.
     Hf,
     /// The `generate` of LAVIS's `blip2_opt.py` and `blip2_t5.py`: 5 beams, 30 tokens, a nucleus of 0.9 where it draws;
-    /// penalties see generated tokens only. Texts are compared as its `blip_caption` processor cleans them, but not cut to the
-    /// 32 tokens (35 in retrieval) that its models read of them.
+    /// penalties see generated tokens only. Texts are compared as its `blip_caption` processor cleans them, and of a text that is
+    /// matched the first 32 tokens are read (35 in retrieval).
     Lavis,
 }
 

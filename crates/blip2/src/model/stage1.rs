@@ -27,16 +27,24 @@ pub(super) struct Stage1 {
 pub(super) enum Texts {
     /// Cleaned as the captions of training were, LAVIS's and those here ([`clean_caption`]).
     Cleaned,
+    /// Cleaned, and cut where LAVIS cuts.
+    Lavis,
     /// Left as it is, as transformers does.
     AsGiven,
 }
+
+/// Tokens that LAVIS's models read of a text that is matched (`max_txt_len`); what they only embed they read whole.
+const LAVIS_MATCH_TOKENS: usize = 32;
+
+/// Tokens that LAVIS reads of a text in its evaluation of retrieval.
+const LAVIS_RETRIEVAL_TOKENS: usize = 35;
 
 impl Texts {
     /// What the implementation of a preset does with a text; without a preset what the model does by itself.
     pub(super) fn of(preset: Option<Preset>, own: Self) -> Self {
         match preset {
             Some(Preset::Hf) => Self::AsGiven,
-            Some(Preset::Lavis) => Self::Cleaned,
+            Some(Preset::Lavis) => Self::Lavis,
             None => own,
         }
     }
@@ -97,17 +105,27 @@ impl Stage1 {
     }
 
     pub(super) fn tokenize(&self, texts: &[&str]) -> Result<TextBatch> {
+        self.tokenize_within(texts, None)
+    }
+
+    /// [`tokenize`](Self::tokenize), of texts that LAVIS reads so many tokens of.
+    fn tokenize_cut(&self, texts: &[&str], lavis_tokens: usize) -> Result<TextBatch> {
+        self.tokenize_within(texts, (self.texts == Texts::Lavis).then_some(lavis_tokens))
+    }
+
+    fn tokenize_within(&self, texts: &[&str], cut: Option<usize>) -> Result<TextBatch> {
         let limit = self.qformer.config().max_position_embeddings;
         let encode = |text: &&str| {
             let read = match self.texts {
-                Texts::Cleaned => clean_caption(text),
+                Texts::Cleaned | Texts::Lavis => clean_caption(text),
                 Texts::AsGiven => (*text).to_owned(),
             };
             if read.trim().is_empty() {
                 return Err(Error::Request(nothing_to_compare(text)));
             }
             // One more than fits, so that a text that is too long is told from one that just fits.
-            let ids = self.tokenizer.encode(&read, limit + 1)?;
+            let n_wanted = cut.map_or(limit + 1, |cut| cut.min(limit));
+            let ids = self.tokenizer.encode(&read, n_wanted)?;
             if ids.len() > limit { Err(Error::TextTooLong { n_tokens: ids.len(), limit }) } else { Ok(ids) }
         };
         Ok(TextBatch::new(texts.iter().map(encode).collect::<Result<Vec<_>>>()?))
@@ -126,6 +144,14 @@ impl Stage1 {
     fn embed_texts(&self, texts: &TextBatch) -> Result<Tensor> {
         let hidden = self.qformer.encode_text(texts, &mut DropoutRng::off())?;
         self.qformer.project_text(&hidden, texts)
+    }
+
+    /// A row of `E` values for each text.
+    fn embed_batch(&self, texts: &TextBatch) -> Result<Vec<Vec<f32>>> {
+        if texts.is_empty() {
+            return Ok(Vec::new());
+        }
+        Ok(self.embed_texts(texts)?.to_vec2()?)
     }
 
     /// The queries of a picture with each text, `[T * Q, D]`.
@@ -162,22 +188,23 @@ fn nothing_to_compare(text: &str) -> String {
 }
 
 impl Blip2 {
-    /// The matching head's raw logits (no match, match) of a picture with each text, as re-ranking needs them.
+    /// The matching head's raw logits (no match, match) of a picture with each text, as re-ranking needs them. Texts are those
+    /// of [`embed_candidates`](Self::embed_candidates).
     ///
     /// # Errors
     /// As [`match_texts`](Self::match_texts).
     pub fn itm_logits(&self, features: &ImageFeatures, texts: &[&str]) -> Result<Vec<[f32; 2]>> {
         let stage1 = self.stage1()?;
-        stage1.itm_logits(features, &stage1.tokenize(texts)?)
+        stage1.itm_logits(features, &stage1.tokenize_cut(texts, LAVIS_RETRIEVAL_TOKENS)?)
     }
 
-    /// How well each text fits a picture.
+    /// How well each text fits a picture; with [`Preset::Lavis`] its first 32 tokens.
     ///
     /// # Errors
     /// When the model has no stage-1 part, there is no text, or a text is empty or too long.
     pub fn match_texts(&self, features: &ImageFeatures, texts: &[&str]) -> Result<Vec<MatchScore>> {
         let stage1 = self.stage1()?;
-        let batch = stage1.tokenize(texts)?;
+        let batch = stage1.tokenize_cut(texts, LAVIS_MATCH_TOKENS)?;
         let logits = stage1.itm_logits(features, &batch)?;
         let score = |([no, yes], itc_similarity): ([f32; 2], f32)| MatchScore {
             itm_probability: 1.0 / (1.0 + (no - yes).exp()),
@@ -202,11 +229,17 @@ impl Blip2 {
     /// When the model has no stage-1 part, or a text is empty or too long.
     pub fn embed_texts(&self, texts: &[&str]) -> Result<Vec<Vec<f32>>> {
         let stage1 = self.stage1()?;
-        let batch = stage1.tokenize(texts)?;
-        if batch.is_empty() {
-            return Ok(Vec::new());
-        }
-        Ok(stage1.embed_texts(&batch)?.to_vec2()?)
+        stage1.embed_batch(&stage1.tokenize(texts)?)
+    }
+
+    /// As [`embed_texts`](Self::embed_texts), of texts among which retrieval finds a picture's: with [`Preset::Lavis`] their
+    /// first 35 tokens.
+    ///
+    /// # Errors
+    /// As [`embed_texts`](Self::embed_texts).
+    pub fn embed_candidates(&self, texts: &[&str]) -> Result<Vec<Vec<f32>>> {
+        let stage1 = self.stage1()?;
+        stage1.embed_batch(&stage1.tokenize_cut(texts, LAVIS_RETRIEVAL_TOKENS)?)
     }
 
     /// The raw hidden states of texts that the Q-Former reads without a picture (LAVIS's `text_embeds`): for each text `[N, D]`,
