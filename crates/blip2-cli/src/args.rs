@@ -460,7 +460,8 @@ pub(crate) struct ConvertArgs {
     /// The frozen image encoder that a LAVIS checkpoint was trained with (eva_vit_g.pth, clip_vit_L.pth).
     #[arg(long, value_name = "FILE")]
     pub(crate) vit: Option<PathBuf>,
-    /// The language model that a LAVIS checkpoint was trained with, a Hugging Face folder with tokenizer.json.
+    /// The language model that a LAVIS checkpoint was trained with, a Hugging Face folder with tokenizer.json; or the folder of
+    /// a BLIP-2 model that has it.
     #[arg(long, value_name = "FOLDER")]
     pub(crate) language_model: Option<PathBuf>,
     /// BERT's vocab.txt, for a LAVIS checkpoint of stage 1.

@@ -276,7 +276,66 @@ fn a_hugging_face_folder_comes_back_to_the_bit() {
         let parts = FrozenParts { vision: None, ..parts(family, work.path()) };
         layout::to_hugging_face(&there, &back, &parts, &ConvertOptions::default()).expect("converted");
         same_tensors(&folder, &back);
+
+        // The folder that it came from says as much as the language model's own, and has its weights too.
+        let parts = FrozenParts { language_model: Some(folder.clone()), ..parts };
+        let without = work.path().join(format!("without-{family}.pth"));
+        let is_trained =
+            |name: &str| !name.starts_with("model.opt_model.") && !name.starts_with("model.t5_model.");
+        write(&without, &lavis, |name| {
+            is_trained(name).then(|| name.strip_prefix("model.").expect("a state dict").to_owned())
+        });
+        for (from, to) in [(&there, "from-whole"), (&without, "from-trained")] {
+            let back = work.path().join(format!("{to}-{family}"));
+            layout::to_hugging_face(from, &back, &parts, &ConvertOptions::default()).expect("converted");
+            same_tensors(&folder, &back);
+            let text = |folder: &Path| read_json(folder.join("config.json"))["text_config"].clone();
+            let (found, expected) = (text(&back), text(&folder));
+            for field in ["eos_token_id", "bos_token_id", "dense_act_fn", "vocab_size"] {
+                assert_eq!(found[field], expected[field], "{family}: {field}");
+            }
+        }
     }
+}
+
+/// Folders of newer revisions may have a row for the token that stands for a picture, which no vocabulary has.
+#[test]
+fn a_matching_checkpoint_may_have_a_row_for_the_image_token() {
+    let work = tempfile::tempdir().expect("a folder");
+    let parts = parts("stage1", work.path());
+    let original = Checkpoint::open(lavis("stage1.pth")).expect("a checkpoint");
+    let convert = |n_more: usize| {
+        let grown: Vec<(TensorAbout, Vec<u8>)> = original
+            .names()
+            .into_iter()
+            .map(|name| {
+                let StoredTensor { mut shape, encoding, bytes } = original.stored(name).expect("a tensor");
+                let (name, mut bytes) =
+                    (name.strip_prefix("model.").expect("a state dict"), bytes.into_owned());
+                if ["word_embeddings.weight", "predictions.bias", "decoder.weight", "decoder.bias"]
+                    .iter()
+                    .any(|by_word| name.ends_with(by_word))
+                {
+                    let n_row_bytes = bytes.len() / shape[0];
+                    bytes.extend(vec![0; n_more * n_row_bytes]);
+                    shape[0] += n_more;
+                }
+                (TensorAbout { name: name.into(), shape, encoding }, bytes)
+            })
+            .collect();
+        let (abouts, values): (Vec<_>, Vec<_>) = grown.into_iter().unzip();
+        let file = work.path().join(format!("{n_more}.pth"));
+        let bytes = |i: usize, file: &mut dyn std::io::Write| file.write_all(&values[i]);
+        write_torch(&file, "model", &abouts, bytes).expect("written");
+        let out = work.path().join(format!("out-{n_more}"));
+        layout::to_hugging_face(&file, &out, &parts, &ConvertOptions::default())
+            .map(|_| read_json(out.join("config.json")))
+    };
+    let (none, one) = (convert(0).expect("converted"), convert(1).expect("converted"));
+    assert_eq!(one["image_token_index"], none["image_token_index"]);
+    let vocab_size = |config: &Json| config["qformer_config"]["vocab_size"].as_u64();
+    assert_eq!(vocab_size(&one), vocab_size(&none).map(|n| n + 1));
+    assert!(convert(2).expect_err("refused").to_string().contains("another model's vocabulary"));
 }
 
 #[test]

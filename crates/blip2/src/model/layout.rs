@@ -66,7 +66,8 @@ impl Layout {
 pub struct FrozenParts {
     /// The image encoder's checkpoint, where it was frozen.
     pub vision: Option<PathBuf>,
-    /// The language model's Hugging Face folder, for its configuration, its tokenizer, and its weights where it was frozen.
+    /// The language model's Hugging Face folder, or that of a BLIP-2 model that has it, for its configuration, its tokenizer, and
+    /// its weights where it was frozen.
     pub language_model: Option<PathBuf>,
     /// BERT's `vocab.txt`, for a model of stage 1.
     pub vocabulary: Option<PathBuf>,
@@ -219,6 +220,11 @@ fn lavis_to_hugging_face(
         }
         (Some(family), Some(folder)) => {
             let mut json = json_of(folder)?;
+            // The folder of a whole model has a language model, too, with all that BLIP-2 makes of it.
+            let is_whole = json["model_type"] == "blip-2";
+            if is_whole {
+                json = hugging_face::text_config(&json);
+            }
             let in_folder = |error: Error| error.in_folder(folder);
             if Family::of(&json).map_err(in_folder)? != family {
                 return request(format!(
@@ -229,12 +235,18 @@ fn lavis_to_hugging_face(
             let named = |name: &str| format!("{}_model.{name}", family.lavis_prefix());
             if !state.contains(&named(family.telling_tensor())) {
                 language_model = Checkpoint::open(folder)?;
-                state.add(&language_model, |name| family.own_name(name).map(|name| named(&name)))?;
+                let own_name = |name: &str| -> Option<String> {
+                    let own = if is_whole { name.strip_prefix(hugging_face::LANGUAGE_MODEL)? } else { name };
+                    Some(named(&family.own_name(own)?))
+                };
+                state.add(&language_model, own_name)?;
             }
             let language = Language::of(&json, state.names().count(), |name| state.contains(&named(name)))
                 .map_err(in_folder)?;
             check_projection(checkpoint, &state, &language, folder)?;
-            small_files::adapt_text_config(&mut json, folder, &language)?;
+            if !is_whole {
+                small_files::adapt_text_config(&mut json, folder, &language)?;
+            }
             text = Some(json);
             Head::Language(language)
         }

@@ -77,10 +77,7 @@ pub(super) fn write(
             let first_unused = (n_tokens < language.vocab_size).then_some(n_tokens);
             named.and_then(|token| usize::try_from(token).ok()).or(first_unused)
         }
-        (Head::Matching, _, Some(vocabulary)) => {
-            write_bert(new, model, vocabulary)?;
-            Some(model.qformer.vocab_size)
-        }
+        (Head::Matching, _, Some(vocabulary)) => Some(write_bert(new, model, vocabulary)?),
         (Head::Matching, _, None) => {
             let reason = "a model of stage 1 reads texts with BERT's vocabulary, which the checkpoint does not hold: give \
                           vocab.txt of bert-base-uncased";
@@ -122,14 +119,15 @@ pub(super) fn write(
     new.write_json("processor_config.json", &processor)
 }
 
-/// BERT's vocabulary with the token that BLIP-2 adds to it.
-fn write_bert(new: &NewFolder, model: &Architecture, vocabulary: &PathBuf) -> Result<()> {
+/// BERT's vocabulary with the token that BLIP-2 adds to it; gives the first one after them, which stands for a picture and may
+/// have a row of its own.
+fn write_bert(new: &NewFolder, model: &Architecture, vocabulary: &PathBuf) -> Result<usize> {
     let tokenizer = BertTokenizer::from_vocab(vocabulary)?;
-    if tokenizer.n_tokens() != model.qformer.vocab_size {
+    let n_tokens = tokenizer.n_tokens();
+    if ![n_tokens, n_tokens + 1].contains(&model.qformer.vocab_size) {
         let reason = format!(
             "has {} tokens with [DEC], the checkpoint's Q-Former has {}: it is another model's vocabulary",
-            tokenizer.n_tokens(),
-            model.qformer.vocab_size
+            n_tokens, model.qformer.vocab_size
         );
         return Err(Error::File { path: vocabulary.clone(), reason });
     }
@@ -154,7 +152,8 @@ fn write_bert(new: &NewFolder, model: &Architecture, vocabulary: &PathBuf) -> Re
             "added_tokens_decoder": {dec.to_string(): added},
         }),
     )?;
-    new.write_json("added_tokens.json", &json!({"[DEC]": dec}))
+    new.write_json("added_tokens.json", &json!({"[DEC]": dec}))?;
+    Ok(n_tokens)
 }
 
 /// Copies all but the weights.
