@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 use anyhow::{Context, bail};
 use blip2::generate::GenerationConfig;
 use blip2::image::Limits;
-use blip2::model::{Answer, Blip2, ImageFeatures};
+use blip2::model::{Answer, Blip2, Given, ImageFeatures};
 use indicatif::{ProgressBar, ProgressStyle};
 
 use crate::Done;
@@ -42,8 +42,9 @@ pub(crate) fn run(args: &CaptionArgs) -> anyhow::Result<Done> {
     let n_had = n_given - pictures.len();
     let mut n_failed = 0;
     if !pictures.is_empty() {
+        let given = args.prompt.as_deref().map(Given::Text);
         let (model, config) =
-            open_to_write(&args.model.source, args.preset, Written::Captions, &args.generation)?;
+            open_to_write(&args.model.source, args.preset, Written::Captions, given, &args.generation)?;
         n_failed = describe(&model, &config, &pictures, args, &mut destination)?;
     }
     if destination.is_file() {

@@ -5,6 +5,7 @@ use std::ops::ControlFlow;
 
 use anyhow::Context;
 use blip2::generate::FinishReason;
+use blip2::model::Given;
 use blip2::text::AnswerForm;
 use serde_json::json;
 
@@ -19,7 +20,9 @@ pub(crate) fn ask(args: &AskArgs) -> anyhow::Result<Done> {
     if args.question.trim().is_empty() {
         anyhow::bail!("the question is empty: ask something about the picture");
     }
-    let (model, config) = open_to_write(&args.model.source, args.preset, Written::Answers, &args.generation)?;
+    let given = Given::Question(&args.question);
+    let (model, config) =
+        open_to_write(&args.model.source, args.preset, Written::Answers, Some(given), &args.generation)?;
     let features = encode_picture(&model, &args.picture, args.preset)?;
     let path = args.picture.display().to_string();
     let mut out = std::io::stdout().lock();
@@ -96,7 +99,8 @@ pub(crate) fn chat(args: &ChatArgs) -> anyhow::Result<Done> {
         // What beams write can still change: without them the answer can be shown as it grows.
         generation.num_beams = generation.num_beams.or(Some(1));
     }
-    let (model, config) = open_to_write(&args.model.source, args.preset, Written::Answers, &generation)?;
+    let (model, config) =
+        open_to_write(&args.model.source, args.preset, Written::Answers, None, &generation)?;
     let features = encode_picture(&model, &args.picture, args.preset)?;
     let mut chat = model.chat(&features)?;
     let stdin = std::io::stdin();

@@ -68,7 +68,7 @@ fn test_set<'a>(args: &'a EvalArgs, rows: &'a [Row]) -> TestSet<'a> {
 
 fn captions_report(args: &EvalArgs, rows: &[Row], on_progress: OnProgress<'_>) -> anyhow::Result<Report> {
     let (model, config) =
-        open_to_write(&args.model.source, args.preset, Written::Captions, &args.generation)?;
+        open_to_write(&args.model.source, args.preset, Written::Captions, None, &args.generation)?;
     let evaluated = captions(&model, test_set(args, rows), &config, on_progress)?;
     write_predictions(args.out.as_deref(), &evaluated)?;
     let scores = evaluated.caption_scores();
@@ -85,7 +85,8 @@ fn captions_report(args: &EvalArgs, rows: &[Row], on_progress: OnProgress<'_>) -
 }
 
 fn questions_report(args: &EvalArgs, rows: &[Row], on_progress: OnProgress<'_>) -> anyhow::Result<Report> {
-    let (model, config) = open_to_write(&args.model.source, args.preset, Written::Answers, &args.generation)?;
+    let (model, config) =
+        open_to_write(&args.model.source, args.preset, Written::Answers, None, &args.generation)?;
     let evaluated = questions(&model, test_set(args, rows), &config, on_progress)?;
     write_predictions(args.out.as_deref(), &evaluated)?;
     let (accuracy, kinds) = evaluated.accuracy();

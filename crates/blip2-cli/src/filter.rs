@@ -79,8 +79,9 @@ impl Models {
         let writer = if args.generate == 0 {
             None
         } else {
-            let (model, mut config) = open_to_write(&args.source, None, Written::Captions, &args.generation)
-                .context("the model that writes")?;
+            let (model, mut config) =
+                open_to_write(&args.source, None, Written::Captions, None, &args.generation)
+                    .context("the model that writes")?;
             if !config.do_sample {
                 // Beams differ in a word; captions that are drawn say different things.
                 config = GenerationConfig { do_sample: true, num_beams: 1, top_p: 0.9, ..config };

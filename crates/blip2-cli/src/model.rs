@@ -8,7 +8,9 @@ use anyhow::{Context, bail};
 use blip2::generate::GenerationConfig;
 use blip2::image::{Limits, Pixels, RgbImage};
 use blip2::layers::{FrozenFormat, Precision};
-use blip2::model::{Blip2, FILE_NAME, ImageFeatures, OpenOptions, Preset, memory_needed};
+use blip2::model::{
+    Blip2, FILE_NAME, Given, ImageFeatures, OpenOptions, Preset, check_prompt, memory_needed,
+};
 
 use crate::args::{ComputeArg, GenerationArgs, ModelArgs, PresetArg, SourceArgs};
 use crate::generation::{self, Written};
@@ -59,19 +61,24 @@ pub(crate) fn open_source(
     Ok(open_with_format(args, part, preset, say)?.0)
 }
 
-/// Opens a model that writes, with the settings that it writes with. They are checked before its weights are read.
+/// Opens a model that writes, with the settings that it writes with. They are checked before its weights are read, and so is
+/// whether what all texts go on from fits.
 ///
 /// # Errors
-/// As [`open`], and when the settings cannot be.
+/// As [`open`], and when the settings cannot be or the text is too long.
 pub(crate) fn open_to_write(
     args: &SourceArgs,
     preset: Option<PresetArg>,
     written: Written,
+    given: Option<Given<'_>>,
     generation: &GenerationArgs,
 ) -> anyhow::Result<(Blip2, GenerationConfig)> {
     generation::check(generation)?;
     let folder = locate(args)?;
     written.check(&folder, preset, generation)?;
+    if let Some(given) = given {
+        check_prompt(&folder, given)?;
+    }
     let say = |message: &str| eprintln!("{message}");
     let (model, _) = open_folder(folder, args, Part::Stage2, preset, say)?;
     let settings = written.settings(&model, preset, generation);

@@ -143,6 +143,22 @@ fn an_empty_question_is_refused_before_anything_is_loaded() {
 }
 
 /// What no model could be asked for is wrong usage before one is looked for.
+/// The folder has no weights: a message about them would mean that they were looked for first.
+#[test]
+fn a_prompt_longer_than_the_context_is_refused_before_the_weights_are_read() {
+    let (home, model) = (tempfile::tempdir().expect("a folder"), tempfile::tempdir().expect("a folder"));
+    let golden = Path::new(env!("CARGO_MANIFEST_DIR")).join("../blip2/tests/golden");
+    for name in ["config.json", "tokenizer.json", "tokenizer_config.json", "preprocessor_config.json"] {
+        std::fs::copy(golden.join("blip2_opt").join(name), model.path().join(name)).expect("copied");
+    }
+    let (picture, long) = (golden.join("blip2.png").display().to_string(), "why is that? ".repeat(40));
+    let model = model.path().display().to_string();
+    for verb in [&["caption", &picture, "--prompt", &long][..], &["ask", &picture, &long]] {
+        let output = blip2(home.path(), &[verb, &["--model", &model]].concat());
+        refused(&output, 1, &["tokens, the limit is 119: shorten it"]);
+    }
+}
+
 #[test]
 fn generation_settings_that_cannot_be_are_refused_first() {
     let home = tempfile::tempdir().expect("a folder");

@@ -31,6 +31,19 @@ use crate::weights::gguf::Gguf;
 use crate::weights::safetensors::Safetensors;
 use crate::{Error, Result};
 
+/// How many rows a model of this Hugging Face `config.json` reads, known without its weights.
+///
+/// # Errors
+/// When the model type is not known or a size is wrong.
+pub(crate) fn context_len(config: &serde_json::Value) -> Result<usize> {
+    match config["model_type"].as_str() {
+        Some("opt") => Ok(OptConfig::from_hugging_face(config)?.max_position_embeddings),
+        Some("t5") => Ok(t5::MAX_ROWS),
+        Some("llama") | None => Ok(LlamaConfig::from_hugging_face(config)?.max_position_embeddings),
+        Some(other) => Err(config::unsupported("model_type", &other, "llama, opt or t5")),
+    }
+}
+
 /// A language model of any family.
 #[derive(Debug, Clone)]
 #[non_exhaustive]

@@ -90,6 +90,28 @@ impl Default for OpenOptions {
     }
 }
 
+/// What a model that writes is to go on from.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Given<'a> {
+    /// A text as it stands, for [`Blip2::complete`].
+    Text(&'a str),
+    /// A question, for [`Blip2::ask`].
+    Question(&'a str),
+}
+
+/// Refuses a text that leaves no room for an answer, before a weight is read. Of a Hugging Face folder its small files say it; of
+/// this project's own folders, which are small, it is known when they are open.
+///
+/// # Errors
+/// [`Error::TextTooLong`], or why the folder's small files cannot be read.
+pub fn check_prompt(folder: impl AsRef<Path>, given: Given<'_>) -> Result<()> {
+    let folder = folder.as_ref();
+    match hugging_face::read_config(folder)? {
+        Some(json) => hugging_face::check_prompt(folder, &json, given),
+        None => Ok(()),
+    }
+}
+
 /// A BLIP-2 model: frozen encoder, Q-Former, frozen language model.
 #[derive(Debug)]
 pub struct Blip2 {

@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 
 use blip2::generate::GenerationConfig;
 use blip2::image::{self, Limits, Pixels};
-use blip2::model::{Blip2, GenerationDefaults, ImageFeatures, OpenOptions, Preset};
+use blip2::model::{Blip2, GenerationDefaults, Given, ImageFeatures, OpenOptions, Preset, check_prompt};
 use blip2::text::{AnswerForm, Turn};
 use blip2::weights::safetensors::{NamedTensor, Safetensors, Values, write_safetensors};
 use serde::Deserialize;
@@ -709,6 +709,30 @@ fn a_prompt_longer_than_the_context_is_refused() {
         let mut chat = model.chat(&features).expect("a chat");
         let error = chat.ask(&question, &generation(1, 4), &mut |_| std::ops::ControlFlow::Continue(()));
         assert!(matches!(error, Err(blip2::Error::TextTooLong { .. })));
+    }
+}
+
+/// Only the small files are looked at, so that nothing large is read first.
+#[test]
+fn a_prompt_longer_than_the_context_is_known_before_the_weights() {
+    for family in FAMILIES {
+        let dir = changed(family, |_| {});
+        std::fs::remove_file(dir.path().join("model.safetensors")).expect("removed");
+        let long = "why is that? ".repeat(400);
+        for given in [Given::Text(&long), Given::Question(&long)] {
+            let error = check_prompt(dir.path(), given).expect_err("refused");
+            assert!(
+                matches!(error, blip2::Error::TextTooLong { n_tokens, limit } if n_tokens > limit),
+                "{error}"
+            );
+            check_prompt(golden("blip2_itm"), given).expect("not asked of a model that does not write");
+        }
+        check_prompt(dir.path(), Given::Question("why?")).expect("it fits");
+    }
+    // The last text that fits, in the bytes that the golden tokenizer's tokens are: 120 rows, 5 queries, a mark, an answer.
+    for (n_bytes, fits) in [(113, true), (114, false)] {
+        let text = "a".repeat(n_bytes);
+        assert_eq!(check_prompt(golden("blip2_opt"), Given::Text(&text)).is_ok(), fits, "{n_bytes}");
     }
 }
 

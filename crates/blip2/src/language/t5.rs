@@ -20,7 +20,7 @@ use crate::weights::safetensors::Safetensors;
 use crate::{Error, Result};
 
 /// Rows that are read or written at most. T5 has no limit of its own: it was trained on 512 and gets worse beyond.
-const MAX_ROWS: usize = 4096;
+pub(super) const MAX_ROWS: usize = 4096;
 
 /// A frozen T5 model.
 #[derive(Debug, Clone)]

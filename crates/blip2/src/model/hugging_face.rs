@@ -4,6 +4,7 @@
 //! queries replace. Here the queries are rows between words in either case, so both are the same model.
 
 mod config;
+mod prompt;
 mod trained_with;
 
 use std::borrow::Borrow;
@@ -14,6 +15,7 @@ use serde_json::Value as Json;
 
 use self::config::{processor, size, token, tokens, wrong};
 pub(super) use self::config::{qformer_config, read_json, vit_config};
+pub(super) use self::prompt::check_prompt;
 pub(super) use self::trained_with::TrainedWith;
 use super::config::{ModelConfig, Stage1Config, Stage2Config, VisionConfig};
 use super::layout;
