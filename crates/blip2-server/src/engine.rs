@@ -2,7 +2,7 @@
 //!
 //! Handlers hand over requests whose every field is checked and whose pictures are decoded; here they wait, are computed in
 //! batches and answered through a channel. A request whose channel is closed is one that nobody waits for: it is dropped
-//! before its next token.
+//! before its next token, or before the next part of its prompt is read.
 
 mod queue;
 #[cfg(test)]

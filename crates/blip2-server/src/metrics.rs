@@ -46,9 +46,9 @@ pub(crate) enum Stage {
     Encode,
     /// One computation about pictures that is not writing: a match, labels, a heat map.
     Compute,
-    /// The language model reads prompts.
+    /// The language model reads the prompts of newcomers; of long ones the beginning.
     Prompt,
-    /// One token for each text of the batch.
+    /// It reads on in long prompts, then writes one token for each text of the batch.
     Step,
 }
 

@@ -19,7 +19,7 @@ mod stop;
 
 use std::ops::ControlFlow;
 
-pub use batch::{Batch, Finished, Newcomer};
+pub use batch::{Batch, Finished, Newcomer, PROMPT_ROWS_A_STEP};
 pub use config::{EarlyStopping, GenerationConfig};
 pub use constraint::Constraint;
 pub use session::Session;

@@ -4,9 +4,9 @@ use std::collections::BTreeMap;
 use std::path::Path;
 use std::sync::Arc;
 
-use blip2::generate::{FinishReason, GenerationConfig};
+use blip2::generate::{FinishReason, GenerationConfig, PROMPT_ROWS_A_STEP};
 use blip2::image::RgbImage;
-use blip2::model::{Answer, AnswerBatch, Answered, Ask, Blip2, ImageFeatures, OpenOptions};
+use blip2::model::{Answer, AnswerBatch, Answered, Ask, Blip2, ImageFeatures, OpenOptions, ReadText};
 use blip2::text::{AnswerForm, Turn};
 use serde_json::json;
 
@@ -117,47 +117,55 @@ fn who_is_beside_an_answer_makes_no_difference() {
     for name in MODELS {
         let (model, features) = open(name);
         let asks: Vec<_> = (0..32).map(|i| ask(&model, &features, i)).collect();
-        let mut batch = model.answer_batch().expect("a batch");
-        let (mut log, mut of) = (Log::default(), BTreeMap::new());
-        let mut gone = Vec::new();
-        // They come by ones, twos and threes, a step apart; every seventh leaves before or after its first tokens.
-        let mut next = 0;
-        while next < asks.len() || !batch.is_empty() {
-            let group = &asks[next..asks.len().min(next + 1 + next % 3)];
-            let ids = batch.join(group).expect("joined");
-            of.extend(ids.iter().copied().zip(next..));
-            if next % 7 == 6 {
-                batch.leave(ids[0]);
-                gone.push(ids[0]);
-            }
-            next += group.len();
-            log.step(&mut batch);
-            if next % 7 == 3
-                && let Some(&id) = ids.first().filter(|id| !log.answers.contains_key(id))
-            {
-                batch.leave(id);
-                gone.push(id);
-            }
+        let expected: Vec<_> = asks.iter().map(|ask| alone(&model, ask)).collect();
+        // Every prompt is read at once, in several parts, or row by row.
+        for rows in [PROMPT_ROWS_A_STEP, 16, 1] {
+            compare_with_those_alone(name, &model, &asks, &expected, rows);
         }
-        assert_eq!(batch.n_texts(), 0);
-        assert!(gone.len() >= 3, "{gone:?}");
-        for (id, i) in of {
-            if gone.contains(&id) {
-                assert!(!log.answers.contains_key(&id), "{name}: it left");
-                continue;
-            }
-            let (together, expected) = (&log.answers[&id], alone(&model, &asks[i]));
-            assert_eq!(*together, expected, "{name}, question {i}");
-            if asks[i].generation.num_beams == 1 {
-                for (sequence, answer) in expected.iter().enumerate() {
-                    let streamed = &log.streamed[&(id, sequence)];
-                    assert!(
-                        streamed.trim() == answer.text
-                            || streamed.contains(char::REPLACEMENT_CHARACTER)
-                            || answer.text.contains(char::REPLACEMENT_CHARACTER),
-                        "{name}: {streamed:?} {answer:?}"
-                    );
-                }
+    }
+}
+
+fn compare_with_those_alone(name: &str, model: &Blip2, asks: &[Ask], expected: &[Vec<Answer>], rows: usize) {
+    let mut batch = model.answer_batch().expect("a batch").with_prompt_rows(rows);
+    let (mut log, mut of) = (Log::default(), BTreeMap::new());
+    let mut gone = Vec::new();
+    // They come by ones, twos and threes, a step apart; every seventh leaves before or after its first tokens.
+    let mut next = 0;
+    while next < asks.len() || !batch.is_empty() {
+        let group = &asks[next..asks.len().min(next + 1 + next % 3)];
+        let ids = batch.join(group).expect("joined");
+        of.extend(ids.iter().copied().zip(next..));
+        if next % 7 == 6 {
+            batch.leave(ids[0]);
+            gone.push(ids[0]);
+        }
+        next += group.len();
+        log.step(&mut batch);
+        if next % 7 == 3
+            && let Some(&id) = ids.first().filter(|id| !log.answers.contains_key(id))
+        {
+            batch.leave(id);
+            gone.push(id);
+        }
+    }
+    assert_eq!(batch.n_texts(), 0);
+    assert!(gone.len() >= 3, "{gone:?}");
+    for (id, i) in of {
+        if gone.contains(&id) {
+            assert!(!log.answers.contains_key(&id), "{name}: it left");
+            continue;
+        }
+        let (together, expected) = (&log.answers[&id], &expected[i]);
+        assert_eq!(together, expected, "{name}, question {i}, {rows} rows at once");
+        if asks[i].generation.num_beams == 1 {
+            for (sequence, answer) in expected.iter().enumerate() {
+                let streamed = &log.streamed[&(id, sequence)];
+                assert!(
+                    streamed.trim() == answer.text
+                        || streamed.contains(char::REPLACEMENT_CHARACTER)
+                        || answer.text.contains(char::REPLACEMENT_CHARACTER),
+                    "{name}: {streamed:?} {answer:?}"
+                );
             }
         }
     }
@@ -328,6 +336,153 @@ fn what_was_read_for_an_answer_is_not_read_again_and_changes_nothing() {
     let (model, features) = open("blip2_t5");
     let whole = Ask { generation: greedy, keep: true, ..self::ask(&model, &features, 0) };
     assert!(answered(&model, &whole).read.is_none(), "an encoder reads a prompt as a whole");
+}
+
+/// The answers to a prompt of which `rows` are read at once, and how many steps end before it is read to its end.
+fn read_in_parts(model: &Blip2, ask: &Ask, rows: usize) -> (Answered, usize) {
+    let mut batch = model.answer_batch().expect("a batch").with_prompt_rows(rows);
+    batch.join(std::slice::from_ref(ask)).expect("joined");
+    let mut n_before = 0;
+    loop {
+        let is_read = batch.n_texts() > 0;
+        if let Some(answered) = batch.step(&mut |_| ()).expect("a step").pop() {
+            return (answered, n_before);
+        }
+        n_before += usize::from(!is_read && batch.n_texts() == 0);
+    }
+}
+
+#[test]
+fn a_prompt_that_is_read_in_parts_is_answered_as_one_that_is_read_whole() {
+    for name in MODELS {
+        let (model, features) = open(name);
+        let n_queries = model.config().qformer.num_query_tokens;
+        for i in 0..8 {
+            let ask = Ask { keep: true, ..ask(&model, &features, i) };
+            let n = ask.prompt.n_rows(n_queries);
+            let whole = answered(&model, &ask);
+            let n_bytes = whole.read.as_ref().map(ReadText::n_bytes);
+            let expected = whole.result.expect("an answer");
+            for rows in [1, 7, n / 2, n - 1, n, n + 1] {
+                let (found, n_before) = read_in_parts(&model, &ask, rows);
+                // The first part is read before the first step, the last one in the step that begins the answer. An
+                // encoder reads all at once.
+                let n_parts = if name == "blip2_t5" { 1 } else { n.div_ceil(rows) };
+                assert_eq!(n_before, n_parts - 1, "{name}: {rows} rows of {n} at once");
+                assert_eq!(found.result.expect("an answer"), expected, "{name}: {rows} rows of {n} at once");
+                assert_eq!(found.read.as_ref().map(ReadText::n_bytes), n_bytes);
+            }
+        }
+    }
+}
+
+#[test]
+fn a_prompt_goes_on_in_parts_from_what_was_read_before() {
+    let (model, features) = open("blip2_opt");
+    let n_queries = model.config().qformer.num_query_tokens;
+    let row = model.language_model().expect("a language model").new_cache().row_bytes();
+    for i in 0..8 {
+        let fresh = ask(&model, &features, i);
+        let expected = alone(&model, &fresh);
+        // The picture is known to others as soon as its own rows are read, long before the prompt is.
+        let mut batch = model.answer_batch().expect("a batch").with_prompt_rows(2);
+        let id = batch.join(std::slice::from_ref(&fresh)).expect("joined")[0];
+        assert!(batch.read_picture(id, &fresh).is_none(), "two rows are less than a picture");
+        let picture = loop {
+            assert_eq!(batch.n_texts(), 0, "it is being read");
+            batch.step(&mut |_| ()).expect("a step");
+            if let Some(picture) = batch.read_picture(id, &fresh) {
+                break picture;
+            }
+        };
+        assert_eq!(picture.n_bytes(), (fresh.prompt.before_image().len() + n_queries) * row);
+        let known = Ask { read: Some(Arc::new(picture)), ..fresh.clone() };
+        let n_rest = fresh.prompt.n_rows(n_queries) - known.n_known();
+        for rows in [1, 3, n_rest - 1, n_rest] {
+            let (found, n_before) = read_in_parts(&model, &known, rows);
+            assert_eq!(n_before, n_rest.div_ceil(rows) - 1, "only the rest is read");
+            assert_eq!(found.result.expect("an answer"), expected, "question {i}, {rows} rows at once");
+        }
+        let id = batch.join(std::slice::from_ref(&known)).expect("joined")[0];
+        let mut log = Log::default();
+        while !log.answers.contains_key(&id) {
+            log.step(&mut batch);
+        }
+        assert_eq!(log.answers[&id], expected, "question {i}, beside the one that is being read");
+    }
+}
+
+#[test]
+fn long_prompts_share_what_is_read_between_two_tokens() {
+    let (model, features) = open("blip2_opt");
+    let n_queries = model.config().qformer.num_query_tokens;
+    let long = long_ask(&model, &features);
+    let expected = alone(&model, &long);
+    let n = long.prompt.n_rows(n_queries);
+    let mut batch = model.answer_batch().expect("a batch").with_prompt_rows(8);
+    batch.join(&[long.clone(), long.clone()]).expect("joined");
+    let (mut log, mut n_before) = (Log::default(), 0);
+    while log.answers.len() < 2 {
+        let is_read = batch.n_texts() > 0;
+        log.step(&mut batch);
+        n_before += usize::from(!is_read && batch.n_texts() == 0);
+    }
+    // Eight rows of each before the first step, none in it, then four of each.
+    assert_eq!(n_before, (n - 8).div_ceil(4));
+    assert!(log.answers.values().all(|answers| *answers == expected));
+}
+
+#[test]
+fn texts_grow_beside_a_long_prompt_and_its_rows_are_given_back_when_it_leaves() {
+    let (model, features) = open("blip2_opt");
+    let greedy = GenerationConfig { min_new_tokens: 30, max_new_tokens: 30, ..GenerationConfig::default() };
+    let prompt = model.prompt(&[Turn::open("?")]).expect("a prompt");
+    let short = Ask { prompt, generation: greedy, ..ask(&model, &features, 0) };
+    let long = long_ask(&model, &features);
+    let mut batch = model.answer_batch().expect("a batch").with_prompt_rows(10);
+    let growing = batch.join(std::slice::from_ref(&short)).expect("joined")[0];
+    let mut log = Log::default();
+    while batch.n_texts() == 0 {
+        log.step(&mut batch);
+    }
+    let leaving = batch.join(std::slice::from_ref(&long)).expect("joined")[0];
+    for _ in 0..8 {
+        let mut n_tokens = 0;
+        let answered = batch.step(&mut |piece| {
+            assert_eq!(piece.id, growing);
+            n_tokens += 1;
+        });
+        assert!(answered.expect("a step").is_empty());
+        assert_eq!((n_tokens, batch.n_texts()), (1, 1), "one token beside each part of the prompt");
+    }
+    let n_bytes = batch.n_bytes();
+    batch.leave(leaving);
+    assert!(2 * batch.n_bytes() < n_bytes, "{} of {n_bytes} bytes are still held", batch.n_bytes());
+    while !batch.is_empty() {
+        log.step(&mut batch);
+    }
+    assert_eq!(log.answers.keys().collect::<Vec<_>>(), [&growing]);
+    assert_eq!(log.answers[&growing], alone(&model, &short));
+
+    // Alone, with nobody to make room for.
+    let leaving = batch.join(std::slice::from_ref(&long)).expect("joined")[0];
+    log.step(&mut batch);
+    log.step(&mut batch);
+    assert!(batch.n_bytes() > 0 && batch.n_texts() == 0 && !batch.is_empty());
+    batch.leave(leaving);
+    assert!(batch.is_empty() && batch.n_bytes() == 0);
+    // What cannot be answered is refused before a row of it is read.
+    let generation =
+        GenerationConfig { max_length: Some(6), sees_prompt: true, ..GenerationConfig::default() };
+    let refused = batch.join(&[Ask { generation, ..long }]).expect_err("refused");
+    assert!(refused.to_string().contains("max_length") && batch.is_empty(), "{refused}");
+}
+
+/// A question that nearly fills the context.
+fn long_ask(model: &Blip2, features: &[ImageFeatures]) -> Ask {
+    let prompt = model.prompt(&[Turn::open("what is this? ".repeat(5))]).expect("a prompt");
+    assert!(prompt.n_rows(model.config().qformer.num_query_tokens) > 90);
+    Ask { prompt, ..ask(model, features, 0) }
 }
 
 /// A server runs for months: rows of answers that are done are given back, and memory does not grow with their number.

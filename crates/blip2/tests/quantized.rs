@@ -316,6 +316,31 @@ fn gguf_blocks_are_not_rounded_again() {
     assert!(cosine > 0.999, "{cosine}");
 }
 
+/// Keys and values in bf16 are what a prompt that is read whole attends to as well.
+#[test]
+fn a_prompt_that_is_read_in_parts_gives_the_same_rows() {
+    let file = Gguf::open(golden("llama_tiny_q8_0.gguf")).expect("a file");
+    for quantization in [None, Some(Quantization::Int8), Some(Quantization::Int4)] {
+        let model = LanguageModel::from_gguf(&file, format(quantization)).expect("a model");
+        let embeds = model.embed(&(0..40).collect::<Vec<u32>>()).expect("embeddings");
+        let read = |parts: &[usize]| {
+            let (mut cache, mut text) = (model.new_cache(), [CachedSequence::new()]);
+            let mut rows = Vec::new();
+            for &len in parts {
+                let part = embeds.narrow(0, text[0].len(), len).expect("rows");
+                let hidden =
+                    model.forward_cached(&part, &mut cache, &mut text, &[len]).expect("hidden states");
+                rows.extend(values(&hidden));
+            }
+            rows
+        };
+        let whole = read(&[40]);
+        for parts in [&[1; 40][..], &[16, 16, 8], &[7, 30, 3], &[39, 1]] {
+            assert!(read(parts) == whole, "{quantization:?} in parts of {parts:?} rows");
+        }
+    }
+}
+
 /// Tokens and their log-probabilities.
 type Written = (Vec<u32>, Vec<f32>);
 

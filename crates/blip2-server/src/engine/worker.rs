@@ -1,4 +1,5 @@
-//! The model's thread: between two tokens it lets requests in and out, encodes their pictures, reads their prompts.
+//! The model's thread: between two tokens it lets requests in and out, encodes their pictures, reads their prompts, long ones
+//! in parts.
 
 use std::collections::HashMap;
 use std::panic::{AssertUnwindSafe, catch_unwind};
@@ -6,7 +7,7 @@ use std::sync::atomic::Ordering;
 use std::sync::{Arc, OnceLock};
 use std::time::Instant;
 
-use blip2::generate::GenerationConfig;
+use blip2::generate::{GenerationConfig, PROMPT_ROWS_A_STEP};
 use blip2::image::RgbImage;
 use blip2::language::LanguageModel;
 use blip2::model::{AnswerBatch, Answered, Ask, Blip2, ImageFeatures, Piece, ReadText};
@@ -122,7 +123,7 @@ impl Worker {
             let (n_pictures, n_rows, n_texts, kv_bytes) = match &job.work {
                 Work::Write { write, .. } => (
                     usize::from(write.picture.is_new()),
-                    self.n_prompt_rows(write),
+                    self.n_first_rows(write),
                     n_texts(&write.generation),
                     kv_bytes(write, &self.model, self.row_bytes),
                 ),
@@ -152,7 +153,7 @@ impl Worker {
         }
     }
 
-    /// Lets newcomers in and leavers out, then gives every text a token.
+    /// Lets newcomers in and leavers out, then reads on in long prompts and gives every text a token.
     fn round<'m>(&self, jobs: Vec<Job>, mut batch: Option<&mut AnswerBatch<'m>>, writing: &mut Vec<Writing>) {
         if !jobs.is_empty() {
             self.begin(jobs, batch.as_deref_mut(), writing);
@@ -206,7 +207,7 @@ impl Worker {
         }
     }
 
-    /// Reads the prompts of newcomers; who is refused hears of it, the others begin.
+    /// Reads the first rows of newcomers' prompts; who is refused hears of it, the others begin.
     fn begin_writing(
         &self,
         writes: Vec<NewWrite>,
@@ -264,6 +265,13 @@ impl Worker {
                 span,
             });
         }
+    }
+
+    /// What is read of its prompt at most in the round that it begins in.
+    fn n_first_rows(&self, write: &Write) -> usize {
+        let n_rows = self.n_prompt_rows(write);
+        let is_whole = self.model.language_model().is_some_and(LanguageModel::reads_prompts_whole);
+        if is_whole { n_rows } else { n_rows.min(PROMPT_ROWS_A_STEP) }
     }
 
     fn n_prompt_rows(&self, write: &Write) -> usize {
@@ -354,7 +362,10 @@ impl Worker {
 
     fn step(&self, batch: &mut AnswerBatch<'_>, writing: &mut Vec<Writing>) {
         let start = Instant::now();
-        self.metrics.batch(batch.n_texts());
+        // There are none while the only prompts are long ones that are being read.
+        if batch.n_texts() > 0 {
+            self.metrics.batch(batch.n_texts());
+        }
         let answered = batch.step(&mut |piece| {
             self.metrics.generated_tokens.fetch_add(1, Ordering::Relaxed);
             if let Some(writing) = writing.iter_mut().find(|writing| writing.id == piece.id) {
@@ -420,8 +431,8 @@ impl Seen {
     }
 }
 
-/// Reads the prompts of newcomers, all in one pass; gives the name of each. A pass that fails lets none in: then each is read
-/// alone, so that a prompt that is refused is nobody else's affair.
+/// Reads the first rows of newcomers' prompts, all in one pass; gives the name of each. A pass that fails lets none in: then
+/// each is read alone, so that a prompt that is refused is nobody else's affair.
 fn join(batch: &mut AnswerBatch<'_>, asks: &[Ask]) -> Vec<blip2::Result<usize>> {
     match batch.join(asks) {
         Ok(ids) => ids.into_iter().map(Ok).collect(),

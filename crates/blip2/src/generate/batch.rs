@@ -1,11 +1,11 @@
 //! Texts that grow together while prompts come and go: continuous batching.
 
-use std::ops::ControlFlow;
+use std::ops::{ControlFlow, Range};
 use std::sync::Arc;
 
 use candle_core::Tensor;
 
-use super::session::{extend, read_prompts};
+use super::session::{check_length, extend, read_prompts};
 use super::{
     Constraint, Event, Generation, GenerationConfig, Growth, Limit, OnEvent, Rules, StopRules, check, place,
 };
@@ -13,9 +13,16 @@ use crate::Result;
 use crate::cache::{Beginning, CachedSequence, KvCache};
 use crate::language::LanguageModel;
 
+/// Rows of a prompt that a [`Batch`] reads between two tokens, unless it was told [otherwise](Batch::with_prompt_rows): the
+/// picture and a question of ordinary length at once, and few enough that nobody waits long.
+pub const PROMPT_ROWS_A_STEP: usize = 256;
+
 /// Texts that grow together, a token a [`step`](Self::step). Between steps prompts [`join`](Self::join) and
 /// [`leave`](Self::leave), each with a configuration of its own. What is written after a prompt is what
 /// [`generate`](super::generate) writes after it alone, whoever is beside it.
+///
+/// A long prompt is read in parts, so that the texts beside it grow meanwhile and it can leave before it is read; an
+/// encoder-decoder model's is read whole, as each of its rows sees all others.
 #[derive(Debug)]
 pub struct Batch<'a> {
     model: &'a LanguageModel,
@@ -27,6 +34,10 @@ pub struct Batch<'a> {
     n_joined: usize,
     /// The logits that their texts begin with, a row a text.
     joined: Vec<f32>,
+    /// Prompts of which more is to be read, in the order they came.
+    readers: Vec<Reader>,
+    /// How many rows of a prompt are read at once.
+    prompt_rows: usize,
     next_id: usize,
 }
 
@@ -38,6 +49,31 @@ struct Member {
     limit: Limit,
     growth: Growth,
     keep: bool,
+}
+
+/// A prompt that is being read.
+#[derive(Debug)]
+struct Reader {
+    id: usize,
+    prompt: Newcomer,
+    /// What was read of it.
+    sequence: CachedSequence,
+    /// Rows of its `embeds` that were read.
+    n_read: usize,
+    limit: Limit,
+    /// It came after the last step.
+    is_new: bool,
+}
+
+impl Reader {
+    fn n_rows(&self) -> usize {
+        self.prompt.embeds.dims()[0]
+    }
+
+    /// The next rows, `n` of them if there are as many.
+    fn next_rows(&self, n: usize) -> Result<Tensor> {
+        Ok(self.prompt.embeds.narrow(0, self.n_read, n.min(self.n_rows() - self.n_read))?)
+    }
 }
 
 /// A prompt that joins.
@@ -86,21 +122,29 @@ impl<'a> Batch<'a> {
             live: Vec::new(),
             joined: Vec::new(),
             n_joined: 0,
+            readers: Vec::new(),
+            prompt_rows: PROMPT_ROWS_A_STEP,
             next_id: 0,
         }
     }
 
+    /// Reads `n` rows of a prompt at once, at least one.
+    #[must_use]
+    pub fn with_prompt_rows(self, n: usize) -> Self {
+        Self { prompt_rows: n.max(1), ..self }
+    }
+
     /// How many prompts it has.
     pub fn len(&self) -> usize {
-        self.members.len()
+        self.members.len() + self.readers.len()
     }
 
     /// Whether it has none.
     pub fn is_empty(&self) -> bool {
-        self.members.is_empty()
+        self.len() == 0
     }
 
-    /// How many texts grow: what one step computes.
+    /// How many texts grow; none of a prompt that is not read to its end.
     pub fn n_texts(&self) -> usize {
         self.members.iter().map(|member| member.growth.n_running()).sum()
     }
@@ -110,69 +154,103 @@ impl<'a> Batch<'a> {
         self.cache.n_bytes()
     }
 
-    /// Reads prompts, all in one pass; gives the names of the new members.
+    /// Lets prompts in and reads their first rows, all in one pass; gives the names of the new members. Steps read the
+    /// rest of those that are longer.
     ///
     /// # Errors
     /// As [`generate`](super::generate) and [`Session::new`](super::Session::new); then none has joined, and the others
     /// have not noticed.
     pub fn join(&mut self, prompts: Vec<Newcomer>, stop: &StopRules<'_>) -> Result<Vec<usize>> {
-        if prompts.is_empty() {
-            return Ok(Vec::new());
-        }
-        prompts.iter().try_for_each(|prompt| check(&prompt.config, stop))?;
-        let embeds: Vec<_> = prompts.iter().map(|prompt| prompt.embeds.clone()).collect();
         let (n_rows, n_memory_rows) = (self.cache.n_rows(), self.cache.n_memory_rows());
-        let mut sequences = Vec::new();
-        let read = self.begin(&prompts, &mut sequences).and_then(|()| {
-            let logits = read_prompts(self.model, &mut self.cache, &mut sequences, &embeds)?;
-            let room = |sequence: &CachedSequence| self.model.context_len() - sequence.len();
-            let limits = prompts
-                .iter()
-                .zip(&sequences)
-                .map(|(prompt, read)| Limit::new(&prompt.config, prompt.seen.len(), room(read)));
-            Ok((logits, limits.collect::<Result<Vec<_>>>()?))
-        });
-        let (logits, limits) = read.inspect_err(|_| {
+        let (n_readers, first) = (self.readers.len(), self.next_id);
+        let begun = prompts.into_iter().try_for_each(|prompt| self.begin(prompt, stop));
+        let read = begun.and_then(|()| self.read_on(n_readers..self.readers.len(), self.prompt_rows));
+        read.inspect_err(|_| {
+            self.readers.truncate(n_readers);
+            self.next_id = first;
             self.cache.rewind(n_rows);
             self.cache.rewind_memory(n_memory_rows);
         })?;
-        let first = self.next_id;
-        let rows = logits.chunks_exact(self.model.vocab_size());
-        for (((prompt, limit), sequence), row) in prompts.into_iter().zip(limits).zip(sequences).zip(rows) {
-            let Newcomer { config, seen, constraint, keep, .. } = prompt;
-            let growth = Growth::new(&config, self.live.len(), constraint);
-            // Draws part at their first token, each from a copy; beams are one text until then.
-            let n = growth.n_running();
-            self.live.extend(std::iter::repeat_n(sequence, n));
-            (0..n).for_each(|_| self.joined.extend(row));
-            self.members.push(Member { id: self.next_id, config, seen, limit, growth, keep });
-            self.next_id += 1;
-            self.n_joined += 1;
-        }
         Ok((first..self.next_id).collect())
     }
 
-    /// A sequence for each prompt, with the rows of its beginning.
-    fn begin(&mut self, prompts: &[Newcomer], sequences: &mut Vec<CachedSequence>) -> Result<()> {
-        for prompt in prompts {
-            sequences.push(match &prompt.beginning {
-                Some((beginning, n_rows)) => self.cache.begin(beginning, *n_rows)?,
-                None => CachedSequence::new(),
-            });
-        }
+    /// Lets a prompt in, with the rows of its beginning. What is wrong with its configuration or its length is found here,
+    /// before a row of it is read.
+    fn begin(&mut self, mut prompt: Newcomer, stop: &StopRules<'_>) -> Result<()> {
+        check(&prompt.config, stop)?;
+        let sequence = match prompt.beginning.take() {
+            Some((beginning, n_rows)) => self.cache.begin(&beginning, n_rows)?,
+            None => CachedSequence::new(),
+        };
+        let n_new = prompt.embeds.dims2()?.0;
+        check_length(self.model, &sequence, n_new)?;
+        // An encoder's rows are not among those of the answer, which begins with a token of its own.
+        let is_whole = self.model.reads_prompts_whole();
+        let n_before_answer = if is_whole { 1 } else { sequence.len() + n_new };
+        let room = self.model.context_len() - n_before_answer;
+        let limit = Limit::new(&prompt.config, prompt.seen.len(), room)?;
+        self.readers.push(Reader { id: self.next_id, prompt, sequence, n_read: 0, limit, is_new: true });
+        self.next_id += 1;
         Ok(())
     }
 
+    /// Reads the next rows of these readers, at most `n_rows` of each and all in one pass; texts begin to grow after
+    /// those that are then read. When the model fails nothing has changed.
+    fn read_on(&mut self, which: Range<usize>, n_rows: usize) -> Result<()> {
+        if which.is_empty() {
+            return Ok(());
+        }
+        let n_rows = if self.model.reads_prompts_whole() { usize::MAX } else { n_rows };
+        let readers = &self.readers[which.clone()];
+        let mut sequences: Vec<_> = readers.iter().map(|reader| reader.sequence.clone()).collect();
+        let embeds = readers.iter().map(|reader| reader.next_rows(n_rows)).collect::<Result<Vec<_>>>()?;
+        let logits = read_prompts(self.model, &mut self.cache, &mut sequences, &embeds)?;
+        let later = self.readers.split_off(which.end);
+        let read = self.readers.split_off(which.start);
+        let rows = logits.chunks_exact(self.model.vocab_size());
+        for (((mut reader, sequence), embeds), row) in read.into_iter().zip(sequences).zip(embeds).zip(rows) {
+            reader.sequence = sequence;
+            reader.n_read += embeds.dims()[0];
+            if reader.n_read == reader.n_rows() {
+                self.grow(reader, row);
+            } else {
+                self.readers.push(reader);
+            }
+        }
+        self.readers.extend(later);
+        Ok(())
+    }
+
+    /// Texts that go on after a prompt that was read, with the scores of their first token.
+    fn grow(&mut self, reader: Reader, logits: &[f32]) {
+        let Reader { id, prompt, sequence, limit, .. } = reader;
+        let Newcomer { config, seen, constraint, keep, .. } = prompt;
+        let growth = Growth::new(&config, self.live.len(), constraint);
+        // Draws part at their first token, each from a copy; beams are one text until then.
+        let n = growth.n_running();
+        self.live.extend(std::iter::repeat_n(sequence, n));
+        (0..n).for_each(|_| self.joined.extend(logits));
+        self.members.push(Member { id, config, seen, limit, growth, keep });
+        self.n_joined += 1;
+    }
+
     /// A copy of what was read of the first `n_rows` rows of a prompt, for other prompts that begin alike. `None` when it is
-    /// not here or has fewer, or the model reads prompts as a whole.
+    /// not here, has fewer or these are not all read yet, or the model reads prompts as a whole.
     pub fn beginning(&self, id: usize, n_rows: usize) -> Option<Beginning> {
+        if let Some(reader) = self.readers.iter().find(|reader| reader.id == id) {
+            return self.cache.beginning(&reader.sequence, n_rows);
+        }
         let at = self.members.iter().position(|member| member.id == id)?;
         let row = self.members[at].growth.unread().first()?.parent;
         self.cache.beginning(&self.live[row], n_rows)
     }
 
-    /// Forgets a prompt and what was written after it; nothing when it is not here.
+    /// Forgets a prompt, read to its end or not, and what was written after it; nothing when it is not here.
     pub fn leave(&mut self, id: usize) {
+        if let Some(at) = self.readers.iter().position(|reader| reader.id == id) {
+            self.readers.remove(at);
+            return self.tidy();
+        }
         let Some(at) = self.members.iter().position(|member| member.id == id) else { return };
         let first_joined = self.members.len() - self.n_joined;
         if at >= first_joined {
@@ -188,8 +266,9 @@ impl<'a> Batch<'a> {
         self.tidy();
     }
 
-    /// Gives every text one more token; `on_event` names prompts by their ids. Gives the members that are complete, which
-    /// leave.
+    /// Reads on in the prompts that were longer than what is read at once, all of them together as many rows as one of
+    /// them alone; then gives every text one more token. `on_event` names prompts by their ids. Gives the members that
+    /// are complete, which leave.
     ///
     /// # Errors
     /// When the model fails: the batch is then empty.
@@ -198,8 +277,10 @@ impl<'a> Batch<'a> {
         stop: &StopRules<'_>,
         on_event: &mut dyn FnMut(Event<'_>),
     ) -> Result<Vec<Finished>> {
-        let logits =
-            self.read().inspect_err(|_| *self = Self { next_id: self.next_id, ..Self::new(self.model) })?;
+        let logits = self.read().inspect_err(|_| {
+            *self =
+                Self { next_id: self.next_id, ..Self::new(self.model).with_prompt_rows(self.prompt_rows) };
+        })?;
         let vocab_size = self.model.vocab_size();
         let on_event: OnEvent<'_> = &mut |event| {
             on_event(event);
@@ -231,8 +312,14 @@ impl<'a> Batch<'a> {
         Ok(finished)
     }
 
-    /// Reads the last tokens of all texts that have one, and gives the logits of all: a row for each of `live`.
+    /// Reads on in prompts, then the last tokens of all texts that have one; gives the logits of all: a row for each of
+    /// `live`.
     fn read(&mut self) -> Result<Vec<f32>> {
+        // The new ones, which are the last, have had their part.
+        let n_due = self.readers.iter().take_while(|reader| !reader.is_new).count();
+        self.readers.iter_mut().for_each(|reader| reader.is_new = false);
+        let share = (self.prompt_rows / n_due.max(1)).max(1);
+        self.read_on(0..n_due, share)?;
         let unread: Vec<_> = self.members.iter().flat_map(|member| member.growth.unread()).collect();
         let mut logits = extend(self.model, &mut self.cache, &mut self.live, &unread)?;
         logits.append(&mut self.joined);
@@ -255,10 +342,16 @@ impl<'a> Batch<'a> {
 
     /// Gives back the memory of texts that are no more.
     fn tidy(&mut self) {
-        if self.members.is_empty() {
+        if self.is_empty() {
             self.cache = self.model.new_cache();
-        } else if 2 * self.cache.n_rows_of(&self.live) < self.cache.n_rows() {
-            self.cache.compact(&mut self.live);
+            return;
+        }
+        let unread = self.readers.iter().map(|reader| &reader.sequence);
+        let mut held: Vec<_> = self.live.iter().chain(unread).cloned().collect();
+        if 2 * self.cache.n_rows_of(&held) < self.cache.n_rows() {
+            self.cache.compact(&mut held);
+            let unread = self.readers.iter_mut().map(|reader| &mut reader.sequence);
+            self.live.iter_mut().chain(unread).zip(held).for_each(|(text, moved)| *text = moved);
         }
     }
 }

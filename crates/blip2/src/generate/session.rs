@@ -113,14 +113,11 @@ pub(super) fn read_prompts(
     embeds: &[Tensor],
 ) -> Result<Vec<f32>> {
     let lengths = embeds.iter().map(|rows| Ok(rows.dims2()?.0)).collect::<Result<Vec<_>>>()?;
-    if lengths.is_empty() || lengths.contains(&0) {
-        return Err(Error::Request("there is no prompt to continue".into()));
+    if lengths.is_empty() {
+        return Err(no_prompt());
     }
-    for (sequence, len) in sequences.iter().zip(&lengths) {
-        let (n_tokens, limit) = (sequence.len() + len, model.context_len());
-        if n_tokens > limit {
-            return Err(Error::TextTooLong { n_tokens, limit });
-        }
+    for (sequence, &len) in sequences.iter().zip(&lengths) {
+        check_length(model, sequence, len)?;
     }
     let (n_rows, n_memory_rows) = (cache.n_rows(), cache.n_memory_rows());
     let embeds = Tensor::cat(embeds, 0)?.detach();
@@ -131,4 +128,17 @@ pub(super) fn read_prompts(
         cache.rewind(n_rows);
         cache.rewind_memory(n_memory_rows);
     })
+}
+
+/// Whether a text can be lengthened by the `n_rows` rows of a prompt.
+pub(super) fn check_length(model: &LanguageModel, sequence: &CachedSequence, n_rows: usize) -> Result<()> {
+    if n_rows == 0 {
+        return Err(no_prompt());
+    }
+    let (n_tokens, limit) = (sequence.len() + n_rows, model.context_len());
+    if n_tokens > limit { Err(Error::TextTooLong { n_tokens, limit }) } else { Ok(()) }
+}
+
+fn no_prompt() -> Error {
+    Error::Request("there is no prompt to continue".into())
 }

@@ -111,7 +111,13 @@ impl<'a> AnswerBatch<'a> {
         self.batch.is_empty()
     }
 
-    /// How many texts grow: what one step computes.
+    /// Reads `n` rows of a prompt at once (see [`Batch::with_prompt_rows`]).
+    #[must_use]
+    pub fn with_prompt_rows(self, n: usize) -> Self {
+        Self { batch: self.batch.with_prompt_rows(n), ..self }
+    }
+
+    /// How many texts grow; none of a prompt that is not read to its end.
     pub fn n_texts(&self) -> usize {
         self.batch.n_texts()
     }
@@ -121,7 +127,8 @@ impl<'a> AnswerBatch<'a> {
         self.batch.n_bytes()
     }
 
-    /// Reads the prompts of newcomers, all in one pass; gives the name of each.
+    /// Reads the first rows of newcomers' prompts, all in one pass; gives the name of each. Steps read the rest of those
+    /// that are longer.
     ///
     /// # Errors
     /// When a configuration contradicts itself or a prompt leaves no room; then none has joined, and the others have not
@@ -167,8 +174,8 @@ impl<'a> AnswerBatch<'a> {
         Ok(ids)
     }
 
-    /// What was read for a member up to the end of its picture; `ask` is what it joined with. `None` when it has left, or the
-    /// model reads prompts as a whole.
+    /// What was read for a member up to the end of its picture; `ask` is what it joined with. `None` when it has left, that
+    /// is not all read yet, or the model reads prompts as a whole.
     pub fn read_picture(&self, id: usize, ask: &Ask) -> Option<ReadText> {
         let n_rows = ask.prompt.image_at? + ask.soft_tokens.dim(0).ok()?;
         let rows = self.batch.beginning(id, n_rows)?;
@@ -181,7 +188,8 @@ impl<'a> AnswerBatch<'a> {
         self.members.retain(|member| member.id != id);
     }
 
-    /// Gives every answer one more token; gives those that are complete, which leave.
+    /// Reads on in long prompts, then gives every answer one more token, as [`Batch::step`] does; gives those that are
+    /// complete, which leave.
     ///
     /// # Errors
     /// When the model fails: the batch is then empty.
