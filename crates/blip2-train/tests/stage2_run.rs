@@ -134,6 +134,7 @@ impl Setting {
             tidy_captions: true,
             split_captions: false,
             dropout: 0.1,
+            image_tokens_kept: 1.0,
             precision: RunPrecision::F32,
             run: LoopConfig {
                 epochs: 10,
