@@ -140,14 +140,14 @@ impl std::fmt::Display for UnknownIsa {
 
 impl std::error::Error for UnknownIsa {}
 
-/// Runs `body`, which must be `#[inline(always)]` code, compiled for `isa`.
+/// Runs `body`, which must be `#[inline(always)]` code, compiled for `isa`, or for the baseline where the machine lacks that.
 ///
 /// Loops over fixed-size lanes are written once in plain Rust; this lets the compiler use the wide registers. On AArch64 it
 /// does so everywhere: NEON is what every function is compiled for.
 /// The closure must be `#[inline(always)] || …`: it is called from three places, and a closure that the compiler does not
 /// inline into each is compiled once, for the baseline registers.
 #[inline]
-pub(crate) fn with_isa<R>(isa: Isa, body: impl FnOnce() -> R) -> R {
+pub fn with_isa<R>(isa: Isa, body: impl FnOnce() -> R) -> R {
     #[cfg(target_arch = "x86_64")]
     {
         #[target_feature(enable = "avx2,fma")]

@@ -3,11 +3,15 @@
 //! Flow: file → [`open`] or [`decode`] → [`RgbImage`] (8-bit RGB, upright, no transparency) →
 //! [`ImageProcessor::pixels`] (resized by [`resize_bicubic`], normalised) → [`vision`](crate::vision).
 //!
+//! JPEG files are read here, because models were trained on libjpeg-turbo's pixels and no other decoder in Rust gives them to
+//! the byte; the rest by the `image` crate.
+//!
 //! Files are hostile until decoded: the format is recognised by content, sizes are checked before memory is spent, and
 //! a decoder that panics is an error like any other.
 
 mod decode;
 mod error;
+mod jpeg;
 mod processor;
 mod recognise;
 mod resize;

@@ -2,7 +2,7 @@
 //!
 //! # How a picture becomes words
 //!
-//! 1. [`image`] decodes a file within limits and makes it pixels, resized as Pillow does.
+//! 1. [`image`] decodes a file within limits and makes it pixels, JPEGs decoded and all resized as Pillow does, to the byte.
 //! 2. [`vision`], frozen, turns the pixels into image tokens, one row a patch: [`model::ImageFeatures`].
 //! 3. [`qformer`] lets 32 learned queries look at these tokens through cross-attention.
 //! 4. Stage 1 compares the queries with texts ([`model::Blip2::match_texts`], [`model::Blip2::classify`]); stage 2 projects

@@ -6,9 +6,11 @@ use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::Path;
 
 use ::image::error::UnsupportedErrorKind;
+use ::image::metadata::Orientation;
 use ::image::{DynamicImage, ExtendedColorType, ImageDecoder, ImageFormat, ImageReader, RgbImage};
 
 use super::ImageError;
+use super::jpeg::{Jpeg, JpegError};
 use super::recognise::{Format, is_complete, recognise};
 
 /// What a picture may cost; checked before its pixels are decoded.
@@ -52,6 +54,9 @@ pub fn open(path: impl AsRef<Path>, limits: &Limits, pixels: Pixels) -> Result<R
 
 /// Decodes a JPEG, PNG, WebP, GIF, BMP or TIFF file, whatever it is called.
 ///
+/// A JPEG's pixels are those of libjpeg-turbo, and so of Pillow, to the byte (but for a JPEG inside a TIFF). A large one is
+/// decoded on rayon's threads, unless this is called from one of them.
+///
 /// Of several frames or pages it is the first. CMYK is converted without its colour profile, as Pillow does; for
 /// orientation, transparency and 16-bit values see [`Pixels`].
 ///
@@ -78,6 +83,11 @@ pub fn memory_to_decode(bytes: &[u8], limits: &Limits) -> Result<u64, ImageError
     check_bytes(bytes.len() as u64, limits)?;
     let format = recognise(bytes)?;
     guarded(format, || {
+        if format.decoder == ImageFormat::Jpeg {
+            let jpeg = read_jpeg_header(format, bytes, limits)?;
+            let (width, height) = jpeg.dimensions();
+            return Ok((u64::from(width) * u64::from(height) * LEAST).max(jpeg.memory()));
+        }
         let decoder = read_header(format, bytes, limits)?;
         let (width, height) = decoder.dimensions();
         // The picture as it is stored beside the decoder's copy of it, or beside itself turned.
@@ -143,6 +153,12 @@ fn read_header<'a>(
     Ok(decoder)
 }
 
+fn read_jpeg_header<'a>(format: Format, bytes: &'a [u8], limits: &Limits) -> Result<Jpeg<'a>, ImageError> {
+    let jpeg = Jpeg::read_header(bytes).map_err(|error| jpeg_in_words(error, format))?;
+    check_size(jpeg.dimensions(), format, limits)?;
+    Ok(jpeg)
+}
+
 /// What the PNG decoder may take beside the pixels, which its limit does not count: a row of them, texts and colour profile.
 /// Profiles are stored compressed, a thousandfold if somebody wants that, and unpacked with the header. What is this much
 /// larger than the whole file is passed over, as if the picture had none; texts are never larger than the file.
@@ -151,6 +167,9 @@ fn png_room(bytes: &[u8], limits: &Limits) -> u64 {
 }
 
 fn decode_as(format: Format, bytes: &[u8], limits: &Limits, pixels: Pixels) -> Result<RgbImage, ImageError> {
+    if format.decoder == ImageFormat::Jpeg {
+        return decode_jpeg(format, bytes, limits, pixels);
+    }
     let mut decoder = read_header(format, bytes, limits)?;
     // A note that cannot be read is no reason to refuse the picture.
     let turn = decoder.orientation().ok().filter(|_| pixels == Pixels::AsSeen);
@@ -163,6 +182,27 @@ fn decode_as(format: Format, bytes: &[u8], limits: &Limits, pixels: Pixels) -> R
         picture.apply_orientation(turn);
     }
     Ok(if picture.color().has_alpha() { over_white(&picture.into_rgba8()) } else { picture.into_rgb8() })
+}
+
+fn decode_jpeg(
+    format: Format,
+    bytes: &[u8],
+    limits: &Limits,
+    pixels: Pixels,
+) -> Result<RgbImage, ImageError> {
+    let jpeg = read_jpeg_header(format, bytes, limits)?;
+    let (width, height) = jpeg.dimensions();
+    let turn = jpeg.exif().and_then(Orientation::from_exif_chunk).filter(|_| pixels == Pixels::AsSeen);
+    let rgb = jpeg.decode().map_err(|error| jpeg_in_words(error, format))?;
+    let picture = RgbImage::from_raw(width, height, rgb).expect("three bytes a pixel");
+    Ok(match turn {
+        None | Some(Orientation::NoTransforms) => picture,
+        Some(turn) => {
+            let mut picture = DynamicImage::from(picture);
+            picture.apply_orientation(turn);
+            picture.into_rgb8()
+        }
+    })
 }
 
 /// The colours as Pillow has them; `is_grey` tells 16-bit greys, which it keeps as numbers until they are converted.
@@ -191,6 +231,15 @@ fn over_white(picture: &::image::RgbaImage) -> RgbImage {
         to.0 = rgb.map(|value| ((value * alpha + 255 * (255 - alpha) + 127) / 255) as u8);
     }
     opaque
+}
+
+fn jpeg_in_words(error: JpegError, format: Format) -> ImageError {
+    let format = format.name;
+    match error {
+        JpegError::Truncated => ImageError::Truncated { format },
+        JpegError::Unsupported(what) => ImageError::Unsupported { format, reason: Some(what.into()) },
+        JpegError::Damaged(what) => ImageError::Damaged { format, reason: what.into() },
+    }
 }
 
 fn in_words(error: ::image::ImageError, format: Format) -> ImageError {

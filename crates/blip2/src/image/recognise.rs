@@ -58,11 +58,10 @@ fn recognise_document(bytes: &[u8]) -> Result<Format, ImageError> {
     Err(ImageError::NotAPicture { found })
 }
 
-/// Whether the end is there, for the formats whose decoders do not ask for it: a JPEG decoder fills what is missing with
-/// grey, so a download that broke off would be captioned as it is; in a WebP file, the note on orientation comes last.
+/// Whether the end is there, for the format whose decoder does not ask for it: in a WebP file, the note on orientation comes
+/// last.
 pub(super) fn is_complete(format: Format, bytes: &[u8]) -> bool {
     match format.decoder {
-        ImageFormat::Jpeg => jpeg_is_complete(bytes),
         ImageFormat::WebP => webp_is_complete(bytes),
         _ => true,
     }
@@ -72,32 +71,6 @@ pub(super) fn is_complete(format: Format, bytes: &[u8]) -> bool {
 fn webp_is_complete(bytes: &[u8]) -> bool {
     let size = bytes.get(4..8).and_then(<[u8]>::first_chunk).map(|&size| u64::from(u32::from_le_bytes(size)));
     size.is_some_and(|size| size + 8 <= bytes.len() as u64)
-}
-
-/// Whether a JPEG file goes on to its end marker.
-fn jpeg_is_complete(bytes: &[u8]) -> bool {
-    const RESTART_FIRST: u8 = 0xd0;
-    const RESTART_LAST: u8 = 0xd7;
-    const END: u8 = 0xd9;
-    let mut rest = bytes.get(2..).unwrap_or_default(); // after the start marker
-    loop {
-        // On to the next marker: 0xff and a byte that is neither stuffing (0) nor fill (0xff). Restart markers, and
-        // whatever lies between segments, are passed over.
-        let Some(at) = rest.windows(2).position(|pair| {
-            pair[0] == 0xff && !matches!(pair[1], 0 | 1 | 0xff | RESTART_FIRST..=RESTART_LAST)
-        }) else {
-            return false;
-        };
-        if rest[at + 1] == END {
-            return true;
-        }
-        rest = &rest[at + 2..];
-        let Some(&[high, low]) = rest.first_chunk() else { return false };
-        let length = usize::from(u16::from_be_bytes([high, low]));
-        // A scan's coded data follows its header and is searched for the next marker like everything else.
-        let Some(after) = rest.get(length.max(2)..) else { return false };
-        rest = after;
-    }
 }
 
 #[cfg(test)]
@@ -128,23 +101,6 @@ mod tests {
                 Err(error) => error.to_string(),
             };
             assert!(told.contains(expected), "{told:?} for {expected:?}");
-        }
-    }
-
-    #[test]
-    fn a_jpeg_ends_at_its_end_marker() {
-        let file = [
-            &b"\xff\xd8"[..],
-            b"\xff\xe1\0\x06\xff\xd9\0\0", // a segment with an end marker of a thumbnail in it
-            b"\xff\xda\0\x04\0\0",
-            b"\x12\xff\0\x34\xff\xd0\x56", // coded data with stuffing and a restart
-            b"\xff\xd9",
-        ]
-        .concat();
-        assert!(jpeg_is_complete(&file));
-        assert!(jpeg_is_complete(&[&file[..], b"trailing"].concat()), "what follows does not matter");
-        for length in 0..file.len() {
-            assert!(!jpeg_is_complete(&file[..length]), "cut at {length}");
         }
     }
 }
