@@ -7,9 +7,12 @@ use image::RgbImage;
 use crate::Result;
 use crate::features::FeatureEncoder;
 
+/// How files become pixels: another name whenever a decoder gives others, so that features of old ones are not taken for new.
+const PIXELS: &str = "JPEG as libjpeg-turbo";
+
 impl FeatureEncoder for VisionEncoder {
     fn key(&self) -> String {
-        format!("{}|{:?}", self.fingerprint(), self.processor())
+        format!("{}|{:?}|{PIXELS}", self.fingerprint(), self.processor())
     }
 
     fn n_tokens(&self) -> usize {
