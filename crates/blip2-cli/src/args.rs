@@ -414,12 +414,13 @@ pub(crate) enum RerankArg {
 
 #[derive(Debug, clap::Args)]
 pub(crate) struct PackArgs {
-    /// A checkpoint of stage 1 (`step-…`).
+    /// A checkpoint of stage 1 (`step-…`). Given several times, the mean of their weights: of checkpoints that went on from one
+    /// another it is often better than each.
     #[arg(long, value_name = "CHECKPOINT", required_unless_present = "stage2")]
-    pub(crate) stage1: Option<PathBuf>,
-    /// A checkpoint of stage 2.
+    pub(crate) stage1: Vec<PathBuf>,
+    /// A checkpoint of stage 2, or several.
     #[arg(long, value_name = "CHECKPOINT")]
-    pub(crate) stage2: Option<PathBuf>,
+    pub(crate) stage2: Vec<PathBuf>,
     /// The model folder to make.
     #[arg(long)]
     pub(crate) out: PathBuf,

@@ -60,18 +60,16 @@ fn model_folder(args: &PackArgs, storage: Storage) -> anyhow::Result<()> {
     };
     let (mut stage1, mut stage2) = (None, None);
     let mut shared = None;
-    if let Some(path) = &args.stage1 {
-        let (state, tensors, _) = checkpoint::load(path)?;
-        let run = stage1_run(&state.config, path)?;
+    if let Some((path, settings, tensors)) = mean(&args.stage1)? {
+        let run = stage1_run(&settings, path)?;
         let weights = write("stage1", &tensors)?;
         fs::copy(&run.vocabulary, work.path().join("vocab.txt"))
             .with_context(|| format!("cannot copy {}", run.vocabulary.display()))?;
         stage1 = Some(Stage1Config { weights, vocabulary: "vocab.txt".into() });
         shared = Some((run.encoder_options(), run.encoder, run.qformer));
     }
-    if let Some(path) = &args.stage2 {
-        let (state, tensors, _) = checkpoint::load(path)?;
-        let run = stage2_run(&state.config, path)?;
+    if let Some((path, settings, tensors)) = mean(&args.stage2)? {
+        let run = stage2_run(&settings, path)?;
         let weights = write("stage2", &tensors)?;
         if shared.as_ref().is_some_and(|(_, _, qformer)| *qformer != run.qformer) {
             bail!("the two checkpoints are of Q-Formers of different sizes");
@@ -119,6 +117,29 @@ fn model_folder(args: &PackArgs, storage: Storage) -> anyhow::Result<()> {
     })?)
 }
 
+/// The mean of some checkpoints' weights (Wortsman et al. 2022, "Model soups", the uniform one), with the last one's path and
+/// settings; nothing of none.
+fn mean(checkpoints: &[PathBuf]) -> anyhow::Result<Option<(&Path, String, Tensors)>> {
+    let Some((last, others)) = checkpoints.split_last() else { return Ok(None) };
+    let (state, mut tensors, _) = checkpoint::load(last)?;
+    for path in others {
+        let (_, mut other, _) = checkpoint::load(path)?;
+        for (name, (shape, sum)) in &mut tensors {
+            let Some((_, values)) = other.remove(name).filter(|(found, _)| found == shape) else {
+                bail!(
+                    "{} has no `{name}` of shape {shape:?}, as {} has: there is a mean of checkpoints of one model only",
+                    path.display(),
+                    last.display()
+                );
+            };
+            sum.iter_mut().zip(values).for_each(|(sum, value)| *sum += value);
+        }
+    }
+    let n = checkpoints.len() as f32;
+    tensors.values_mut().flat_map(|(_, sum)| sum).for_each(|value| *value /= n);
+    Ok(Some((last, state.config, tensors)))
+}
+
 /// The encoder as a model folder names it.
 fn vision(path: &Path, options: EncoderOptions) -> anyhow::Result<VisionConfig> {
     // Only its fingerprint is asked for, which is the same in every format.
@@ -133,11 +154,11 @@ fn vision(path: &Path, options: EncoderOptions) -> anyhow::Result<VisionConfig> 
 
 /// Packs one stage with its frozen parts.
 fn hugging_face(args: &PackArgs) -> anyhow::Result<Done> {
-    let (checkpoint, is_stage2) = match (&args.stage1, &args.stage2) {
-        (Some(path), None) => (path, false),
-        (None, Some(path)) => (path, true),
+    let (checkpoint, is_stage2) = match (&args.stage1[..], &args.stage2[..]) {
+        ([path], []) => (path, false),
+        ([], [path]) => (path, true),
         _ => bail!(
-            "a Hugging Face folder holds one stage: give --stage1 or --stage2, and pack the other one by itself"
+            "a Hugging Face folder holds one checkpoint of one stage: give --stage1 or --stage2 once, and pack the other one by itself"
         ),
     };
     let (state, ..) = checkpoint::load(checkpoint)?;

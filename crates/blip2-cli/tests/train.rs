@@ -203,6 +203,34 @@ fn a_packed_folder_opens_with_what_it_was_trained_with() {
     assert_eq!(opened["stage2"]["instruction"], "");
 }
 
+#[test]
+fn several_checkpoints_are_packed_as_their_mean() {
+    let work = Work::new();
+    let fields = stage1(&work.converted_stage1()) + "dropout = 0.0\n";
+    let file = work.config("run", "captions.jsonl", &fields, "epochs = 3\nsave_every = 1");
+    done(&[&"train", &file]);
+    let checkpoints = [1, 2, 3].map(|step| work.path("run").join(format!("step-{step:08}")));
+    let kept: Vec<_> = checkpoints.iter().filter(|checkpoint| checkpoint.is_dir()).collect();
+    let [.., one, other] = kept[..] else { panic!("two checkpoints are kept: {kept:?}") };
+    let out = work.path("mean");
+    done(&[&"pack", &"--stage1", one, &"--stage1", other, &"--out", &out, &"--dtype", &"f32"]);
+    let open = |file: PathBuf| Safetensors::open(&file).expect("tensors");
+    let [one, other] = [one, other].map(|checkpoint| open(checkpoint.join("model.safetensors")));
+    let (mean, mut n_moved) = (open(out.join("stage1.safetensors")), 0);
+    for name in one.names() {
+        let [a, b, c] = [&one, &other, &mean].map(|file| file.read_f32(name).expect("numbers"));
+        n_moved += usize::from(a != b);
+        assert!(a.iter().zip(&b).zip(&c).all(|((a, b), c)| (a + b) / 2.0 == *c), "{name}");
+    }
+    assert!(n_moved > 8, "the checkpoints differ");
+
+    let opt = golden("blip2_opt");
+    let stage2 = work.train("stage2", "both.jsonl", &stage2(&opt, &opt, &opt, OPT_PROMPTS));
+    let wrong = [&checkpoints[2], &stage2];
+    let said = refused(&[&"pack", &"--stage1", wrong[0], &"--stage1", wrong[1], &"--out", &work.path("no")]);
+    assert!(said.contains("one model only"), "{said}");
+}
+
 /// Both stages from parts by themselves: LAVIS's image encoder, OPT's own folder, and a Q-Former with its heads.
 #[test]
 fn both_stages_train_on_parts_by_themselves() {

@@ -470,6 +470,7 @@ fn frozen_parts_that_are_missing_or_wrong_are_named() {
     language_model("opt", &narrow);
     let mut config = read_json(narrow.join("config.json"));
     config["hidden_size"] = 64.into();
+    config["word_embed_proj_dim"] = 64.into();
     fs::write(narrow.join("config.json"), config.to_string()).expect("written");
     let error = refusal(&opt, &FrozenParts { language_model: Some(narrow), ..complete() }).to_string();
     assert!(error.contains("width 32") && error.contains("has 64"), "{error}");
