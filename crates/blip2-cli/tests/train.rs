@@ -307,7 +307,7 @@ fn berts_own_part_learns_at_its_own_rate() {
     let options = "bert_learning_rate = 0.0\nimage_tokens_kept = 0.5\n";
     let checkpoint = work.train("still", "captions.jsonl", &(stage1(&init) + options));
     let [before, after] = [&init, &checkpoint]
-        .map(|folder| Safetensors::open(&folder.join("model.safetensors")).expect("tensors"));
+        .map(|folder| Safetensors::open(folder.join("model.safetensors")).expect("tensors"));
     let (mut n_still, mut n_learned) = (0, 0);
     // Both layouts call the encoder's tensors the same.
     for name in after.names().filter(|name| before.names().any(|other| other == *name)) {
