@@ -135,6 +135,11 @@ fn validate_step(batch_size: usize, micro_batch: usize, dropout: f32, tokens_kep
 /// Stream of random numbers: which of a picture's tokens a step sees.
 const IMAGE_TOKENS: u64 = 0x70e5;
 
+/// Serde's default of what is on unless it is switched off.
+fn yes() -> bool {
+    true
+}
+
 /// Serde's default of `image_tokens_kept`.
 fn all_tokens() -> f64 {
     1.0

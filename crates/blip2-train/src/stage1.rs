@@ -241,8 +241,11 @@ impl Step<'_> {
         negatives: &HardNegatives,
         n_tokens: usize,
     ) -> Result<(Tensor, f32, f32, f32)> {
-        let zero = || Tensor::zeros((), DType::F32, self.batch.image_embeds.device());
-        let itg = if self.options.captioning { self.caption(part, features, n_tokens)? } else { zero()? };
+        let itg = if self.options.captioning {
+            self.caption(part, features, n_tokens)?
+        } else {
+            Tensor::zeros((), DType::F32, self.batch.image_embeds.device())?
+        };
         let itg_value = itg.to_scalar()?;
         if !self.options.matching {
             return Ok((itg, 0.0, itg_value, 0.0));

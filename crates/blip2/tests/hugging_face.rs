@@ -49,6 +49,21 @@ fn copy(family: &str, to: &Path) {
     }
 }
 
+/// The golden folder of a family with these values in the tensors of `like`.
+fn with_values(family: &str, like: &Safetensors, values: &[(&str, Vec<f32>)]) -> tempfile::TempDir {
+    let tensors: Vec<_> = values
+        .iter()
+        .map(|(name, values)| NamedTensor {
+            name: (*name).into(),
+            shape: like.shape(name).expect("a shape").to_vec(),
+            values: Values::F32(values),
+        })
+        .collect();
+    let folder = changed(family, |_| {});
+    write_safetensors(folder.path().join("model.safetensors"), &tensors, &BTreeMap::new()).expect("written");
+    folder
+}
+
 /// A copy of a golden folder whose configuration is changed.
 fn changed(family: &str, change: impl Fn(&mut Json)) -> tempfile::TempDir {
     let dir = tempfile::tempdir().expect("a folder");
@@ -525,16 +540,7 @@ fn an_encoder_may_lack_the_biases_of_attention() {
         if is_bias(name) { vec![0.0; values.len()] } else { values }
     };
     let all: Vec<_> = whole.names().map(|name| (name, values(name))).collect();
-    let tensors: Vec<_> = all
-        .iter()
-        .map(|(name, values)| NamedTensor {
-            name: (*name).into(),
-            shape: whole.shape(name).expect("a shape").to_vec(),
-            values: Values::F32(values),
-        })
-        .collect();
-    let zero = changed("blip2_opt", |_| {});
-    write_safetensors(zero.path().join("model.safetensors"), &tensors, &BTreeMap::new()).expect("written");
+    let zero = with_values("blip2_opt", &whole, &all);
 
     let tokens = |folder: &Path| {
         let model = Blip2::open(folder, &OpenOptions::default()).expect("a model");
@@ -676,17 +682,7 @@ fn weights_that_are_no_numbers_are_refused_by_name() {
                 values.iter_mut().find(|(name, _)| name == damaged).expect("a tensor of this name");
             let at = bad.len() / 2;
             bad[at] = [f32::NAN, f32::INFINITY, f32::NEG_INFINITY][i % 3];
-            let tensors: Vec<_> = values
-                .iter()
-                .map(|(name, values)| NamedTensor {
-                    name: (*name).into(),
-                    shape: whole.shape(name).expect("a shape").to_vec(),
-                    values: Values::F32(values),
-                })
-                .collect();
-            let dir = changed(family, |_| {});
-            write_safetensors(dir.path().join("model.safetensors"), &tensors, &BTreeMap::new())
-                .expect("written");
+            let dir = with_values(family, &whole, &values);
             let message = refused(&dir);
             assert!(
                 message.contains(damaged) && message.contains("infinite or not numbers"),

@@ -59,7 +59,7 @@ pub struct Stage1Config {
     pub image_tokens_kept: f64,
     /// Whether captioning is learned. A Q-Former that goes on to stage 2 needs it; one that is only to match, embed and classify may
     /// spend its last steps on that.
-    #[serde(default = "yes")]
+    #[serde(default = "super::yes")]
     pub captioning: bool,
     /// The learning rate of what is BERT's own (embeddings, self-attention, the text's feed-forward layers) as a factor of the
     /// others'; 1 as in the paper. BERT knows more words than a small data set shows, and at the full rate forgets them.
@@ -92,10 +92,6 @@ pub enum Stage1Init {
     /// A Q-Former with its heads, to train further: safetensors files of trained weights, or the Hugging Face folder of a BLIP-2
     /// model for matching that has them all (`blip2 convert` keeps those that the public conversion drops).
     Weights(Vec<PathBuf>),
-}
-
-fn yes() -> bool {
-    true
 }
 
 fn one() -> f64 {

@@ -68,7 +68,7 @@ pub struct Stage2Config {
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub caption_prompt: Option<PromptFormat>,
     /// Whether captions are learned as sentences with a capital and a full stop, or as they are written.
-    #[serde(default = "yes")]
+    #[serde(default = "super::yes")]
     pub tidy_captions: bool,
     /// Prefix language modelling, for an encoder-decoder model: the encoder reads the beginning of a caption, drawn each time,
     /// of at least a word and at most half of them, and the decoder learns to go on.
@@ -89,10 +89,6 @@ pub struct Stage2Config {
     pub qformer: QFormerConfig,
     /// The training data.
     pub data: Vec<DataConfig>,
-}
-
-fn yes() -> bool {
-    true
 }
 
 impl Stage2Config {
