@@ -304,7 +304,7 @@ fn what_does_not_fit_is_said() {
 fn berts_own_part_learns_at_its_own_rate() {
     let work = Work::new();
     let init = work.converted_stage1();
-    let options = "bert_learning_rate = 0.0\nimage_tokens_kept = 0.5\n";
+    let options = "bert_learning_rate = 0.0\nimage_tokens_kept = 0.5\ntext_tokens_kept = 0.5\n";
     let checkpoint = work.train("still", "captions.jsonl", &(stage1(&init) + options));
     let [before, after] = [&init, &checkpoint]
         .map(|folder| Safetensors::open(folder.join("model.safetensors")).expect("tensors"));
@@ -322,9 +322,11 @@ fn berts_own_part_learns_at_its_own_rate() {
     }
     assert!(n_still > 8 && n_learned > 8, "{n_still} {n_learned}");
 
-    for (option, field) in
-        [("bert_learning_rate = 1.5", "bert_learning_rate"), ("image_tokens_kept = 0.0", "image_tokens_kept")]
-    {
+    for (option, field) in [
+        ("bert_learning_rate = 1.5", "bert_learning_rate"),
+        ("image_tokens_kept = 0.0", "image_tokens_kept"),
+        ("text_tokens_kept = 1.1", "text_tokens_kept"),
+    ] {
         let fields = format!("dropout = 0.0\n{}{option}\n", stage1(&init));
         let file = work.config("refused", "captions.jsonl", &fields, "epochs = 1\nsave_every = 9");
         let said = refused(&[&"train", &file]);

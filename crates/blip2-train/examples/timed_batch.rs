@@ -144,6 +144,7 @@ impl Stage1 {
                 decoder_start: serde_json::from_str(&file.metadata()["dec_token_id"])?,
                 matching: true,
                 captioning: true,
+                text_tokens_kept: 1.0,
                 hard_negatives: true,
             },
         })

@@ -126,10 +126,15 @@ fn validate_step(batch_size: usize, micro_batch: usize, dropout: f32, tokens_kep
     if !(0.0..1.0).contains(&dropout) {
         return Err(Error::config("dropout", "must be at least 0 and below 1"));
     }
-    if !(0.0 < tokens_kept && tokens_kept <= 1.0) {
-        return Err(Error::config("image_tokens_kept", "must be above 0 and at most 1"));
+    validate_kept("image_tokens_kept", tokens_kept)
+}
+
+fn validate_kept(field: &str, kept: f64) -> Result<()> {
+    if 0.0 < kept && kept <= 1.0 {
+        Ok(())
+    } else {
+        Err(Error::config(field, "must be above 0 and at most 1"))
     }
-    Ok(())
 }
 
 /// Stream of random numbers: which of a picture's tokens a step sees.
@@ -140,7 +145,7 @@ fn yes() -> bool {
     true
 }
 
-/// Serde's default of `image_tokens_kept`.
+/// Serde's default of `image_tokens_kept` and `text_tokens_kept`.
 fn all_tokens() -> f64 {
     1.0
 }

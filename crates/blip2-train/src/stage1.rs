@@ -44,6 +44,8 @@ pub struct StepOptions {
     pub step: u64,
     /// The id of `[DEC]`, which starts a text to generate in place of `[CLS]`.
     pub decoder_start: u32,
+    /// The share of a text's tokens between `[CLS]` and `[SEP]` that the contrastive loss sees; 1 for all.
+    pub text_tokens_kept: f64,
     /// Whether the step learns matching too; it is half of the work.
     pub matching: bool,
     /// Whether the step learns captioning.
@@ -82,6 +84,8 @@ impl Values {
 struct Part {
     rows: Range<usize>,
     texts: TextBatch,
+    /// What contrast sees of the texts.
+    contrast_texts: TextBatch,
 }
 
 /// Computes the losses of `batch` and the gradients of `variables`, the Q-Former's own.
@@ -123,7 +127,9 @@ fn run(
         .step_by(options.micro_batch.max(1))
         .map(|start| {
             let rows = start..(start + options.micro_batch.max(1)).min(n);
-            Part { texts: TextBatch::new(&batch.texts[rows.clone()]), rows }
+            let contrast_texts =
+                TextBatch::new(rows.clone().map(|i| kept_tokens(&batch.texts[i], i, options)));
+            Part { texts: TextBatch::new(&batch.texts[rows.clone()]), contrast_texts, rows }
         })
         .collect();
     let n_image_tokens = batch.image_embeds.dim(0)? / n.max(1);
@@ -139,6 +145,19 @@ enum Purpose {
     MatchDropout,
     CaptionDropout,
     Negatives,
+    TextTokens,
+}
+
+/// Text number `row` of the batch without the tokens that the step's contrastive loss does not see: each token is left out by a
+/// draw of its own, in the same way whichever part of the batch the text is in.
+fn kept_tokens(ids: &[u32], row: usize, options: StepOptions) -> Vec<u32> {
+    let mut random = Random::new(&[options.seed, options.step, Purpose::TextTokens as u64, row as u64]);
+    let last = ids.len() - 1;
+    let mut is_kept = |i: usize| {
+        let draw = random.unit();
+        i == 0 || i == last || draw < options.text_tokens_kept
+    };
+    ids.iter().enumerate().filter(|(i, _)| is_kept(*i)).map(|(_, &id)| id).collect()
 }
 
 struct Step<'a> {
@@ -220,9 +239,10 @@ impl Step<'_> {
         let image_keys = self.image_keys(part.rows.clone())?;
         let (query_output, query_keys) =
             self.qformer.encode_queries(&image_keys, &mut self.dropout(part, Purpose::QueryDropout))?;
-        let text = self.qformer.encode_text(&part.texts, &mut self.dropout(part, Purpose::TextDropout))?;
-        let (image, text) =
-            (self.qformer.project_image(&query_output)?, self.qformer.project_text(&text, &part.texts)?);
+        let text =
+            self.qformer.encode_text(&part.contrast_texts, &mut self.dropout(part, Purpose::TextDropout))?;
+        let image = self.qformer.project_image(&query_output)?;
+        let text = self.qformer.project_text(&text, &part.contrast_texts)?;
         Ok(Features { image, text, query_keys, image_keys })
     }
 

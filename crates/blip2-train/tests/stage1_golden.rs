@@ -49,17 +49,22 @@ fn open() -> (Golden, Stage1) {
 }
 
 impl Stage1 {
-    fn gradients(&self, micro_batch: usize) -> (Gradients, Values) {
-        self.gradients_with(StepOptions {
+    fn options(&self, micro_batch: usize) -> StepOptions {
+        StepOptions {
             micro_batch,
             dropout: 0.0,
             seed: 0,
             step: 0,
             decoder_start: self.dec,
+            text_tokens_kept: 1.0,
             matching: true,
             captioning: true,
             hard_negatives: true,
-        })
+        }
+    }
+
+    fn gradients(&self, micro_batch: usize) -> (Gradients, Values) {
+        self.gradients_with(self.options(micro_batch))
     }
 
     fn gradients_with(&self, options: StepOptions) -> (Gradients, Values) {
@@ -74,18 +79,29 @@ fn matching_can_wait() {
     let (_, stage1) = open();
     for micro_batch in [usize::MAX, 2] {
         let (_, with) = stage1.gradients(micro_batch);
-        let (gradients, without) = stage1.gradients_with(StepOptions {
-            micro_batch,
-            dropout: 0.0,
-            seed: 0,
-            step: 0,
-            decoder_start: stage1.dec,
-            matching: false,
-            captioning: true,
-            hard_negatives: true,
-        });
+        let options = StepOptions { matching: false, ..stage1.options(micro_batch) };
+        let (gradients, without) = stage1.gradients_with(options);
         assert_eq!((without.itc, without.itg, without.itm), (with.itc, with.itg, 0.0));
         assert_eq!(gradients.missing(&stage1.variables), ["itm_head.bias", "itm_head.weight"]);
+    }
+}
+
+/// Contrast over a part of each text is another contrast, the same however the batch is cut; matching and captioning see all words.
+#[test]
+fn contrast_may_see_a_part_of_the_texts() {
+    let (_, stage1) = open();
+    let part = |micro_batch| StepOptions { text_tokens_kept: 0.5, ..stage1.options(micro_batch) };
+    let (_, whole) = stage1.gradients(usize::MAX);
+    let (gradients, values) = stage1.gradients_with(part(usize::MAX));
+    let (cut_gradients, cut) = stage1.gradients_with(part(2));
+    assert!((values.itc - whole.itc).abs() > 1e-3, "{} {}", values.itc, whole.itc);
+    assert_eq!((values.itm, values.itg), (whole.itm, whole.itg));
+    assert!((values.itc - cut.itc).abs() < 1e-5, "{} {}", values.itc, cut.itc);
+    for name in stage1.variables.keys() {
+        let [one, two] = [&gradients, &cut_gradients].map(|g| g.get(name).expect("a gradient"));
+        let largest = one.iter().fold(1e-3f32, |most, g| most.max(g.abs()));
+        let error = one.iter().zip(two).fold(0.0f32, |most, (a, b)| most.max((a - b).abs()));
+        assert!(error < 1e-3 * largest, "{name}: {error} of {largest}");
     }
 }
 

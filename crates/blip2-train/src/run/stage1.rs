@@ -11,7 +11,10 @@ use blip2::text::clean_caption;
 use candle_core::{Device, Tensor, Var};
 use serde::{Deserialize, Serialize};
 
-use super::{IMAGE_TOKENS, Observer, Run, RunPrecision, open_data, open_output, resolve_data, validate_step};
+use super::{
+    IMAGE_TOKENS, Observer, Run, RunPrecision, open_data, open_output, resolve_data, validate_kept,
+    validate_step,
+};
 use crate::data::{Batch, DataConfig, Dataset, LoaderConfig, Text};
 use crate::features::{FeatureCache, FeatureEncoder};
 use crate::gradients::Gradients;
@@ -57,6 +60,10 @@ pub struct Stage1Config {
     /// hard to remember pictures, where these are few.
     #[serde(default = "super::all_tokens")]
     pub image_tokens_kept: f64,
+    /// The share of a caption's tokens that the contrastive loss sees, drawn anew for each step; 1 for all, as in the paper. Like
+    /// `image_tokens_kept`, for few pictures; matching and captioning see all.
+    #[serde(default = "super::all_tokens")]
+    pub text_tokens_kept: f64,
     /// Whether captioning is learned. A Q-Former that goes on to stage 2 needs it; one that is only to match, embed and classify may
     /// spend its last steps on that.
     #[serde(default = "super::yes")]
@@ -121,6 +128,7 @@ impl Stage1Config {
             return Err(Error::config("batch_size", "must be 2 or more: contrast needs another picture"));
         }
         validate_step(self.batch_size, self.micro_batch, self.dropout, self.image_tokens_kept)?;
+        validate_kept("text_tokens_kept", self.text_tokens_kept)?;
         if !(0.0..=1.0).contains(&self.bert_learning_rate) {
             return Err(Error::config("bert_learning_rate", "must be 0 to 1"));
         }
@@ -254,6 +262,7 @@ impl Objective for Stage1<'_> {
             step,
             // [DEC] is the last entry of the vocabulary (BLIP-2 adds it to BERT's).
             decoder_start: self.config.qformer.vocab_size as u32 - 1,
+            text_tokens_kept: self.config.text_tokens_kept,
             matching: self.learns_matching(step),
             captioning: self.config.captioning,
             hard_negatives: step >= self.config.hard_negatives_from_step,
