@@ -20,6 +20,7 @@ pub mod gemm;
 pub mod isa;
 mod lanes;
 pub mod linear;
+mod memory;
 pub mod norm;
 pub mod peak;
 pub mod quantized;

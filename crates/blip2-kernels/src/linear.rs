@@ -1,7 +1,6 @@
 //! A weight matrix packed once for the kernels.
 
 mod format;
-mod words;
 
 use rayon::prelude::*;
 
@@ -10,9 +9,9 @@ use crate::gemm::{
     Finish, KW, MatrixRef, NR, Output, Panels, Part, Precision, Start, gemm, multiply, pack_panels,
 };
 use crate::isa::{Isa, with_isa};
+use crate::memory::WeightMemory;
 
 pub use format::Format;
-use words::Words;
 
 /// Output rows unpacked at a time by the input gradient: a megabyte or so, not the whole matrix.
 const ROWS_A_GRADIENT_BLOCK: usize = 1024;
@@ -51,7 +50,7 @@ impl<'a> Epilogue<'a> {
 #[derive(Debug)]
 pub struct PackedWeight {
     /// Block of `k` by block the panels of all outputs.
-    words: Words,
+    memory: WeightMemory,
     out_features: usize,
     in_features: usize,
     format: Format,
@@ -75,7 +74,9 @@ impl PackedWeight {
             (0..in_features).step_by(block).map(|k| block.min(in_features - k)).collect();
         let n_panels = out_features.div_ceil(NR);
         let panel_words: Vec<usize> = k_lens.iter().map(|&k_len| format.panel_words(k_len)).collect();
-        let mut words = Words::zeroed(n_panels * panel_words.iter().sum::<usize>());
+        let n_words = n_panels * panel_words.iter().sum::<usize>();
+        let mut memory = WeightMemory::zeroed(4 * n_words);
+        let words = memory.words_mut();
         // Each panel is filled from its own 32 rows; some at a time, so that the matrix is not in memory twice.
         for first in (0..n_panels).step_by(PANELS_AT_A_TIME) {
             let panels: Vec<Vec<Vec<u32>>> = (first..n_panels.min(first + PANELS_AT_A_TIME))
@@ -108,7 +109,7 @@ impl PackedWeight {
                 }
             }
         }
-        Self { words, out_features, in_features, format }
+        Self { memory, out_features, in_features, format }
     }
 
     /// `activation(x Wᵀ + bias) + residual`; `x` is `[n_rows, in]`, the result `[n_rows, out]`.
@@ -210,7 +211,7 @@ impl PackedWeight {
 
     /// Memory of the packed weight.
     pub fn n_bytes(&self) -> usize {
-        4 * self.words.len()
+        self.memory.as_ref().len()
     }
 
     fn block_len(&self) -> usize {
@@ -227,7 +228,7 @@ impl PackedWeight {
         let n_words = |k_len: usize| n_panels * self.format.panel_words(k_len);
         let start = i * n_words(self.block_len());
         let k_len = self.block_len().min(self.in_features - i * self.block_len());
-        let words = &self.words[start..start + n_words(k_len)];
+        let words = &self.memory.words()[start..start + n_words(k_len)];
         Panels { words, format: self.format, k_len, n: self.out_features }
     }
 }

@@ -29,6 +29,7 @@ use rayon::prelude::*;
 use crate::gemm::{Output, Precision};
 use crate::isa::{Isa, with_isa};
 use crate::linear::{Epilogue, input_gradient};
+use crate::memory::WeightMemory;
 pub use format::{BLOCK, Format, SUPER_BLOCK};
 use format::{QUAD, WIDTH, f32_at};
 use rows::Rows;
@@ -115,7 +116,7 @@ impl QuantizedWeight {
     ) -> Self {
         assert!(in_features <= format.max_in_features(), "{format:?} of {in_features} inputs");
         let n_bytes = format.n_bytes(out_features, in_features).expect("a weight that fits into memory");
-        let mut bytes = AlignedBytes::new(n_bytes);
+        let mut bytes = WeightMemory::zeroed(n_bytes);
         let panel_bytes = n_bytes / out_features.div_ceil(WIDTH);
         bytes.as_mut().par_chunks_exact_mut(panel_bytes).enumerate().for_each(|(i, panel)| {
             write(panel, i * WIDTH, WIDTH.min(out_features - i * WIDTH));
@@ -395,35 +396,5 @@ struct Tasks {
 impl Tasks {
     fn n(&self) -> usize {
         self.n_groups * self.n_row_groups
-    }
-}
-
-/// Bytes at a multiple of 64, so that no load crosses two lines of the cache.
-struct AlignedBytes {
-    lines: Vec<Line>,
-    len: usize,
-}
-
-#[derive(Clone, Copy)]
-#[repr(C, align(64))]
-struct Line([u8; 64]);
-
-impl AlignedBytes {
-    fn new(len: usize) -> Self {
-        Self { lines: vec![Line([0; 64]); len.div_ceil(64)], len }
-    }
-}
-
-impl AsRef<[u8]> for AlignedBytes {
-    fn as_ref(&self) -> &[u8] {
-        // SAFETY: `Line` is 64 bytes without padding, and there are at least `len` of them.
-        unsafe { std::slice::from_raw_parts(self.lines.as_ptr().cast(), self.len) }
-    }
-}
-
-impl AsMut<[u8]> for AlignedBytes {
-    fn as_mut(&mut self) -> &mut [u8] {
-        // SAFETY: as above.
-        unsafe { std::slice::from_raw_parts_mut(self.lines.as_mut_ptr().cast(), self.len) }
     }
 }
