@@ -80,6 +80,9 @@ pub(crate) struct SourceArgs {
     /// here in bf16.
     #[arg(long, env = "BLIP2_DTYPE", value_enum, value_name = "TYPE")]
     pub(crate) dtype: Option<ComputeArg>,
+    /// With `--dtype int8` or `int4`, round the Q-Former's matrices too, which are otherwise left as they are: to see what it costs.
+    #[arg(long, env = "BLIP2_QUANTIZE_QFORMER", value_parser = BoolishValueParser::new(), hide_short_help = true)]
+    pub(crate) quantize_qformer: bool,
     /// Let a vision transformer see pictures of this side, in pixels, instead of the one it was trained with.
     #[arg(long, env = "BLIP2_IMAGE_SIZE", value_name = "PIXELS")]
     pub(crate) image_size: Option<usize>,

@@ -13,7 +13,7 @@ use blip2::model::{
 };
 
 use crate::args::{ComputeArg, GenerationArgs, ModelArgs, PresetArg, SourceArgs};
-use crate::generation::{self, Written};
+use crate::generation::{self, Written, WrongUsage};
 use crate::hub::{self, Repository, Settings};
 use crate::{dtype, frozen, memory};
 
@@ -121,6 +121,7 @@ fn open_folder(
     let mut options = OpenOptions {
         frozen: frozen::folders()?,
         image_size: args.image_size,
+        quantize_qformer: args.quantize_qformer,
         preset: preset.map(Preset::from),
         vision: true,
         stage1: part != Part::Stage2,
@@ -137,6 +138,9 @@ fn open_folder(
         None => Precision::Bf16.into(),
     };
     (options.precision, options.quantization) = (format.precision, format.quantization);
+    if args.quantize_qformer && format.quantization.or(stored).is_none() {
+        return Err(WrongUsage("--quantize-qformer goes with --dtype int8 or int4".into()).into());
+    }
     let said = memory::check(memory_needed(&folder, &options)?, memory::available(), args.ignore_memory)?;
     // Most of this project's own models are small: of those that fit nothing is said.
     if is_hugging_face {

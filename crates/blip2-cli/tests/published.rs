@@ -114,6 +114,9 @@ fn a_quantised_folder_captions_as_the_original_does_in_as_few_bits() {
     assert!(quantised.status.success(), "{}", String::from_utf8_lossy(&quantised.stderr));
     let stored = run(&["caption", picture], &few_bits);
     assert!(stored.status.success(), "{}", String::from_utf8_lossy(&stored.stderr));
+    let refused = run(&["caption", picture, "--quantize-qformer"], &golden("blip2_opt"));
+    assert_eq!(refused.status.code(), Some(2), "{refused:?}");
+    assert!(String::from_utf8_lossy(&refused.stderr).contains("--dtype int8"), "{refused:?}");
     let rounded = run(&["caption", picture, "--dtype", "int4"], &golden("blip2_opt"));
     assert_eq!(stored.stdout, rounded.stdout);
     // `auto` takes what is stored, and rounds what is not; both say what and why.

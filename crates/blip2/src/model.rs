@@ -54,6 +54,9 @@ pub struct OpenOptions {
     /// Few bits for the large frozen matrices, of a vision transformer and of a language model; nothing leaves them as they
     /// are stored. A language model in a GGUF file keeps the blocks that are in as few bits already.
     pub quantization: Option<Quantization>,
+    /// Few bits for the matrices of the Q-Former and of the projections behind it too, which are otherwise left as they are. It is
+    /// small, so this saves little, and tells what rounding costs.
+    pub quantize_qformer: bool,
     /// Side in pixels of the pictures that a vision transformer is to see, instead of the one it was trained with: its
     /// position embeddings are interpolated (transformers' `interpolate_pos_encoding`).
     pub image_size: Option<usize>,
@@ -73,6 +76,11 @@ impl OpenOptions {
     fn frozen_format(&self) -> FrozenFormat {
         FrozenFormat { precision: self.precision, quantization: self.quantization }
     }
+
+    /// The few bits of the Q-Former, of a model whose large matrices are in `quantization`.
+    fn of_qformer(&self, quantization: Option<Quantization>) -> Option<Quantization> {
+        quantization.filter(|_| self.quantize_qformer)
+    }
 }
 
 impl Default for OpenOptions {
@@ -81,6 +89,7 @@ impl Default for OpenOptions {
             frozen: Vec::new(),
             precision: Precision::F32,
             quantization: None,
+            quantize_qformer: false,
             image_size: None,
             preset: None,
             vision: true,
@@ -200,7 +209,7 @@ impl Blip2 {
             .map(|stage2| {
                 let language_model = find(&stage2.language_model)?;
                 check_sha256(&language_model, stage2.language_model_sha256.as_deref())?;
-                stage2::Stage2::open(folder, &config, stage2, &language_model, options.frozen_format())
+                stage2::Stage2::open(folder, &config, stage2, &language_model, options)
             })
             .transpose()?;
         Ok(Self { vision, stage1, stage2, config })

@@ -389,6 +389,35 @@ fn a_stored_model_is_the_model_that_was_rounded_at_opening() {
     }
 }
 
+/// The Q-Former is left as it is unless it is asked for, and then it is near to what it was; also in a model that was stored in few
+/// bits, which opens as the one that is rounded now.
+#[test]
+fn a_qformer_is_rounded_when_asked() {
+    let cosine = |a: &[f32], b: &[f32]| {
+        let dot = |a: &[f32], b: &[f32]| a.iter().zip(b).map(|(a, b)| a * b).sum::<f32>();
+        dot(a, b) / (dot(a, a) * dot(b, b)).sqrt()
+    };
+    let picture = image::open(golden("blip2.png"), &Limits::default(), Pixels::Pillow).expect("a picture");
+    for (quantization, least) in [(Quantization::Int8, 0.999), (Quantization::Int4, 0.97)] {
+        let dir = tempfile::tempdir().expect("a folder");
+        let stored = dir.path().join("few-bits");
+        quantize(golden("blip2_itm"), &stored, quantization).expect("quantised");
+        let embed = |folder: &Path, quantization, quantize_qformer| {
+            let options = OpenOptions { quantization, quantize_qformer, ..OpenOptions::default() };
+            let model = Blip2::open(folder, &options).expect("a model");
+            let features = model.encode(std::slice::from_ref(&picture)).expect("features");
+            model.embed_images(&[&features[0]]).expect("vectors").concat()
+        };
+        let original = golden("blip2_itm");
+        let large_ones = embed(&original, Some(quantization), false);
+        let all = embed(&original, Some(quantization), true);
+        let found = cosine(&large_ones, &all);
+        assert!(all != large_ones && found > least, "{quantization:?}: {found}");
+        assert_eq!(embed(&stored, None, true), all, "{quantization:?}");
+        assert_eq!(embed(&original, None, true), embed(&original, None, false));
+    }
+}
+
 #[test]
 fn damaged_panels_are_refused_and_never_read_beyond() {
     let dir = tempfile::tempdir().expect("a folder");

@@ -38,6 +38,11 @@ impl Quantization {
         }
     }
 
+    /// The format of a Q-Former's layers, where it is rounded at all.
+    pub(crate) fn bridge(self) -> Format {
+        self.language()
+    }
+
     /// The format of a language model's embeddings and output head.
     pub(crate) fn vocabulary(self) -> Format {
         Format::Int8Blocks

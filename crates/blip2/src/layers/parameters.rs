@@ -127,9 +127,13 @@ impl<'a> Loader<'a> {
     }
 
     /// The same loader, whose frozen linear layers are rounded to few bits, as those of a vision transformer are.
-    pub fn quantizing(mut self, quantization: Option<Quantization>) -> Self {
-        self.quantized = quantization.map(Quantization::vision);
-        self
+    pub fn quantizing(self, quantization: Option<Quantization>) -> Self {
+        Self { quantized: quantization.map(Quantization::vision), ..self }
+    }
+
+    /// The same loader, whose frozen linear layers are rounded as those of a Q-Former are.
+    pub(crate) fn quantizing_bridge(self, quantization: Option<Quantization>) -> Self {
+        Self { quantized: quantization.map(Quantization::bridge), ..self }
     }
 
     /// The loader of a submodule.

@@ -80,7 +80,8 @@ impl Stage1 {
     ) -> Result<Self> {
         let paths: Vec<PathBuf> = stage1.weights.iter().map(|file| folder.join(file)).collect();
         let weights = TrainedWeights::open(&paths)?;
-        let loader = Loader::frozen(&weights, options.precision);
+        let few_bits = options.of_qformer(options.quantization);
+        let loader = Loader::frozen(&weights, options.precision).quantizing_bridge(few_bits);
         let qformer = QFormer::load(&config.qformer, &loader, TextSide::Whole)?;
         weights.finish()?;
         let vocabulary = folder.join(&stage1.vocabulary);

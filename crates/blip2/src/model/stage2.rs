@@ -6,14 +6,14 @@ use std::sync::OnceLock;
 use candle_core::Tensor;
 
 use super::preset::FolderGeneration;
-use super::{Blip2, ImageFeatures, ModelConfig, Stage2Config, image_keys, open_language_model};
+use super::{Blip2, ImageFeatures, ModelConfig, OpenOptions, Stage2Config, image_keys, open_language_model};
 use crate::cache::CachedSequence;
 use crate::generate::{
     Constraint, Event, FinishReason, Generation, GenerationConfig, Request, Session, StopRules, generate,
     score,
 };
 use crate::language::LanguageModel;
-use crate::layers::{DropoutRng, FrozenFormat, Linear, Loader};
+use crate::layers::{DropoutRng, Linear, Loader};
 use crate::qformer::{QFormer, TextSide};
 use crate::text::{AnswerForm, Grammar, Grammars, LanguageTokenizer, Prompt, PromptFormat, Turn};
 use crate::weights::int8::TrainedWeights;
@@ -78,13 +78,14 @@ impl Stage2 {
         config: &ModelConfig,
         stage2: &Stage2Config,
         language_model: &Path,
-        format: FrozenFormat,
+        options: &OpenOptions,
     ) -> Result<Self> {
         let paths: Vec<PathBuf> = stage2.weights.iter().map(|file| folder.join(file)).collect();
         let weights = TrainedWeights::open(&paths)?;
-        let loader = Loader::frozen(&weights, format.precision);
+        let few_bits = options.of_qformer(options.quantization);
+        let loader = Loader::frozen(&weights, options.precision).quantizing_bridge(few_bits);
         let qformer = QFormer::load(&config.qformer, &loader, TextSide::None)?;
-        let (language_model, tokenizer) = open_language_model(language_model, format)?;
+        let (language_model, tokenizer) = open_language_model(language_model, options.frozen_format())?;
         let language_projection =
             loader.linear("language_projection", config.qformer.hidden_size, language_model.hidden_size())?;
         weights.finish()?;
