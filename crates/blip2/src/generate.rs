@@ -140,7 +140,7 @@ pub enum Event<'a> {
 pub type OnEvent<'a> = &'a mut dyn FnMut(Event<'_>) -> ControlFlow<()>;
 
 /// Continues every prompt of `decoder`: for each prompt `num_return_sequences` texts, the best first where beams rank
-/// them.
+/// them. Where fewer are possible, the last are copies of the best, with a score below any.
 ///
 /// # Errors
 /// [`Error::Config`] when the configuration contradicts itself, [`Error::TextTooLong`] when a prompt leaves no room,

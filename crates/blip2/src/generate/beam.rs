@@ -3,6 +3,10 @@
 //! Each step looks at the best `max(2, 1 + end tokens) · num_beams` continuations of a prompt's beams. Those among the
 //! first `num_beams` that are complete may enter the list of finished texts; the best incomplete ones are the next
 //! beams.
+//!
+//! Where rules leave fewer texts than are to be returned, transformers fills up with texts of beams that never were, whose
+//! logarithm of a probability is -10⁹: copies of what was found, or nothing but padding, as its sorting of equals has it.
+//! Here they are copies of the best.
 
 use std::cmp::Ordering;
 
@@ -12,6 +16,9 @@ use super::{
 };
 use crate::Result;
 use crate::sampling::log_sum_exp;
+
+/// What stands for the logarithm of the probability of a text that was not found.
+const NOT_FOUND: f32 = -1e9;
 
 /// An unfinished text.
 #[derive(Debug, Clone)]
@@ -77,10 +84,16 @@ impl Search {
         Ok(())
     }
 
-    /// The best finished texts.
-    pub(super) fn into_texts(mut self, n: usize) -> Vec<Generation> {
-        self.finished.truncate(n);
-        self.finished
+    /// The best finished texts, as many as are to be returned.
+    pub(super) fn into_texts(self, config: &GenerationConfig) -> Vec<Generation> {
+        let mut texts = self.finished;
+        texts.truncate(config.num_return_sequences);
+        if let Some(best) = texts.first() {
+            let score = normalised(NOT_FOUND, best.token_ids.len(), config.length_penalty);
+            let copy = Generation { score, ..best.clone() };
+            texts.resize(config.num_return_sequences, copy);
+        }
+        texts
     }
 
     /// Takes the beams one token further, or ends the search by leaving none.
@@ -88,7 +101,11 @@ impl Search {
         let config = rules.config;
         let candidates = self.candidates(logits, vocab_size, rules)?;
         if candidates.is_empty() {
-            return Err(no_token());
+            if self.finished.is_empty() {
+                return Err(no_token());
+            }
+            self.beams.clear();
+            return Ok(());
         }
         let is_full = self.finished.len() == config.num_beams;
         let takes_more = !(is_full && config.early_stopping == EarlyStopping::Immediate);

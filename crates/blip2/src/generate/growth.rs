@@ -153,7 +153,7 @@ impl Growth {
     pub(super) fn into_texts(self, config: &GenerationConfig) -> Vec<Generation> {
         match self {
             Self::Draws(draws) => draws.into_texts(),
-            Self::Beams(search) => search.into_texts(config.num_return_sequences),
+            Self::Beams(search) => search.into_texts(config),
         }
     }
 }

@@ -222,6 +222,38 @@ fn limits_and_end_tokens_say_why_a_text_ends() {
     assert!(error.to_string().contains("no room"), "{error}");
 }
 
+/// What transformers gives for the same, but for the copies that it has of other texts or of nothing.
+#[test]
+fn as_many_texts_come_back_as_are_asked_for() {
+    let beams = |n, max_new_tokens| GenerationConfig {
+        num_beams: n,
+        num_return_sequences: n,
+        max_new_tokens,
+        ..Default::default()
+    };
+    let texts = |config: &GenerationConfig| run(&mut Mock::new(&[&[1]], scrambled), config).remove(0);
+    // One text is possible.
+    let only_two = GenerationConfig { suppress_tokens: vec![0, 1, 3, 4, END], ..beams(5, 3) };
+    let found = texts(&only_two);
+    assert!(found.len() == 5 && found.iter().all(|text| text.token_ids == [2, 2, 2]), "{found:?}");
+    assert!(found[0].score > -100.0);
+    assert!(found[1..].iter().all(|text| text.score == -333_333_344.0), "{found:?}");
+    // One token is, which ends the text.
+    let ended = GenerationConfig { forced_eos_token_id: vec![END], ..beams(3, 1) };
+    let found = texts(&ended);
+    let scores: Vec<f32> = found.iter().map(|text| text.score).collect();
+    assert_eq!(scores, [0.0, -1e9, -1e9]);
+    assert!(found.iter().all(|text| text.token_ids == [END]));
+    // A text can end only before its first token, and the other beams come to where nothing may follow.
+    let stuck = GenerationConfig {
+        bad_words_ids: (0..END).map(|token| vec![token, END]).collect(),
+        no_repeat_ngram_size: 1,
+        ..beams(8, 12)
+    };
+    let found = texts(&stuck);
+    assert!(found.len() == 8 && found.iter().all(|text| text.token_ids == [END]), "{found:?}");
+}
+
 #[test]
 fn scores_that_are_not_numbers_are_an_error() {
     for num_beams in [1, 2] {
