@@ -140,7 +140,7 @@ pub(crate) struct GenerationArgs {
     /// When a beam search with all its texts finished ends: false, true or never.
     #[arg(long, value_enum)]
     pub(crate) early_stopping: Option<EarlyStoppingArg>,
-    /// Draw at random, at this temperature, without beams; so do the three below.
+    /// Draw at random, at this temperature; so do the three below. With --num-beams, among the continuations of the beams.
     #[arg(long)]
     pub(crate) temperature: Option<f32>,
     /// Draw among this many best tokens.

@@ -68,7 +68,8 @@ impl Written {
 /// # Errors
 /// [`WrongUsage`].
 pub(crate) fn check(args: &GenerationArgs) -> anyhow::Result<()> {
-    // A model that contradicts nothing: it draws unless beams are wanted, and writes texts of any length.
+    // A model that contradicts nothing: it draws unless beams are wanted, which bound the number of texts, and writes texts of
+    // any length.
     let any = GenerationConfig {
         do_sample: args.num_beams.is_none_or(|n| n < 2),
         max_new_tokens: usize::MAX,
@@ -103,10 +104,6 @@ fn validate(config: &GenerationConfig) -> anyhow::Result<()> {
 
 fn in_flags(field: &str, reason: &str) -> WrongUsage {
     let field = field.strip_prefix("generation.").unwrap_or(field);
-    if field == "do_sample" {
-        let message = "beams take the likeliest texts: leave out --num-beams, or --temperature, --top-k, --top-p and --min-p";
-        return WrongUsage(message.into());
-    }
     let of_library = format!("`{field}` {reason}");
     WrongUsage(FLAGS.iter().fold(of_library, |message, (field, flag)| message.replace(field, flag)))
 }

@@ -175,7 +175,10 @@ fn generation_settings_that_cannot_be_are_refused_first() {
             &["--num-beams", "2", "--num-captions", "3"],
             "`--num-captions` is 3, expected at most --num-beams, 2",
         ),
-        (&["--num-beams", "3", "--top-k", "5"], "leave out --num-beams, or --temperature, --top-k"),
+        (
+            &["--num-beams", "3", "--top-k", "5", "--num-captions", "4"],
+            "`--num-captions` is 4, expected at most --num-beams, 3",
+        ),
     ] {
         for verb in [&["caption", "a.jpg"][..], &["ask", "a.jpg", "What?"], &["eval", "captions", "a.jsonl"]]
         {

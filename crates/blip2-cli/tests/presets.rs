@@ -65,9 +65,15 @@ fn presets_and_prompts_change_what_is_written() {
             "--num-captions",
             "2",
         ];
-        let drawn = |seed| caption(&[&drawn[..], &["--seed", seed]].concat());
-        assert_eq!(drawn("1"), drawn("1"));
-        assert!(drawn("1") != drawn("2") || drawn("1") != drawn("3"));
+        let alone = |seed| caption(&[&drawn[..], &["--seed", seed]].concat());
+        assert_eq!(alone("1"), alone("1"));
+        assert!(alone("1") != alone("2") || alone("1") != alone("3"));
+        // Beams and draws together: their texts differ, and come with the best first.
+        let beams = |seed| caption(&[&drawn[..], &["--num-beams", "3", "--seed", seed]].concat());
+        let texts = beams("1");
+        assert_eq!(texts, beams("1"));
+        assert!(texts != beams("2") || texts != beams("3"));
+        assert!(texts.len() == 2 && tokens(&texts[0]) != tokens(&texts[1]), "{texts:?}");
         let ask =
             rows(&["ask", "--json", "--preset", "hf", "--model", &model, &picture, "which city is this?"]);
         assert!(tokens(&ask[0]).len() <= 20);

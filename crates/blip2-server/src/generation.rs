@@ -140,11 +140,6 @@ impl GenerationFields {
             let message = format!("n is {n}, a search with {} beams has no more answers", config.num_beams);
             return Err(ApiError::invalid("n", message));
         }
-        if config.do_sample && config.num_beams > 1 {
-            let message =
-                "beams take the likeliest texts: leave out temperature, top_p, top_k and min_p, or num_beams";
-            return Err(ApiError::invalid("num_beams", message));
-        }
         set(&mut config.top_p, self.top_p);
         set(&mut config.min_p, self.min_p);
         if let Some(k) = self.top_k {
@@ -246,6 +241,8 @@ mod tests {
         {
             assert!(!apply(json).expect("valid").do_sample, "{json}");
         }
+        let both = apply(r#"{"n": 2, "num_beams": 3, "temperature": 0.5}"#).expect("valid");
+        assert_eq!((both.do_sample, both.num_beams, both.num_return_sequences), (true, 3, 2));
         let seeds: Vec<u64> = (0..2).map(|_| apply(r#"{"temperature": 1}"#).expect("valid").seed).collect();
         assert_ne!(seeds[0], seeds[1], "without a seed answers differ");
         assert_eq!(apply(r#"{"temperature": 1, "seed": -1}"#).expect("valid").seed, u64::MAX);
@@ -294,7 +291,7 @@ mod tests {
             (r#"{"n": 2, "temperature": 0}"#, "n", "invalid_value"),
             (r#"{"num_beams": 17}"#, "num_beams", "invalid_value"),
             (r#"{"n": 3, "num_beams": 2}"#, "n", "invalid_value"),
-            (r#"{"num_beams": 2, "temperature": 1}"#, "num_beams", "invalid_value"),
+            (r#"{"n": 3, "num_beams": 2, "temperature": 1}"#, "n", "invalid_value"),
             (r#"{"max_tokens": 0}"#, "max_tokens", "invalid_value"),
             (r#"{"max_tokens": -1}"#, "max_tokens", "invalid_value"),
             (r#"{"max_completion_tokens": 9223372036854775807}"#, "max_completion_tokens", "invalid_value"),

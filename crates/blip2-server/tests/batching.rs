@@ -14,6 +14,7 @@ fn requests() -> Vec<Json> {
             let fields = match i % 4 {
                 0 | 1 => json!({"max_tokens": 3 + i, "temperature": 0}),
                 2 => json!({"max_tokens": 20, "temperature": 1.2, "seed": i}),
+                _ if i % 8 == 7 => json!({"max_tokens": 8, "num_beams": 3, "temperature": 1.2, "seed": i}),
                 _ => json!({"max_tokens": 8, "num_beams": 2 + i % 3}),
             };
             chat(i as u32 % 5, &question, &fields)

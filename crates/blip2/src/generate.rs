@@ -1,6 +1,6 @@
 //! Text generation: the loop between a language model and a list of tokens.
 //!
-//! [`generate`] continues a batch of prompts greedily, by beam search or by sampling; [`score`] says how likely given
+//! [`generate`] continues a batch of prompts greedily, by beam search, by sampling or by both; [`score`] says how likely given
 //! answers are. Both work on anything that is a [`Decoder`]; the real one is [`Session`], a language model with its
 //! key-value cache. [`Batch`] is the same loop driven by the caller, for prompts that come and go between tokens.
 //! Configuration and results mean what they mean in Hugging Face transformers. Nothing here knows words: prompts come as
@@ -87,8 +87,8 @@ pub struct Generation {
     pub token_ids: Vec<u32>,
     /// The natural logarithm of each token's probability, as the model gave it (before penalties and filters).
     pub log_probs: Vec<f32>,
-    /// By which beam search ranks: the summed log-probabilities after penalties, divided by `len^length_penalty`. Without
-    /// beams the same of the model's own log-probabilities.
+    /// By which beam search ranks: the summed log-probabilities after penalties (and, where it samples, after temperature and
+    /// filters), divided by `len^length_penalty`. Without beams the same of the model's own log-probabilities.
     pub score: f32,
     /// Why it ends where it does.
     pub finish: FinishReason,

@@ -79,18 +79,25 @@ pub fn top_k(scores: &mut [f32], k: usize) {
     if k == 0 || k >= scores.len() {
         return;
     }
-    let mut sorted = scores.to_vec();
-    let (_, threshold, _) = sorted.select_nth_unstable_by(k - 1, |a, b| b.total_cmp(a));
-    let threshold = *threshold;
+    let threshold = nth_best(scores, k);
     forbid_where(scores, |score| score < threshold);
 }
 
-/// Keeps the smallest set of likeliest tokens whose probabilities sum to at least `p` (nucleus, arXiv 1904.09751).
-pub fn top_p(scores: &mut [f32], p: f32) {
+/// The `n`-th best score, counted from 1; the worst where there are fewer.
+fn nth_best(scores: &[f32], n: usize) -> f32 {
+    let mut sorted = scores.to_vec();
+    let Some(last) = sorted.len().checked_sub(1) else { return f32::NEG_INFINITY };
+    *sorted.select_nth_unstable_by(n.saturating_sub(1).min(last), |a, b| b.total_cmp(a)).1
+}
+
+/// Keeps the smallest set of likeliest tokens whose probabilities sum to at least `p` (nucleus, arXiv 1904.09751), and at least
+/// `n_kept` tokens (1 or more).
+pub fn top_p(scores: &mut [f32], p: f32, n_kept: usize) {
     let mut ascending: Vec<(f32, usize)> =
         scores.iter().copied().zip(0..).filter(|&(score, _)| score > f32::NEG_INFINITY).collect();
     ascending.sort_unstable_by(|a, b| a.0.total_cmp(&b.0).then(b.1.cmp(&a.1)));
-    let Some((&(best, _), others)) = ascending.split_last() else { return };
+    let Some(&(best, _)) = ascending.last() else { return };
+    let others = &ascending[..ascending.len().saturating_sub(n_kept)];
     let total: f64 = ascending.iter().map(|&(score, _)| f64::from(score - best).exp()).sum();
     let mut tail = 0.0;
     for &(score, token) in others {
@@ -102,11 +109,11 @@ pub fn top_p(scores: &mut [f32], p: f32) {
     }
 }
 
-/// Keeps the tokens that are at least `p` times as likely as the best one (arXiv 2407.01082).
-pub fn min_p(scores: &mut [f32], p: f32) {
+/// Keeps the tokens that are at least `p` times as likely as the best one (arXiv 2407.01082), and the best `n_kept` (1 or more).
+pub fn min_p(scores: &mut [f32], p: f32, n_kept: usize) {
     let best = scores.iter().copied().fold(f32::NEG_INFINITY, f32::max);
-    let threshold = best + p.ln();
-    forbid_where(scores, |score| score < threshold && score < best);
+    let threshold = (best + p.ln()).min(nth_best(scores, n_kept));
+    forbid_where(scores, |score| score < threshold);
 }
 
 fn forbid_where(scores: &mut [f32], is_forbidden: impl Fn(f32) -> bool) {
@@ -178,6 +185,12 @@ impl SampleRng {
     pub fn next_unit(&mut self) -> f64 {
         self.state = self.state.wrapping_add(GOLDEN_GAMMA);
         (mix(self.state) >> 11) as f64 * (1.0 / (1_u64 << 53) as f64)
+    }
+
+    /// The next number of Gumbel's distribution. Added to the logarithms of probabilities, such numbers make the order of the
+    /// sums that of draws without putting back (arXiv 1903.06059).
+    pub fn next_gumbel(&mut self) -> f64 {
+        -(-self.next_unit().ln()).ln()
     }
 }
 
@@ -255,11 +268,19 @@ mod tests {
     #[test]
     fn filters_keep_at_least_the_best_token() {
         for filter in
-            [|s: &mut [f32]| top_k(s, 1), |s: &mut [f32]| top_p(s, 1e-6), |s: &mut [f32]| min_p(s, 1.0)]
+            [|s: &mut [f32]| top_k(s, 1), |s: &mut [f32]| top_p(s, 1e-6, 1), |s: &mut [f32]| min_p(s, 1.0, 1)]
         {
             let mut scores = [0.5, 3.0, 1.0];
             filter(&mut scores);
             assert_eq!(scores, [NEG, 3.0, NEG]);
+        }
+        for filter in [|s: &mut [f32]| top_p(s, 1e-6, 2), |s: &mut [f32]| min_p(s, 1.0, 2)] {
+            let mut scores = [0.5, 3.0, 1.0];
+            filter(&mut scores);
+            assert_eq!(scores, [NEG, 3.0, 1.0], "or as many as are to be kept");
+            let mut scores = [NEG, 3.0];
+            filter(&mut scores);
+            assert_eq!(scores, [NEG, 3.0], "what is impossible is not kept for it");
         }
     }
 
@@ -267,7 +288,7 @@ mod tests {
     fn a_wide_open_filter_keeps_everything() {
         let scores = [0.5, 3.0, 1.0, NEG];
         for filter in
-            [|s: &mut [f32]| top_k(s, 9), |s: &mut [f32]| top_p(s, 1.0), |s: &mut [f32]| min_p(s, 0.0)]
+            [|s: &mut [f32]| top_k(s, 9), |s: &mut [f32]| top_p(s, 1.0, 1), |s: &mut [f32]| min_p(s, 0.0, 1)]
         {
             let mut filtered = scores;
             filter(&mut filtered);

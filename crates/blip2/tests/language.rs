@@ -321,8 +321,8 @@ fn processors_and_filters_are_those_of_transformers() {
             sampling::no_repeat_ngram(&mut scores, &history, config.no_repeat_ngram_size);
             sampling::temperature(&mut scores, config.temperature);
             sampling::top_k(&mut scores, config.top_k);
-            sampling::top_p(&mut scores, config.top_p);
-            sampling::min_p(&mut scores, config.min_p);
+            sampling::top_p(&mut scores, config.top_p, 1);
+            sampling::min_p(&mut scores, config.min_p, 1);
             for (token, (&found, &expected)) in scores.iter().zip(expected).enumerate() {
                 let expected = expected.unwrap_or(f32::NEG_INFINITY);
                 let is_same = found == expected || (found - expected).abs() < 1e-5;

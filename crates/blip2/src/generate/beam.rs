@@ -2,7 +2,8 @@
 //!
 //! Each step looks at the best `max(2, 1 + end tokens) · num_beams` continuations of a prompt's beams. Those among the
 //! first `num_beams` that are complete may enter the list of finished texts; the best incomplete ones are the next
-//! beams.
+//! beams. A search that samples draws that many continuations, without putting back, by the probabilities of the texts that
+//! they make, and goes on with them in the same way: transformers' beam sampling, with random numbers of our own.
 //!
 //! Where rules leave fewer texts than are to be returned, transformers fills up with texts of beams that never were, whose
 //! logarithm of a probability is -10⁹: copies of what was found, or nothing but padding, as its sorting of equals has it.
@@ -15,7 +16,7 @@ use super::{
     EarlyStopping, Event, FinishReason, Generation, GenerationConfig, OnEvent, Rules, no_token, normalised,
 };
 use crate::Result;
-use crate::sampling::log_sum_exp;
+use crate::sampling::{SampleRng, log_sum_exp};
 
 /// What stands for the logarithm of the probability of a text that was not found.
 const NOT_FOUND: f32 = -1e9;
@@ -27,7 +28,7 @@ pub(super) struct Beam {
     pub(super) row: usize,
     pub(super) tokens: Vec<u32>,
     log_probs: Vec<f32>,
-    /// Sum of the log-probabilities after penalties.
+    /// Sum of the log-probabilities after penalties, and after temperature and filters where it samples.
     sum: f32,
     constraint: Option<Box<dyn Constraint>>,
 }
@@ -35,6 +36,8 @@ pub(super) struct Beam {
 /// A beam and the token that may follow it.
 #[derive(Debug, Clone, Copy)]
 struct Candidate {
+    /// By which it is chosen, the larger the better: its sum, or by chance.
+    key: f64,
     sum: f32,
     beam: usize,
     token: u32,
@@ -44,7 +47,7 @@ struct Candidate {
 impl Candidate {
     /// Best first; of equals the earlier beam, then the smaller token.
     fn rank(&self, other: &Self) -> Ordering {
-        other.sum.total_cmp(&self.sum).then((self.beam, self.token).cmp(&(other.beam, other.token)))
+        other.key.total_cmp(&self.key).then((self.beam, self.token).cmp(&(other.beam, other.token)))
     }
 }
 
@@ -54,13 +57,20 @@ pub(super) struct Search {
     pub(super) beams: Vec<Beam>,
     /// Best first, at most `num_beams`.
     finished: Vec<Generation>,
+    /// Where it samples.
+    rng: Option<SampleRng>,
 }
 
 impl Search {
     /// A search that starts from one row of logits.
-    pub(super) fn new(row: usize, constraint: Option<Box<dyn Constraint>>) -> Self {
+    pub(super) fn new(
+        config: &GenerationConfig,
+        row: usize,
+        constraint: Option<Box<dyn Constraint>>,
+    ) -> Self {
         let empty = Beam { row, tokens: Vec::new(), log_probs: Vec::new(), sum: 0.0, constraint };
-        Self { beams: vec![empty], finished: Vec::new() }
+        let rng = config.do_sample.then(|| SampleRng::new(config.seed, 0));
+        Self { beams: vec![empty], finished: Vec::new(), rng }
     }
 
     /// [`advance`](Self::advance)s and tells of the best beam; once `is_cancelled`, beams that have tokens end as they are.
@@ -122,7 +132,7 @@ impl Search {
         Ok(())
     }
 
-    /// The best continuations, best first.
+    /// The best continuations, or those that were drawn; best first.
     fn candidates(&mut self, logits: &[f32], vocab_size: usize, rules: &Rules<'_>) -> Result<Vec<Candidate>> {
         let n = rules.config.num_beams * (1 + rules.stop.end_tokens().len()).max(2);
         // Kept best first; most tokens are turned away by one comparison with the last.
@@ -135,18 +145,29 @@ impl Search {
             scores.extend(row.iter().map(|logit| logit - norm));
             rules.penalise(&beam.tokens, &mut scores);
             constraint::restrict(beam.constraint.as_mut(), row, norm, &mut scores)?;
+            if self.rng.is_some() {
+                rules.filter(&mut scores);
+            }
             for (token, &score) in (0..).zip(&scores) {
                 let sum = beam.sum + score;
-                let is_better = best.len() < n || best.last().is_some_and(|last| sum > last.sum);
-                if !is_better || sum == f32::NEG_INFINITY || sum.is_nan() {
+                if sum == f32::NEG_INFINITY || sum.is_nan() {
+                    continue;
+                }
+                let key = f64::from(sum) + self.rng.as_mut().map_or(0.0, SampleRng::next_gumbel);
+                let is_better = best.len() < n || best.last().is_some_and(|last| key > last.key);
+                if !is_better {
                     continue;
                 }
                 let log_prob = row[token as usize] - norm;
-                let candidate = Candidate { sum, beam: beam_idx, token, log_prob };
+                let candidate = Candidate { key, sum, beam: beam_idx, token, log_prob };
                 let at = best.partition_point(|other| other.rank(&candidate) == Ordering::Less);
                 best.insert(at, candidate);
                 best.truncate(n);
             }
+        }
+        if self.rng.is_some() {
+            best.iter_mut().for_each(|drawn| drawn.key = drawn.sum.into());
+            best.sort_by(Candidate::rank);
         }
         Ok(best)
     }

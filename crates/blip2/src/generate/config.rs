@@ -10,7 +10,7 @@ use crate::{Error, Result};
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct GenerationConfig {
-    /// Beams of the beam search; 1 for greedy search or sampling.
+    /// Beams of the beam search, among whose continuations `do_sample` draws; 1 for greedy search or sampling.
     pub num_beams: usize,
     /// Exponent of the length by which a beam's score is divided: above 0 favours long texts, below 0 short ones.
     pub length_penalty: f32,
@@ -183,7 +183,6 @@ impl GenerationConfig {
         if self.num_beams > 1 {
             let most = format!("at most num_beams, {}", self.num_beams);
             check("num_return_sequences", n, n <= self.num_beams, &most)?;
-            check("do_sample", self.do_sample, !self.do_sample, "false with more than one beam")?;
         } else if !self.do_sample {
             check(
                 "num_return_sequences",
@@ -259,7 +258,6 @@ mod tests {
             (r#"{"bad_words_ids": [[1], []]}"#, "`generation.bad_words_ids` is an empty sequence"),
             (r#"{"num_return_sequences": 2}"#, "greedy search has one result"),
             (r#"{"num_beams": 2, "num_return_sequences": 3}"#, "expected at most num_beams"),
-            (r#"{"num_beams": 2, "do_sample": true}"#, "`generation.do_sample` is true"),
             (r#"{"stop_strings": [""]}"#, "`generation.stop_strings` is an empty string"),
             (r#"{"early_stopping": "always"}"#, "expected true, false or \\\"never\\\""),
         ] {

@@ -68,7 +68,7 @@ impl Draws {
             scores.extend_from_slice(row);
             rules.penalise(&text.tokens, &mut scores);
             constraint::restrict(text.constraint.as_mut(), row, 0.0, &mut scores)?;
-            let token = choose(config, &mut scores, &mut text.rng).ok_or_else(no_token)?;
+            let token = choose(rules, &mut scores, &mut text.rng).ok_or_else(no_token)?;
             let log_prob = row[token as usize] - log_sum_exp(row);
             constraint::push(text.constraint.as_mut(), token)?;
             text.tokens.push(token);
@@ -104,19 +104,10 @@ impl Draws {
     }
 }
 
-fn choose(config: &GenerationConfig, scores: &mut [f32], rng: &mut SampleRng) -> Option<u32> {
-    if !config.do_sample {
+fn choose(rules: &Rules<'_>, scores: &mut [f32], rng: &mut SampleRng) -> Option<u32> {
+    if !rules.config.do_sample {
         return sampling::argmax(scores);
     }
-    if config.temperature != 1.0 {
-        sampling::temperature(scores, config.temperature);
-    }
-    sampling::top_k(scores, config.top_k);
-    if config.top_p < 1.0 {
-        sampling::top_p(scores, config.top_p);
-    }
-    if config.min_p > 0.0 {
-        sampling::min_p(scores, config.min_p);
-    }
+    rules.filter(scores);
     sampling::draw(scores, rng)
 }

@@ -8,7 +8,7 @@ use super::{
 };
 use crate::Result;
 use crate::sampling::{
-    forbid, no_bad_words, no_repeat_ngram, only, presence_and_frequency_penalty, repetition_penalty,
+    self, forbid, no_bad_words, no_repeat_ngram, only, presence_and_frequency_penalty, repetition_penalty,
 };
 
 /// What holds for the texts of one prompt.
@@ -63,6 +63,25 @@ impl Rules<'_> {
         }
     }
 
+    /// Applies what is done to scores before a draw, in place and in the order of transformers. For beams it leaves a token that
+    /// goes on beside all that end a text.
+    pub(super) fn filter(&self, scores: &mut [f32]) {
+        let config = self.config;
+        let n_kept = if config.num_beams > 1 { 1 + self.stop.end_tokens().len() } else { 1 };
+        if config.temperature != 1.0 {
+            sampling::temperature(scores, config.temperature);
+        }
+        if config.top_k > 0 {
+            sampling::top_k(scores, config.top_k.max(n_kept));
+        }
+        if config.top_p < 1.0 {
+            sampling::top_p(scores, config.top_p, n_kept);
+        }
+        if config.min_p > 0.0 {
+            sampling::min_p(scores, config.min_p, n_kept);
+        }
+    }
+
     /// Why a text ends with its last token, if it does.
     pub(super) fn finish(&self, tokens: &[u32]) -> Result<Option<FinishReason>> {
         let finish = self.stop.check(tokens, &self.config.stop_strings)?;
@@ -84,7 +103,7 @@ impl Growth {
         constraint: Option<Box<dyn Constraint>>,
     ) -> Self {
         if config.num_beams > 1 {
-            Self::Beams(Search::new(row, constraint))
+            Self::Beams(Search::new(config, row, constraint))
         } else {
             Self::Draws(Draws::new(config, row, constraint.as_deref()))
         }

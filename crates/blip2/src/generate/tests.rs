@@ -130,6 +130,7 @@ fn a_batch_gives_the_single_results() {
         GenerationConfig { presence_penalty: 0.7, frequency_penalty: 0.4, ..Default::default() },
         sampling(5),
         GenerationConfig { num_return_sequences: 3, top_p: 0.8, ..sampling(6) },
+        GenerationConfig { num_beams: 3, num_return_sequences: 2, top_k: 4, ..sampling(7) },
         beams(2),
         GenerationConfig { early_stopping: EarlyStopping::Immediate, ..beams(4) },
         GenerationConfig { early_stopping: EarlyStopping::Never, length_penalty: -1.0, ..beams(3) },
@@ -185,6 +186,100 @@ fn enough_beams_find_the_best_texts_of_all() {
             assert_eq!(found.token_ids, text);
             assert!((found.score - score).abs() < 1e-5);
         }
+    }
+}
+
+#[test]
+fn cold_beam_sampling_is_beam_search() {
+    for length_penalty in [0.0, 1.0, -1.0] {
+        for early_stopping in [EarlyStopping::Heuristic, EarlyStopping::Immediate, EarlyStopping::Never] {
+            let beams = GenerationConfig {
+                num_beams: 4,
+                num_return_sequences: 4,
+                max_new_tokens: 9,
+                length_penalty,
+                early_stopping,
+                ..Default::default()
+            };
+            let cold = GenerationConfig { do_sample: true, temperature: 1e-6, seed: 11, ..beams.clone() };
+            let expected = &run(&mut Mock::new(&[&[1]], scrambled), &beams)[0];
+            let drawn = &run(&mut Mock::new(&[&[1]], scrambled), &cold)[0];
+            for (drawn, expected) in drawn.iter().zip(expected) {
+                assert_eq!(drawn.token_ids, expected.token_ids, "{beams:?}");
+                assert_eq!(drawn.log_probs, expected.log_probs, "the model's own");
+                let score = drawn.score * 1e-6;
+                assert!((score - expected.score).abs() < 1e-4 * expected.score.abs(), "{score} {expected:?}");
+            }
+        }
+    }
+}
+
+#[test]
+fn beam_sampling_draws_different_texts_and_ranks_them() {
+    let config = |seed| GenerationConfig { num_beams: 4, num_return_sequences: 4, ..sampling(seed) };
+    let texts = |seed| run(&mut Mock::new(&[&[1], &[2, 3]], scrambled), &config(seed));
+    assert_eq!(texts(1), texts(1));
+    let best: std::collections::BTreeSet<_> =
+        (0..50).map(|seed| texts(seed)[0][0].token_ids.clone()).collect();
+    assert!(best.len() > 10, "{} different texts from 50 seeds", best.len());
+    for seed in 0..50 {
+        for of_prompt in texts(seed) {
+            assert!(of_prompt.windows(2).all(|pair| pair[0].score >= pair[1].score));
+            let different: std::collections::BTreeSet<_> =
+                of_prompt.iter().map(|text| &text.token_ids).collect();
+            assert_eq!(different.len(), 4, "nothing is put back");
+            for text in of_prompt {
+                // Nothing was filtered, so that the score is the model's.
+                let own = normalised(text.log_probs.iter().sum(), text.token_ids.len(), 1.0);
+                assert!((text.score - own).abs() < 1e-5);
+            }
+        }
+    }
+}
+
+/// The probability that one of some weights is drawn last, where nothing is put back.
+fn drawn_last(weight: f64, others: &[f64]) -> f64 {
+    if others.is_empty() {
+        return 1.0;
+    }
+    let total = weight + others.iter().sum::<f64>();
+    let first = |i: usize| others[i] / total * drawn_last(weight, &[&others[..i], &others[i + 1..]].concat());
+    (0..others.len()).map(first).sum()
+}
+
+/// Two beams and an end token: four of five possible continuations are drawn, and the best of them is returned.
+#[test]
+fn beams_are_drawn_by_the_probabilities_of_their_texts() {
+    let logits = [0.3, 0.6, 0.0, f32::NEG_INFINITY, 0.0, 0.0];
+    let n_seeds = 4000_u16;
+    let config = |seed| GenerationConfig { num_beams: 2, max_new_tokens: 1, ..sampling(seed) };
+    let n_without_best = (0..n_seeds)
+        .filter(|&seed| {
+            let text = &run(&mut Mock::new(&[&[1]], |_: &[u32]| logits), &config(seed.into()))[0][0];
+            assert!([0, 1].contains(&text.token_ids[0]), "only one is left out");
+            text.token_ids[0] == 0
+        })
+        .count();
+    let expected = drawn_last(0.6_f64.exp(), &[0.3_f64.exp(), 1.0, 1.0, 1.0]);
+    let share = n_without_best as f64 / f64::from(n_seeds);
+    // Five standard deviations.
+    let tolerance = 5.0 * (expected * (1.0 - expected) / f64::from(n_seeds)).sqrt();
+    assert!((share - expected).abs() < tolerance, "{share}, expected {expected}");
+}
+
+#[test]
+fn filters_leave_a_token_that_goes_on() {
+    // The end is so likely that a filter alone would leave nothing else.
+    let logits: [f32; VOCAB] = [0.0, 1.0, 0.0, 0.0, 0.0, 50.0];
+    for filter in [
+        GenerationConfig { top_k: 1, ..sampling(3) },
+        GenerationConfig { top_p: 0.1, ..sampling(3) },
+        GenerationConfig { min_p: 0.9, ..sampling(3) },
+    ] {
+        let config = GenerationConfig { num_beams: 2, num_return_sequences: 2, max_new_tokens: 3, ..filter };
+        let texts = run(&mut Mock::new(&[&[1]], |_: &[u32]| logits), &config).remove(0);
+        let tokens: Vec<_> = texts.iter().map(|text| text.token_ids.clone()).collect();
+        assert_eq!(tokens, [vec![END], vec![1, END]], "{config:?}");
     }
 }
 
