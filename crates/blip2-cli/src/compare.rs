@@ -5,17 +5,18 @@ use std::io::Write;
 use std::path::Path;
 
 use anyhow::Context;
+use blip2::model::Compared;
 use blip2::weights::safetensors::{NamedTensor, Values, write_safetensors};
 use serde_json::json;
 
 use crate::Done;
 use crate::args::{ClassifyArgs, EmbedArgs, MatchArgs};
-use crate::model::{Part, encode_picture, open_as, open_picture};
+use crate::model::{Part, encode_picture, open_picture, open_to_compare};
 
 pub(crate) fn match_texts(args: &MatchArgs) -> anyhow::Result<Done> {
-    let model = open_as(&args.model, Part::Stage1, args.preset)?;
-    let features = encode_picture(&model, &args.picture, args.preset)?;
     let texts: Vec<&str> = args.texts.iter().map(String::as_str).collect();
+    let model = open_to_compare(&args.model, Part::Stage1, args.preset, &texts, Compared::Matched)?;
+    let features = encode_picture(&model, &args.picture, args.preset)?;
     let scores = model.match_texts(&features, &texts)?;
     let mut out = std::io::stdout().lock();
     if args.model.json {
@@ -38,9 +39,11 @@ pub(crate) fn match_texts(args: &MatchArgs) -> anyhow::Result<Done> {
 }
 
 pub(crate) fn classify(args: &ClassifyArgs) -> anyhow::Result<Done> {
-    let model = open_as(&args.model, Part::Stage1, args.preset)?;
-    let features = encode_picture(&model, &args.picture, args.preset)?;
     let labels = distinct(&args.labels);
+    let texts: Vec<String> = labels.iter().map(|label| args.template.replace("{label}", label)).collect();
+    let texts: Vec<&str> = texts.iter().map(String::as_str).collect();
+    let model = open_to_compare(&args.model, Part::Stage1, args.preset, &texts, Compared::Embedded)?;
+    let features = encode_picture(&model, &args.picture, args.preset)?;
     let scores = model.classify(&features, &labels, &args.template)?;
     let mut out = std::io::stdout().lock();
     if args.model.json {
@@ -64,8 +67,8 @@ pub(crate) fn embed(args: &EmbedArgs) -> anyhow::Result<Done> {
     if let Some(path) = &args.output {
         return write_stages(args, path).map(|()| Done::All);
     }
-    let model = open_as(&args.model, Part::Stage1, args.preset)?;
     let texts: Vec<&str> = args.text.iter().map(String::as_str).collect();
+    let model = open_to_compare(&args.model, Part::Stage1, args.preset, &texts, Compared::Embedded)?;
     let of_texts = model.embed_texts(&texts)?;
     let of_picture = |path: &Path| -> anyhow::Result<Vec<f32>> {
         let features = encode_picture(&model, path, args.preset)?;
@@ -109,10 +112,10 @@ pub(crate) fn distinct(texts: &[String]) -> Vec<&str> {
 
 /// What every stage makes of the pictures and texts, as a safetensors file.
 fn write_stages(args: &EmbedArgs, path: &Path) -> anyhow::Result<()> {
-    let model = open_as(&args.model, Part::Both, args.preset)?;
+    let texts: Vec<&str> = args.text.iter().map(String::as_str).collect();
+    let model = open_to_compare(&args.model, Part::Both, args.preset, &texts, Compared::Embedded)?;
     let pictures =
         args.image.iter().map(|path| open_picture(path, args.preset)).collect::<anyhow::Result<Vec<_>>>()?;
-    let texts: Vec<&str> = args.text.iter().map(String::as_str).collect();
     let stages = model.stages(&pictures, args.prompt.as_deref(), &texts)?;
     let values = stages
         .iter()

@@ -9,7 +9,8 @@ use blip2::generate::GenerationConfig;
 use blip2::image::{Limits, Pixels, RgbImage};
 use blip2::layers::{FrozenFormat, Precision};
 use blip2::model::{
-    Blip2, FILE_NAME, Given, ImageFeatures, OpenOptions, Preset, check_prompt, memory_needed,
+    Blip2, Compared, FILE_NAME, Given, ImageFeatures, OpenOptions, Preset, check_prompt, check_texts,
+    memory_needed,
 };
 
 use crate::args::{ComputeArg, GenerationArgs, ModelArgs, PresetArg, SourceArgs};
@@ -77,12 +78,28 @@ pub(crate) fn open_to_write(
     let folder = locate(args)?;
     written.check(&folder, preset, generation)?;
     if let Some(given) = given {
-        check_prompt(&folder, given)?;
+        check_prompt(&folder, &frozen::folders()?, given)?;
     }
     let say = |message: &str| eprintln!("{message}");
     let (model, _) = open_folder(folder, args, Part::Stage2, preset, say)?;
     let settings = written.settings(&model, preset, generation);
     Ok((model, settings))
+}
+
+/// Opens a model that compares these texts with pictures. Before its weights are read it is known whether it can.
+///
+/// # Errors
+/// As [`open`], and when a text is empty or too long.
+pub(crate) fn open_to_compare(
+    args: &ModelArgs,
+    part: Part,
+    preset: Option<PresetArg>,
+    texts: &[&str],
+    compared: Compared,
+) -> anyhow::Result<Blip2> {
+    let folder = locate(&args.source)?;
+    check_texts(&folder, texts, compared, preset.map(Preset::from))?;
+    Ok(open_folder(folder, &args.source, part, preset, |message| eprintln!("{message}"))?.0)
 }
 
 /// [`open_source`], with the format that the model's large matrices are in.

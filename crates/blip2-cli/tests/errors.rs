@@ -50,6 +50,25 @@ fn the_version_is_that_of_the_command() {
     assert_eq!(String::from_utf8_lossy(&blip2(home.path(), &["--version"]).stdout), version);
 }
 
+/// The folder has no weights, so that nothing of them can have been read.
+#[test]
+fn a_text_too_long_to_compare_is_known_before_the_weights() {
+    let home = tempfile::tempdir().expect("a folder");
+    let golden = Path::new(env!("CARGO_MANIFEST_DIR")).join("../blip2/tests/golden/blip2_itm");
+    for file in ["config.json", "vocab.txt"] {
+        std::fs::copy(golden.join(file), home.path().join(file)).expect("copied");
+    }
+    let (model, long) = (home.path().to_str().expect("UTF-8"), "a dog ".repeat(20));
+    let template = format!("{long}{{label}}");
+    let refuse = |arguments: &[&str], words: &[&str]| {
+        refused(&blip2(home.path(), &[arguments, &["--model", model]].concat()), 1, words);
+    };
+    refuse(&["match", "a.png", "a cat", &long], &["17 tokens", "16"]);
+    refuse(&["classify", "a.png", "cat", "dog", "--template", &template], &["17 tokens", "16"]);
+    refuse(&["embed", "--text", &long], &["17 tokens", "16"]);
+    refuse(&["match", "a.png", " "], &["is empty"]);
+}
+
 /// Standard output may be full, or closed by who reads it.
 #[cfg(target_os = "linux")]
 #[test]

@@ -7,6 +7,7 @@ mod answers;
 mod chat;
 mod config;
 mod explain;
+mod given;
 mod hugging_face;
 pub mod layout;
 mod memory;
@@ -18,6 +19,7 @@ mod read_text;
 mod stage1;
 mod stage2;
 mod stages;
+mod texts;
 
 use std::path::{Path, PathBuf};
 
@@ -28,6 +30,7 @@ pub use answers::{AnswerBatch, Answered, Ask, Piece};
 pub use chat::Chat;
 pub use config::{FILE_NAME, ModelConfig, Stage1Config, Stage2Config, VisionConfig};
 pub use explain::{HeatMap, Word};
+pub use given::{Given, check_prompt};
 pub use memory::memory_needed;
 pub use parts::{EncoderOptions, open_encoder, open_language_model, open_trained, qformer_config};
 pub use preset::{GenerationDefaults, Preset};
@@ -36,6 +39,7 @@ pub use random::{RandomModel, SHAPES};
 pub use read_text::ReadText;
 pub use stage1::{LabelScore, MatchScore};
 pub use stage2::{Answer, Choice};
+pub use texts::{Compared, check_texts};
 
 use crate::image::{ImageError, Limits, Pixels, RgbImage};
 use crate::layers::{FrozenFormat, Precision, Quantization};
@@ -96,28 +100,6 @@ impl Default for OpenOptions {
             stage1: true,
             stage2: true,
         }
-    }
-}
-
-/// What a model that writes is to go on from.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Given<'a> {
-    /// A text as it stands, for [`Blip2::complete`].
-    Text(&'a str),
-    /// A question, for [`Blip2::ask`].
-    Question(&'a str),
-}
-
-/// Refuses a text that leaves no room for an answer, before a weight is read. Of a Hugging Face folder its small files say it; of
-/// this project's own folders, which are small, it is known when they are open.
-///
-/// # Errors
-/// [`Error::TextTooLong`], or why the folder's small files cannot be read.
-pub fn check_prompt(folder: impl AsRef<Path>, given: Given<'_>) -> Result<()> {
-    let folder = folder.as_ref();
-    match hugging_face::read_config(folder)? {
-        Some(json) => hugging_face::check_prompt(folder, &json, given),
-        None => Ok(()),
     }
 }
 

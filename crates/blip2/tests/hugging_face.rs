@@ -716,20 +716,44 @@ fn a_prompt_longer_than_the_context_is_known_before_the_weights() {
         std::fs::remove_file(dir.path().join("model.safetensors")).expect("removed");
         let long = "why is that? ".repeat(400);
         for given in [Given::Text(&long), Given::Question(&long)] {
-            let error = check_prompt(dir.path(), given).expect_err("refused");
+            let error = check_prompt(dir.path(), &[], given).expect_err("refused");
             assert!(
                 matches!(error, blip2::Error::TextTooLong { n_tokens, limit } if n_tokens > limit),
                 "{error}"
             );
-            check_prompt(golden("blip2_itm"), given).expect("not asked of a model that does not write");
+            check_prompt(golden("blip2_itm"), &[], given).expect("not asked of a model that does not write");
         }
-        check_prompt(dir.path(), Given::Question("why?")).expect("it fits");
+        check_prompt(dir.path(), &[], Given::Question("why?")).expect("it fits");
     }
     // The last text that fits, in the bytes that the golden tokenizer's tokens are: 120 rows, 5 queries, a mark, an answer.
     for (n_bytes, fits) in [(113, true), (114, false)] {
         let text = "a".repeat(n_bytes);
-        assert_eq!(check_prompt(golden("blip2_opt"), Given::Text(&text)).is_ok(), fits, "{n_bytes}");
+        assert_eq!(check_prompt(golden("blip2_opt"), &[], Given::Text(&text)).is_ok(), fits, "{n_bytes}");
     }
+}
+
+/// The same of a folder of this project, whose language model is elsewhere.
+#[test]
+fn a_prompt_too_long_for_a_named_language_model_is_known_before_the_weights() {
+    let dir = tempfile::tempdir().expect("a folder");
+    let default = concat!(env!("CARGO_MANIFEST_DIR"), "/../../assets/default-model/config.json");
+    let mut config: Json = serde_json::from_slice(&std::fs::read(default).expect("read")).expect("JSON");
+    config["stage2"]["language_model"] = "blip2_opt".into();
+    config["stage2"].as_object_mut().expect("fields").remove("language_model_sha256");
+    config["stage2"]["prompt"] = serde_json::json!({"kind": "plain", "template": "{image}{prompt}", "bos": true,
+        "end_of_answer": "\n", "between_turns": " "});
+    std::fs::write(dir.path().join("config.json"), config.to_string()).expect("written");
+    let frozen = golden("blip2_opt").parent().expect("a folder").to_owned();
+    let long = "why is that? ".repeat(400);
+    for given in [Given::Text(&long), Given::Question(&long)] {
+        let error = check_prompt(dir.path(), std::slice::from_ref(&frozen), given).expect_err("refused");
+        assert!(
+            matches!(error, blip2::Error::TextTooLong { n_tokens, limit: 119 } if n_tokens > 119),
+            "{error}"
+        );
+        check_prompt(dir.path(), &[], given).expect("what is missing is said when it is opened");
+    }
+    check_prompt(dir.path(), &[frozen], Given::Question("why?")).expect("it fits");
 }
 
 /// Folders of Hugging Face's cache are named after commits; what the model is called decides its captions' beginning.

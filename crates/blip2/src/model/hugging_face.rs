@@ -4,7 +4,6 @@
 //! queries replace. Here the queries are rows between words in either case, so both are the same model.
 
 mod config;
-mod prompt;
 mod trained_with;
 
 use std::borrow::Borrow;
@@ -15,18 +14,19 @@ use serde_json::Value as Json;
 
 use self::config::{processor, size, token, tokens, wrong};
 pub(super) use self::config::{qformer_config, read_json, vit_config};
-pub(super) use self::prompt::check_prompt;
 pub(super) use self::trained_with::TrainedWith;
 use super::config::{ModelConfig, Stage1Config, Stage2Config, VisionConfig};
+use super::given::{Given, Reader};
 use super::layout;
 use super::parts;
 use super::preset::{FolderGeneration, Preset};
-use super::stage1::{Stage1, Texts};
+use super::stage1::Stage1;
 use super::stage2::{Source, Stage2};
+use super::texts::{TextReader, Texts};
 use super::{Blip2, OpenOptions};
 use crate::config::{LN_VISION_EPS, QFormerConfig};
 use crate::image::ImageProcessor;
-use crate::language::LanguageModel;
+use crate::language::{LanguageModel, context_len};
 use crate::layers::{FrozenFormat, FrozenWeight, Loader, Precision, Quantization, TensorSource};
 use crate::qformer::{QFormer, TextSide};
 use crate::text::{BertTokenizer, LanguageTokenizer, PromptFormat};
@@ -122,8 +122,9 @@ fn open_retrieval(folder: &Path, json: &Json, file: &Safetensors, options: &Open
     let shapes = file.names().filter(is_trained).filter_map(|name| file.shape(name).ok());
     let n_parameters = shapes.map(|shape| shape.iter().product::<usize>()).sum();
     let stage1 = Stage1Config { weights: file_names(file), vocabulary: "vocab.txt".into() };
-    let texts = Texts::of(options.preset, Texts::AsGiven);
-    let loaded = options.stage1.then(|| Stage1::new(bridge, tokenizer, texts, n_parameters));
+    let limit = qformer.max_position_embeddings;
+    let reader = TextReader::new(tokenizer, Texts::of(options.preset, Texts::AsGiven), limit);
+    let loaded = options.stage1.then(|| Stage1::new(bridge, reader, n_parameters));
     let config = ModelConfig {
         vision: VisionConfig::Vit(pictures.vit.clone()),
         name,
@@ -331,6 +332,29 @@ fn open_generation(folder: &Path, json: &Json, file: &Safetensors, options: &Ope
     Ok(Blip2 { config, vision, stage1: None, stage2: loaded })
 }
 
+/// Refuses what the model in a folder could not read.
+pub(super) fn check_prompt(folder: &Path, json: &Json, given: Given<'_>) -> Result<()> {
+    // A model that only matches is refused for that.
+    if is_retrieval(json) {
+        return Ok(());
+    }
+    let text = text_config(json);
+    let family = Family::of(&text)?;
+    let TrainedWith { prompt, caption_prompt, .. } = TrainedWith::read(json)?;
+    let reader = Reader {
+        n_queries: size(json, "config", "num_query_tokens", 32)?,
+        context_len: context_len(&text)?,
+        prompt: prompt.unwrap_or_else(|| family.question()),
+        caption_prompt: caption_prompt.unwrap_or_else(|| family.caption()),
+    };
+    reader.check(given, || tokenizer(folder, &text, family))
+}
+
+/// Whether a configuration is that of a model for matching and features.
+pub(super) fn is_retrieval(json: &Json) -> bool {
+    json["architectures"][0] == "Blip2ForImageTextRetrieval"
+}
+
 /// The language model's configuration; OPT where it does not say what it is.
 pub(super) fn text_config(json: &Json) -> Json {
     let mut fields = json["text_config"].as_object().cloned().unwrap_or_default();
@@ -339,7 +363,7 @@ pub(super) fn text_config(json: &Json) -> Json {
 }
 
 /// The tokenizer, which must be that of the language model. Read before the weights, which take long.
-fn tokenizer(folder: &Path, text: &Json, family: Family) -> Result<LanguageTokenizer> {
+pub(super) fn tokenizer(folder: &Path, text: &Json, family: Family) -> Result<LanguageTokenizer> {
     let mark = |field: &str| token(text, "text_config", field);
     let tokenizer = LanguageTokenizer::from_folder(folder)?
         .with_usual_marks(mark("bos_token_id")?, mark("eos_token_id")?);

@@ -8,11 +8,12 @@ use super::hugging_face::{self, Renamed};
 use super::layout::{LavisEncoder, Layout};
 use crate::config::QFormerConfig;
 use crate::image::ImageProcessor;
-use crate::language::LanguageModel;
+use crate::language::{LanguageModel, LlamaConfig, context_len};
 use crate::layers::{FrozenFormat, Loader, TensorSource};
 use crate::text::LanguageTokenizer;
 use crate::vision::VisionEncoder;
 use crate::vision::vit::{AlignCorners, Vit};
+use crate::weights::gguf::Gguf;
 use crate::weights::int8::TrainedWeights;
 use crate::weights::safetensors::Safetensors;
 use crate::weights::{Checkpoint, StoredTensor};
@@ -81,6 +82,29 @@ pub fn open_language_model(
     let (json, file) = open_folder(path)?;
     hugging_face::open_language_model(path, &json, &file, format.into())
         .map_err(|error| error.in_folder(path))
+}
+
+/// How many rows a language model reads, in any form that [`open_language_model`] knows: known without its weights.
+pub(super) fn language_context_len(path: &Path) -> Result<usize> {
+    if !path.is_dir() {
+        return Ok(LlamaConfig::from_gguf(&Gguf::open(path)?)?.max_position_embeddings);
+    }
+    let json = hugging_face::read_json(path)?;
+    let is_inside = json["model_type"] == "blip-2";
+    let text = if is_inside { hugging_face::text_config(&json) } else { json };
+    context_len(&text).map_err(|error| error.in_folder(path))
+}
+
+/// Its tokenizer, likewise.
+pub(super) fn language_tokenizer(path: &Path) -> Result<LanguageTokenizer> {
+    if !path.is_dir() {
+        return LanguageTokenizer::from_gguf(&Gguf::open(path)?);
+    }
+    if !is_blip2_folder(path)? {
+        return LanguageTokenizer::from_folder(path);
+    }
+    let text = hugging_face::text_config(&hugging_face::read_json(path)?);
+    hugging_face::tokenizer(path, &text, hugging_face::Family::of(&text)?)
 }
 
 /// The sizes of the Q-Former in a Hugging Face folder; nothing where `path` is no such folder.

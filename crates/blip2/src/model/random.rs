@@ -4,8 +4,9 @@ use serde_json::{Value as Json, json};
 
 use super::config::{ModelConfig, Stage1Config, Stage2Config, VisionConfig};
 use super::hugging_face::BRIDGE_PRECISION;
-use super::stage1::{Stage1, Texts};
+use super::stage1::Stage1;
 use super::stage2::{Source, Stage2};
+use super::texts::{TextReader, Texts};
 use super::{Blip2, OpenOptions};
 use crate::config::QFormerConfig;
 use crate::generate::GenerationConfig;
@@ -152,7 +153,8 @@ impl RandomModel {
         // One piece less than embeddings, which have a row for [DEC].
         let tokenizer = BertTokenizer::numbered(self.qformer.vocab_size - 1)?;
         let n_parameters = self.qformer.n_query_parameters();
-        Ok(Stage1::new(qformer, tokenizer, Texts::AsGiven, n_parameters))
+        let reader = TextReader::new(tokenizer, Texts::AsGiven, self.qformer.max_position_embeddings);
+        Ok(Stage1::new(qformer, reader, n_parameters))
     }
 
     fn stage2(

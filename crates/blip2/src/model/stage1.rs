@@ -4,10 +4,11 @@ use std::path::{Path, PathBuf};
 
 use candle_core::{D, Tensor};
 
-use super::{Blip2, ImageFeatures, ModelConfig, OpenOptions, Preset, Stage1Config, image_keys};
+use super::texts::{LAVIS_MATCH_TOKENS, LAVIS_RETRIEVAL_TOKENS, TextReader, Texts};
+use super::{Blip2, ImageFeatures, ModelConfig, OpenOptions, Stage1Config, image_keys};
 use crate::layers::{DropoutRng, Loader};
 use crate::qformer::{QFormer, TextBatch, TextSide};
-use crate::text::{BertTokenizer, clean_caption};
+use crate::text::BertTokenizer;
 use crate::weights::int8::TrainedWeights;
 use crate::{Error, Result};
 
@@ -17,37 +18,8 @@ const INITIAL_TEMPERATURE: f32 = 0.07;
 #[derive(Debug)]
 pub(super) struct Stage1 {
     qformer: QFormer,
-    tokenizer: BertTokenizer,
-    texts: Texts,
+    reader: TextReader,
     n_parameters: usize,
-}
-
-/// What happens to a text before it is cut into tokens.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) enum Texts {
-    /// Cleaned as the captions of training were, LAVIS's and those here ([`clean_caption`]).
-    Cleaned,
-    /// Cleaned, and cut where LAVIS cuts.
-    Lavis,
-    /// Left as it is, as transformers does.
-    AsGiven,
-}
-
-/// Tokens that LAVIS's models read of a text that is matched (`max_txt_len`); what they only embed they read whole.
-const LAVIS_MATCH_TOKENS: usize = 32;
-
-/// Tokens that LAVIS reads of a text in its evaluation of retrieval.
-const LAVIS_RETRIEVAL_TOKENS: usize = 35;
-
-impl Texts {
-    /// What the implementation of a preset does with a text; without a preset what the model does by itself.
-    pub(super) fn of(preset: Option<Preset>, own: Self) -> Self {
-        match preset {
-            Some(Preset::Hf) => Self::AsGiven,
-            Some(Preset::Lavis) => Self::Lavis,
-            None => own,
-        }
-    }
 }
 
 /// How well a text fits a picture.
@@ -90,11 +62,12 @@ impl Stage1 {
             .check_rows(config.qformer.vocab_size)
             .map_err(|reason| Error::File { path: vocabulary, reason })?;
         let texts = Texts::of(options.preset, Texts::Cleaned);
-        Ok(Self::new(qformer, tokenizer, texts, weights.n_parameters()))
+        let reader = TextReader::new(tokenizer, texts, config.qformer.max_position_embeddings);
+        Ok(Self::new(qformer, reader, weights.n_parameters()))
     }
 
-    pub(super) fn new(qformer: QFormer, tokenizer: BertTokenizer, texts: Texts, n_parameters: usize) -> Self {
-        Self { qformer, tokenizer, texts, n_parameters }
+    pub(super) fn new(qformer: QFormer, reader: TextReader, n_parameters: usize) -> Self {
+        Self { qformer, reader, n_parameters }
     }
 
     pub(super) fn n_parameters(&self) -> usize {
@@ -106,30 +79,14 @@ impl Stage1 {
     }
 
     pub(super) fn tokenize(&self, texts: &[&str]) -> Result<TextBatch> {
-        self.tokenize_within(texts, None)
+        self.tokenize_cut(texts, None)
     }
 
     /// [`tokenize`](Self::tokenize), of texts that LAVIS reads so many tokens of.
-    fn tokenize_cut(&self, texts: &[&str], lavis_tokens: usize) -> Result<TextBatch> {
-        self.tokenize_within(texts, (self.texts == Texts::Lavis).then_some(lavis_tokens))
-    }
-
-    fn tokenize_within(&self, texts: &[&str], cut: Option<usize>) -> Result<TextBatch> {
-        let limit = self.qformer.config().max_position_embeddings;
-        let encode = |text: &&str| {
-            let read = match self.texts {
-                Texts::Cleaned | Texts::Lavis => clean_caption(text),
-                Texts::AsGiven => (*text).to_owned(),
-            };
-            if read.trim().is_empty() {
-                return Err(Error::Request(nothing_to_compare(text)));
-            }
-            // One more than fits, so that a text that is too long is told from one that just fits.
-            let n_wanted = cut.map_or(limit + 1, |cut| cut.min(limit));
-            let ids = self.tokenizer.encode(&read, n_wanted)?;
-            if ids.len() > limit { Err(Error::TextTooLong { n_tokens: ids.len(), limit }) } else { Ok(ids) }
-        };
-        Ok(TextBatch::new(texts.iter().map(encode).collect::<Result<Vec<_>>>()?))
+    fn tokenize_cut(&self, texts: &[&str], lavis_tokens: impl Into<Option<usize>>) -> Result<TextBatch> {
+        let lavis_tokens = lavis_tokens.into();
+        let ids = texts.iter().map(|text| self.reader.ids(text, lavis_tokens)).collect::<Result<Vec<_>>>()?;
+        Ok(TextBatch::new(ids))
     }
 
     /// `[B, Q, E]`
@@ -178,14 +135,6 @@ impl Stage1 {
         let by_query = self.embed_texts(texts)?.matmul(&image.t()?)?; // [T, Q]
         Ok(by_query.max(D::Minus1)?.to_vec1()?)
     }
-}
-
-/// Why a text cannot be compared of which nothing is left.
-fn nothing_to_compare(text: &str) -> String {
-    if text.trim().is_empty() {
-        return "a text to compare with the picture is empty".into();
-    }
-    format!("the text {text:?} to compare with the picture has nothing but punctuation, which is not read")
 }
 
 impl Blip2 {
@@ -323,18 +272,5 @@ impl Blip2 {
             .collect();
         scores.sort_by(|a, b| b.probability.total_cmp(&a.probability));
         Ok(scores)
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::nothing_to_compare;
-
-    /// Of several texts the one that is wrong is told from the others.
-    #[test]
-    fn a_text_without_words_is_named() {
-        assert!(nothing_to_compare(" ").contains("empty"));
-        let said = nothing_to_compare("!!!");
-        assert!(said.contains("\"!!!\"") && said.contains("punctuation"), "{said}");
     }
 }
