@@ -732,6 +732,52 @@ fn a_prompt_longer_than_the_context_is_known_before_the_weights() {
     }
 }
 
+#[test]
+fn token_ids_that_the_vocabulary_does_not_have_are_refused_by_name() {
+    for family in FAMILIES {
+        let config = std::fs::read(golden(family).join("config.json")).expect("readable");
+        let config: Json = serde_json::from_slice(&config).expect("JSON");
+        let n = config["text_config"]["vocab_size"].as_u64().expect("a number");
+        for (field, value) in [
+            ("/image_token_index", n),
+            ("/text_config/eos_token_id", n),
+            ("/text_config/bos_token_id", n + 7),
+            ("/text_config/pad_token_id", n),
+        ] {
+            let dir = changed(family, |json| {
+                let (part, name) = field.rsplit_once('/').expect("a path");
+                json.pointer_mut(part).expect("a part")[name] = value.into();
+            });
+            let error = Blip2::open(dir.path(), &OpenOptions::default()).expect_err("refused").to_string();
+            let name = field.rsplit('/').next().expect("a name");
+            assert!(error.contains(name) && error.contains(&format!("is {value}:")), "{field}: {error}");
+        }
+        for (name, value) in [
+            ("eos_token_id", serde_json::json!([2, n])),
+            ("bos_token_id", n.into()),
+            ("pad_token_id", (-1).into()),
+            ("decoder_start_token_id", n.into()),
+            ("forced_bos_token_id", n.into()),
+            ("forced_eos_token_id", n.into()),
+            ("bad_words_ids", serde_json::json!([[1], [2, n]])),
+        ] {
+            let dir = changed(family, |_| {});
+            let path = dir.path().join("generation_config.json");
+            std::fs::write(&path, serde_json::json!({name: value}).to_string()).expect("written");
+            let error = Blip2::open(dir.path(), &OpenOptions::default()).expect_err("refused").to_string();
+            let id = if value == -1 { "-1".to_owned() } else { n.to_string() };
+            let said =
+                error.contains("generation_config.json") && error.contains(name) && error.contains(&id);
+            assert!(said, "{name}: {error}");
+        }
+        // What cannot be chosen may be suppressed.
+        let dir = changed(family, |_| {});
+        let path = dir.path().join("generation_config.json");
+        std::fs::write(path, serde_json::json!({"suppress_tokens": [n]}).to_string()).expect("written");
+        Blip2::open(dir.path(), &OpenOptions::default()).expect("a model");
+    }
+}
+
 /// The same of a folder of this project, whose language model is elsewhere.
 #[test]
 fn a_prompt_too_long_for_a_named_language_model_is_known_before_the_weights() {

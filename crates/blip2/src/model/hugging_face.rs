@@ -12,7 +12,7 @@ use std::path::{Path, PathBuf};
 use blip2_kernels::quantized::QuantizedWeight;
 use serde_json::Value as Json;
 
-use self::config::{processor, size, token, tokens, wrong};
+use self::config::{check_tokens, processor, size, token, tokens, wrong};
 pub(super) use self::config::{qformer_config, read_json, vit_config};
 pub(super) use self::trained_with::TrainedWith;
 use super::config::{ModelConfig, Stage1Config, Stage2Config, VisionConfig};
@@ -264,9 +264,14 @@ fn open_generation(folder: &Path, json: &Json, file: &Safetensors, options: &Ope
     let (vit, qformer) = sizes(json, options.preset)?;
     let text = text_config(json);
     let family = Family::of(&text)?;
+    let n_tokens = vocab_size(&text, family)?;
+    check_tokens(json, "config", &["image_token_index", "image_token_id"], n_tokens)?;
+    let marks = ["bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_token_id"];
+    check_tokens(&text, "text_config", &marks, n_tokens)?;
     let trained_with = TrainedWith::read(json)?;
     let tokenizer = tokenizer(folder, &text, family)?;
     let folder_generation = FolderGeneration::read(folder)?;
+    folder_generation.check_tokens(folder, n_tokens)?;
     let pictures = Pictures::of(folder, json, &vit, options.image_size)?;
     check_tensors(file, json, true)?;
     let source = Renamed(file);
@@ -367,8 +372,7 @@ pub(super) fn tokenizer(folder: &Path, text: &Json, family: Family) -> Result<La
     let mark = |field: &str| token(text, "text_config", field);
     let tokenizer = LanguageTokenizer::from_folder(folder)?
         .with_usual_marks(mark("bos_token_id")?, mark("eos_token_id")?);
-    let default = if family == Family::Opt { 50272 } else { 32128 };
-    let (found, known) = (tokenizer.n_tokens(), size(text, "text_config", "vocab_size", default)?);
+    let (found, known) = (tokenizer.n_tokens(), vocab_size(text, family)?);
     // Published models round the size up by less than a hundred; tiny ones for tests are rounder.
     if found > known || known - found > (known / 8).max(1024) {
         let reason = format!(
@@ -377,6 +381,12 @@ pub(super) fn tokenizer(folder: &Path, text: &Json, family: Family) -> Result<La
         return Err(Error::File { path: folder.into(), reason });
     }
     Ok(tokenizer)
+}
+
+/// Tokens that the language model knows.
+fn vocab_size(text: &Json, family: Family) -> Result<usize> {
+    let default = if family == Family::Opt { 50272 } else { 32128 };
+    size(text, "text_config", "vocab_size", default)
 }
 
 /// What people call the model: its folder's name, or in the cache of Hugging Face's tools, where folders are named after

@@ -110,6 +110,8 @@ impl GenerationDefaults {
     }
 }
 
+const GENERATION_FILE: &str = "generation_config.json";
+
 /// What a folder's `generation_config.json` says; nothing of it is a default of ours.
 #[derive(Debug, Clone, Default, PartialEq, Deserialize)]
 #[serde(default)]
@@ -157,6 +159,14 @@ impl OneOrMore {
     }
 }
 
+/// The whole numbers of a field that has one or a list of them.
+fn numbers(value: &Json) -> Vec<i64> {
+    match value {
+        Json::Array(values) => values.iter().filter_map(Json::as_i64).collect(),
+        value => value.as_i64().into_iter().collect(),
+    }
+}
+
 #[derive(Debug, Clone, PartialEq, Deserialize)]
 #[serde(untagged)]
 enum Strings {
@@ -192,7 +202,7 @@ impl FolderGeneration {
     /// # Errors
     /// When it cannot be read, or asks for a rule that is not known here.
     pub(super) fn read(folder: &Path) -> Result<Self> {
-        let path = folder.join("generation_config.json");
+        let path = folder.join(GENERATION_FILE);
         let bytes = match std::fs::read(&path) {
             Ok(bytes) => bytes,
             Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(Self::default()),
@@ -215,6 +225,34 @@ impl FolderGeneration {
         read.apply(&mut config);
         config.validate().map_err(|error| refuse(error.to_string()))?;
         Ok(read)
+    }
+
+    /// Refuses token ids that a vocabulary does not have, but for those that are suppressed: what is not there is never chosen.
+    ///
+    /// # Errors
+    /// [`Error::File`] with the field and the id.
+    pub(super) fn check_tokens(&self, folder: &Path, n_tokens: usize) -> Result<()> {
+        let ids = |named: &Option<OneOrMore>| named.as_ref().map(OneOrMore::list).unwrap_or_default();
+        let others = ["bos_token_id", "pad_token_id", "decoder_start_token_id"];
+        let others = others.map(|field| (field, self.others.get(field).map(numbers).unwrap_or_default()));
+        let bad_words = self.bad_words_ids.iter().flatten().flatten().copied().map(i64::from).collect();
+        let fields = [
+            ("eos_token_id", ids(&self.eos_token_id)),
+            ("forced_bos_token_id", self.forced_bos_token_id.into_iter().collect()),
+            ("forced_eos_token_id", ids(&self.forced_eos_token_id)),
+        ];
+        let fields = fields.map(|(field, ids)| (field, ids.into_iter().map(i64::from).collect::<Vec<_>>()));
+        let fields = fields.into_iter().chain(others).chain([("bad_words_ids", bad_words)]);
+        for (field, ids) in fields {
+            let is_known = |id: &i64| usize::try_from(*id).is_ok_and(|id| id < n_tokens);
+            if let Some(id) = ids.iter().find(|id| !is_known(id)) {
+                let reason = format!(
+                    "`{field}` has {id}: the language model's vocabulary has {n_tokens} tokens, from 0 on"
+                );
+                return Err(Error::File { path: folder.join(GENERATION_FILE), reason });
+            }
+        }
+        Ok(())
     }
 
     /// LAVIS's defaults, which the published captions were made with, and what the file changes of them.

@@ -79,6 +79,20 @@ pub(super) fn tokens(json: &Json, part: &str, field: &str) -> Result<Option<Vec<
     read.map(|tokens| Some(tokens.list())).map_err(refuse)
 }
 
+/// Refuses token ids that a vocabulary does not have, where these fields name any: nothing of them would be seen before a text is
+/// written, or ever.
+pub(super) fn check_tokens(json: &Json, part: &str, fields: &[&str], n_tokens: usize) -> Result<()> {
+    for field in fields {
+        let found = tokens(json, part, field)?.unwrap_or_default();
+        if let Some(token) = found.iter().find(|&&token| token as usize >= n_tokens) {
+            let reason =
+                format!("is {token}: the language model's vocabulary has {n_tokens} tokens, from 0 on");
+            return Err(wrong(&format!("{part}.{field}"), &reason));
+        }
+    }
+    Ok(())
+}
+
 /// The first of them.
 pub(super) fn token(json: &Json, part: &str, field: &str) -> Result<Option<u32>> {
     Ok(tokens(json, part, field)?.and_then(|tokens| tokens.first().copied()))
