@@ -151,11 +151,27 @@ fn a_published_model_is_fine_tuned_and_written_back() {
     }
 }
 
+/// The folder of an OPT as transformers 5 saves it: what is done to pictures is in `processor_config.json`.
+fn saved_by_transformers_5(work: &Work) -> PathBuf {
+    let folder = work.path("blip2_opt");
+    std::fs::create_dir(&folder).expect("a folder");
+    for name in ["config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"] {
+        std::fs::copy(golden("blip2_opt").join(name), folder.join(name)).expect("copied");
+    }
+    let pictures = std::fs::read(golden("blip2_opt").join("preprocessor_config.json")).expect("readable");
+    let mut pictures: Json = serde_json::from_slice(&pictures).expect("JSON");
+    pictures["image_mean"] = serde_json::json!([0.1, 0.2, 0.3]);
+    pictures["image_processor_type"] = "BlipImageProcessor".into();
+    let processor = serde_json::json!({"processor_class": "Blip2Processor", "image_processor": pictures});
+    std::fs::write(folder.join("processor_config.json"), processor.to_string()).expect("written");
+    folder
+}
+
 /// A packed folder is spoken to as it was trained, and sees pictures of that size, whatever its name.
 #[test]
 fn a_packed_folder_opens_with_what_it_was_trained_with() {
     let work = Work::new();
-    let published = golden("blip2_opt");
+    let published = saved_by_transformers_5(&work);
     let prompts = OPT_PROMPTS.replacen("Question: {prompt} Answer:", "Q: {prompt} A:", 1);
     let fields = stage2(&published, &published, &published, &prompts)
         .replace("instructions = [\"\"]", "instructions = [\"a photo of\"]");
@@ -171,6 +187,14 @@ fn a_packed_folder_opens_with_what_it_was_trained_with() {
     assert_eq!(opened["stage2"]["prompt"]["template"], "{image}Q: {prompt} A:");
     assert_eq!(opened["stage2"]["caption_prompt"], config(&published)["stage2"]["caption_prompt"]);
     assert_eq!(opened["vision"]["image_size"], 42);
+    // Pictures are prepared as those of the encoder were.
+    let small = |name: &str| -> Json {
+        serde_json::from_slice(&std::fs::read(tuned.join(name)).expect("readable")).expect("JSON")
+    };
+    let pictures = small("preprocessor_config.json");
+    assert_eq!(pictures["image_mean"], serde_json::json!([0.1, 0.2, 0.3]));
+    assert_eq!(pictures["image_processor_type"], "BlipImageProcessor");
+    assert_eq!(small("processor_config.json")["num_query_tokens"], 5);
 
     // It writes what this project's own folder of the run writes, which has always known all of this.
     let own = work.path("own");

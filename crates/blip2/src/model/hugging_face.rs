@@ -13,7 +13,7 @@ use blip2_kernels::quantized::QuantizedWeight;
 use serde_json::Value as Json;
 
 use self::config::{check_tokens, processor, size, token, tokens, wrong};
-pub(super) use self::config::{qformer_config, read_json, vit_config};
+pub(super) use self::config::{image_processor, qformer_config, read_json, vit_config};
 pub(super) use self::trained_with::TrainedWith;
 use super::config::{ModelConfig, Stage1Config, Stage2Config, VisionConfig};
 use super::given::{Given, Reader};

@@ -163,7 +163,7 @@ pub(in crate::model) fn qformer_config(json: &Json) -> Result<QFormerConfig> {
 
 /// What a folder says of how pictures are prepared, and in which file: a part of `processor_config.json`, as transformers 5 saves
 /// it and looks for it first, or else `preprocessor_config.json`.
-fn image_processor(folder: &Path) -> Result<Option<(PathBuf, Json)>> {
+pub(in crate::model) fn image_processor(folder: &Path) -> Result<Option<(PathBuf, Json)>> {
     let read = |name: &str| -> Result<Option<(PathBuf, Json)>> {
         let path = folder.join(name);
         let bytes = match std::fs::read(&path) {

@@ -112,8 +112,11 @@ pub fn trained_to_hugging_face(
     };
     let dtype = output::widest_dtype(&outputs);
     small_files::write(&new, &model, text.as_ref(), &parts, dtype, &trained_with)?;
-    if encoder.json.is_some() {
-        small_files::copy_existing(&new, trained.encoder, &["preprocessor_config.json"])?;
+    if encoder.json.is_some()
+        && let Some((_, pictures)) = hugging_face::image_processor(trained.encoder)?
+    {
+        // Whichever file has it there; the other things in `processor_config.json` are of the Q-Former.
+        new.write_json("preprocessor_config.json", &pictures)?;
     }
     if let Some(folder) =
         trained.language_model.filter(|_| language.as_ref().is_some_and(|opened| opened.is_inside))
