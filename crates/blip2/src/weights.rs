@@ -55,14 +55,15 @@ impl MappedFile {
     pub fn open(path: impl AsRef<Path>) -> Result<Self> {
         let path = path.as_ref();
         let io_error = |source| Error::Io { path: path.into(), source };
-        let file = File::open(path).map_err(io_error)?;
-        let about = file.metadata().map_err(io_error)?;
+        // Asked before it is opened: opening a pipe waits for who writes to it.
+        let about = std::fs::metadata(path).map_err(io_error)?;
         if !about.is_file() {
             return Err(refuse(path, "this is not a regular file: give the path of the weight file itself"));
         }
         if about.len() == 0 {
             return Err(refuse(path, "the file is empty: fetch it again"));
         }
+        let file = File::open(path).map_err(io_error)?;
         // SAFETY: the mapping is private and read-only, and its bytes are only ever read as `u8` (any value is valid)
         // with every range checked against its length. What no check here can exclude is another process that
         // changes the file meanwhile: parsed headers are copied out before they are judged, so changed bytes give
@@ -395,5 +396,16 @@ mod tests {
         assert!(MappedFile::open(&empty).unwrap_err().to_string().contains("empty: the file is empty"));
         assert!(MappedFile::open(folder.path()).unwrap_err().to_string().contains("not a regular file"));
         assert!(MappedFile::open(folder.path().join("absent")).unwrap_err().to_string().contains("absent"));
+    }
+
+    /// Nobody writes to it: waiting for its bytes would never end.
+    #[cfg(unix)]
+    #[test]
+    fn a_pipe_is_refused_and_not_waited_for() {
+        let folder = tempfile::tempdir().unwrap();
+        let pipe = folder.path().join("pipe");
+        if std::process::Command::new("mkfifo").arg(&pipe).status().is_ok_and(|status| status.success()) {
+            assert!(MappedFile::open(&pipe).unwrap_err().to_string().contains("not a regular file"));
+        }
     }
 }

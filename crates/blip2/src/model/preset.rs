@@ -209,7 +209,19 @@ impl FolderGeneration {
             Err(source) => return Err(Error::Io { path, source }),
         };
         let refuse = |reason: String| Error::File { path: path.clone(), reason };
-        let read: Self = serde_json::from_slice(&bytes).map_err(|error| refuse(error.to_string()))?;
+        let json: Json = serde_json::from_slice(&bytes).map_err(|error| refuse(error.to_string()))?;
+        for field in ["eos_token_id", "forced_bos_token_id", "forced_eos_token_id"] {
+            let is_token = |value: &Json| value.as_u64().is_some_and(|id| u32::try_from(id).is_ok());
+            let is_valid = match &json[field] {
+                Json::Null => true,
+                Json::Array(values) => values.iter().all(is_token),
+                value => is_token(value),
+            };
+            if !is_valid {
+                return Err(refuse(format!("`{field}` is {}, expected a token's number", json[field])));
+            }
+        }
+        let read: Self = serde_json::from_value(json).map_err(|error| refuse(error.to_string()))?;
         let neutral = |value: &Json| {
             matches!(value, Json::Null | Json::Bool(false))
                 || value.as_f64().is_some_and(|x| x == 0.0 || x == 1.0)
@@ -368,6 +380,8 @@ mod tests {
             (r#"{"sequence_bias": [[[1], -1.0]]}"#, "sequence_bias"),
             (r#"{"num_beams": 0}"#, "generation.num_beams"),
             (r#"{"num_beams": "two"}"#, "generation_config.json"),
+            (r#"{"eos_token_id": -1}"#, "`eos_token_id` is -1, expected a token's number"),
+            (r#"{"forced_eos_token_id": [2, 0.5]}"#, "`forced_eos_token_id` is [2,0.5], expected"),
             ("[]", "generation_config.json"),
         ] {
             let error = read(json).unwrap_err();

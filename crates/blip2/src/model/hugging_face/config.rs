@@ -24,7 +24,11 @@ pub(super) fn wrong(field: &str, reason: &str) -> Error {
 pub(in crate::model) fn read_json(folder: &Path) -> Result<Json> {
     let path = folder.join(crate::model::FILE_NAME);
     let unreadable = |source| unreadable(folder, &path, source);
-    let n_bytes = std::fs::metadata(&path).map_err(unreadable)?.len();
+    let about = std::fs::metadata(&path).map_err(unreadable)?;
+    if !about.is_file() {
+        return Err(Error::File { path, reason: "this is not a regular file".into() });
+    }
+    let n_bytes = about.len();
     if n_bytes > MAX_CONFIG_BYTES {
         return Err(Error::File {
             path,
@@ -197,7 +201,10 @@ pub(super) fn processor(folder: &Path, image_size: usize) -> Result<ImageProcess
     };
     processor.image_mean = numbers("image_mean", processor.image_mean)?;
     processor.image_std = numbers("image_std", processor.image_std)?;
-    processor.rescale_factor = json["rescale_factor"].as_f64().unwrap_or(processor.rescale_factor);
+    if !json["rescale_factor"].is_null() {
+        let refuse = || refuse(format!("`rescale_factor` is {}, expected a number", json["rescale_factor"]));
+        processor.rescale_factor = json["rescale_factor"].as_f64().ok_or_else(refuse)?;
+    }
     processor.geometry = Geometry::Squash;
     for side in ["height", "width"] {
         let found = json["size"][side].as_u64();
@@ -239,5 +246,8 @@ mod tests {
         write("processor_config.json", r#"{"image_processor": {"size": {"height": 30, "width": 28}}}"#);
         let error = mean().unwrap_err().to_string();
         assert!(error.contains("processor_config.json: makes pictures of height 30"), "{error}");
+        write("processor_config.json", r#"{"image_processor": {"rescale_factor": "1/255"}}"#);
+        let error = mean().unwrap_err().to_string();
+        assert!(error.contains("`rescale_factor` is \"1/255\", expected a number"), "{error}");
     }
 }
