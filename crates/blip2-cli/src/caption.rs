@@ -12,7 +12,7 @@ use indicatif::{ProgressBar, ProgressStyle};
 
 use crate::Done;
 use crate::args::CaptionArgs;
-use crate::generation::{self, Written};
+use crate::generation::{self, Written, WrongUsage};
 use crate::model::{encode_picture, is_stdin, open_to_write, pixels};
 use destination::Destination;
 pub(crate) use destination::with_log_probs;
@@ -23,7 +23,7 @@ const PICTURES_AT_ONCE: usize = 8;
 pub(crate) fn run(args: &CaptionArgs) -> anyhow::Result<Done> {
     generation::check(&args.generation)?;
     if args.overwrite && args.sidecar.is_none() && args.out.is_none() {
-        bail!("--overwrite is for --sidecar or --out: nothing else is written");
+        return WrongUsage::end("--overwrite is for --sidecar or --out: nothing else is written");
     }
     let mut pictures = args.pictures.clone();
     for folder in &args.folder {

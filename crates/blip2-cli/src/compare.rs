@@ -11,9 +11,11 @@ use serde_json::json;
 
 use crate::Done;
 use crate::args::{ClassifyArgs, EmbedArgs, MatchArgs};
+use crate::generation::WrongUsage;
 use crate::model::{Part, encode_picture, open_picture, open_to_compare};
 
 pub(crate) fn match_texts(args: &MatchArgs) -> anyhow::Result<Done> {
+    none_is_empty(&args.texts, "text to compare with the picture")?;
     let texts: Vec<&str> = args.texts.iter().map(String::as_str).collect();
     let model = open_to_compare(&args.model, Part::Stage1, args.preset, &texts, Compared::Matched)?;
     let features = encode_picture(&model, &args.picture, args.preset)?;
@@ -39,6 +41,10 @@ pub(crate) fn match_texts(args: &MatchArgs) -> anyhow::Result<Done> {
 }
 
 pub(crate) fn classify(args: &ClassifyArgs) -> anyhow::Result<Done> {
+    none_is_empty(&args.labels, "label")?;
+    if !args.template.contains("{label}") {
+        return WrongUsage::end(format!("--template {:?} has no {{label}}", args.template));
+    }
     let labels = distinct(&args.labels);
     let texts: Vec<String> = labels.iter().map(|label| args.template.replace("{label}", label)).collect();
     let texts: Vec<&str> = texts.iter().map(String::as_str).collect();
@@ -64,6 +70,7 @@ pub(crate) fn classify(args: &ClassifyArgs) -> anyhow::Result<Done> {
 }
 
 pub(crate) fn embed(args: &EmbedArgs) -> anyhow::Result<Done> {
+    none_is_empty(&args.text, "text to embed")?;
     if let Some(path) = &args.output {
         return write_stages(args, path).map(|()| Done::All);
     }
@@ -101,6 +108,14 @@ pub(crate) fn embed(args: &EmbedArgs) -> anyhow::Result<Done> {
         writeln!(out, "{}", json!({"text": text, "embeds": values.chunks_exact(width).collect::<Vec<_>>()}))?;
     }
     Ok(Done::of(n_failed, args.image.len() + texts.len()))
+}
+
+/// Refuses a text of which nothing can be read, before a model is opened for it.
+fn none_is_empty(texts: &[String], what: &str) -> anyhow::Result<()> {
+    if texts.iter().any(|text| text.trim().is_empty()) {
+        return WrongUsage::end(format!("a {what} is empty"));
+    }
+    Ok(())
 }
 
 /// Each of the texts once, without the spaces around it: a text that came twice would have its share of the probability twice,

@@ -1,10 +1,10 @@
 //! `blip2 convert`: checkpoints from one layout into the other.
 
-use anyhow::bail;
 use blip2::model::layout::{self, ConvertOptions, Converted, FrozenParts};
 
 use crate::Done;
 use crate::args::{ConvertArgs, LayoutArg};
+use crate::generation::WrongUsage;
 
 pub(crate) fn run(args: &ConvertArgs) -> anyhow::Result<Done> {
     let options = ConvertOptions { max_shard_bytes: args.max_shard_bytes, allow_unknown: args.allow_unknown };
@@ -26,20 +26,20 @@ pub(crate) fn run(args: &ConvertArgs) -> anyhow::Result<Done> {
     };
     let to = args.to.unwrap_or(by_name);
     if has_parts && to != LayoutArg::Hf {
-        bail!(
-            "--vit, --language-model, --vocabulary and --config are for making a Hugging Face folder (--to hf)"
+        return WrongUsage::end(
+            "--vit, --language-model, --vocabulary and --config are for making a Hugging Face folder (--to hf)",
         );
     }
     let out = args.out.display();
     let converted = match to {
         LayoutArg::Hf if is_safetensors || is_pth => {
-            bail!("{out} must be a folder: Hugging Face's layout is one")
+            return WrongUsage::end(format!("{out} must be a folder: Hugging Face's layout is one"));
         }
         LayoutArg::Lavis if !(is_safetensors || is_pth) => {
-            bail!("{out} must end in .pth or .safetensors: it becomes one file")
+            return WrongUsage::end(format!("{out} must end in .pth or .safetensors: it becomes one file"));
         }
         LayoutArg::AsIs if !is_safetensors => {
-            bail!("{out} must end in .safetensors: it becomes one such file")
+            return WrongUsage::end(format!("{out} must end in .safetensors: it becomes one such file"));
         }
         LayoutArg::Hf => layout::to_hugging_face(&args.input, &args.out, &parts, &options)?,
         LayoutArg::Lavis => layout::to_lavis(&args.input, &args.out, &options)?,

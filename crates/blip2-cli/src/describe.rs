@@ -18,16 +18,21 @@ use crate::model::{encode_picture, is_stdin, open_to_write};
 
 pub(crate) fn ask(args: &AskArgs) -> anyhow::Result<Done> {
     if args.question.trim().is_empty() {
-        anyhow::bail!("the question is empty: ask something about the picture");
+        return WrongUsage::end("the question is empty: ask something about the picture");
     }
+    let choices = distinct(&args.choices);
+    if choices.iter().any(|choice| choice.is_empty()) {
+        return WrongUsage::end("--choices has an empty answer: give them like `yes,no`");
+    }
+    let form = form(args)?;
     let given = Given::Question(&args.question);
     let (model, config) =
         open_to_write(&args.model.source, args.preset, Written::Answers, Some(given), &args.generation)?;
     let features = encode_picture(&model, &args.picture, args.preset)?;
     let path = args.picture.display().to_string();
     let mut out = std::io::stdout().lock();
-    if !args.choices.is_empty() {
-        let ranked = model.rank(&features, &args.question, &distinct(&args.choices))?;
+    if !choices.is_empty() {
+        let ranked = model.rank(&features, &args.question, &choices)?;
         if args.model.json {
             let rows: Vec<_> = ranked
                 .iter()
@@ -44,7 +49,7 @@ pub(crate) fn ask(args: &AskArgs) -> anyhow::Result<Done> {
         }
         return Ok(Done::All);
     }
-    let form = form(args)?.map(|form| model.grammar(&form, &config)).transpose()?;
+    let form = form.map(|form| model.grammar(&form, &config)).transpose()?;
     let answers = model.ask_for(&[(&features, &args.question)], &config, form.as_ref())?.concat();
     if form.is_some() && answers.iter().any(|answer| is_cut(answer.finish)) {
         eprintln!(
@@ -73,7 +78,9 @@ pub(crate) fn ask(args: &AskArgs) -> anyhow::Result<Done> {
 /// What the answer has to be, if something was prescribed.
 fn form(args: &AskArgs) -> anyhow::Result<Option<AnswerForm>> {
     if let Some(pattern) = &args.regex {
-        return Ok(Some(AnswerForm::Regex(pattern.clone())));
+        let form = AnswerForm::Regex(pattern.clone());
+        form.check().map_err(|error| WrongUsage(format!("--regex: {error}")))?;
+        return Ok(Some(form));
     }
     let Some(path) = &args.json_schema else { return Ok(None) };
     let text = std::fs::read_to_string(path).with_context(|| path.display().to_string())?;
@@ -88,12 +95,12 @@ fn is_cut(finish: FinishReason) -> bool {
 pub(crate) fn chat(args: &ChatArgs) -> anyhow::Result<Done> {
     let mut generation = args.generation.clone();
     if is_stdin(&args.picture) {
-        let message = "the questions come from standard input: give the picture as a file";
-        return Err(WrongUsage(message.into()).into());
+        return WrongUsage::end("the questions come from standard input: give the picture as a file");
     }
     if let Some(n) = generation.num_captions.filter(|n| *n != 1) {
-        let message = format!("`--num-captions` is {n}, expected 1: a conversation goes on with one answer");
-        return Err(WrongUsage(message).into());
+        return WrongUsage::end(format!(
+            "`--num-captions` is {n}, expected 1: a conversation goes on with one answer"
+        ));
     }
     if args.preset.is_none() {
         // What beams write can still change: without them the answer can be shown as it grows.

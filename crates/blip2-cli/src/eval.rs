@@ -17,7 +17,7 @@ use serde_json::json;
 
 use crate::Done;
 use crate::args::{EvalArgs, EvalTask, RerankArg};
-use crate::generation::{self, Written};
+use crate::generation::{self, Written, WrongUsage};
 use crate::model::{Part, open_as, open_to_write, pixels};
 
 /// What a task measured.
@@ -29,6 +29,9 @@ struct Report {
 
 pub(crate) fn run(args: &EvalArgs) -> anyhow::Result<Done> {
     generation::check(&args.generation)?;
+    if args.out.is_some() && matches!(args.task, EvalTask::Retrieval | EvalTask::QuestionBaseline) {
+        return WrongUsage::end("--out writes what the model said: it is for captions and questions");
+    }
     let (mut rows, mut skipped) = read_test_set(&args.manifest)?;
     rows.truncate(args.limit.map_or(usize::MAX, NonZeroUsize::get));
     if rows.is_empty() {
@@ -109,9 +112,6 @@ fn questions_report(args: &EvalArgs, rows: &[Row], on_progress: OnProgress<'_>) 
 }
 
 fn retrieval_report(args: &EvalArgs, rows: &[Row], on_progress: OnProgress<'_>) -> anyhow::Result<Report> {
-    if args.out.is_some() {
-        bail!("--out writes what the model said; retrieval says nothing");
-    }
     let model = open_as(&args.model, Part::Stage1, args.preset)?;
     let (name, label, rescoring) = match args.rerank {
         RerankArg::Sum => ("sum", "ITC+ITM", Some(Rescoring::ItmPlusItc)),

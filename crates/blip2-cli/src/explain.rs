@@ -3,7 +3,6 @@
 use std::io::Write;
 use std::path::Path;
 
-use anyhow::bail;
 use blip2::model::Word;
 use blip2::text::Turn;
 use blip2::weights::write_atomically;
@@ -17,19 +16,23 @@ use crate::model::{Part, open, open_picture};
 pub(crate) fn run(args: &ExplainArgs) -> anyhow::Result<Done> {
     let is_written = args.caption || !args.question.is_empty();
     if args.word.is_some() && !is_written {
-        bail!("--word is a part of a caption or an answer: add --caption or --question");
+        return WrongUsage::end("--word is a part of a caption or an answer: add --caption or --question");
     }
+    if args.text.trim().is_empty() {
+        return WrongUsage::end("the text to explain is empty");
+    }
+    let turns = turns(&args.question, &args.answer)?;
     if let Some(path) = args.output.as_deref().filter(|path| names_another_format(path)) {
-        let message =
-            format!("--output {}: the heat map is a PNG, so its name has to end in .png", path.display());
-        return Err(WrongUsage(message).into());
+        return WrongUsage::end(format!(
+            "--output {}: the heat map is a PNG, so its name has to end in .png",
+            path.display()
+        ));
     }
     let picture = open_picture(&args.picture, None)?;
     let model = open(&args.model, if is_written { Part::Stage2 } else { Part::Stage1 })?;
     let features = model.encode(std::slice::from_ref(&picture))?.remove(0);
     let map = if is_written {
         let word = args.word.as_deref().map(Word::from);
-        let turns = turns(&args.question, &args.answer)?;
         model.explain_answer(&features, &turns, &args.text, word)?
     } else {
         model.explain_match(&features, &args.text)?
@@ -57,10 +60,10 @@ fn names_another_format(path: &Path) -> bool {
 fn turns(questions: &[String], answers: &[String]) -> anyhow::Result<Vec<Turn>> {
     let n_earlier = questions.len().saturating_sub(1);
     if answers.len() != n_earlier {
-        bail!(
+        return WrongUsage::end(format!(
             "the text answers the last --question, and every earlier one needs its --answer: there are {} and not {n_earlier}",
             answers.len()
-        );
+        ));
     }
     let earlier = questions.iter().zip(answers).map(|(question, answer)| Turn::answered(question, answer));
     Ok(earlier.chain(questions.last().map(Turn::open)).collect())

@@ -11,17 +11,20 @@ use indicatif::{ProgressBar, ProgressStyle};
 
 use crate::Done;
 use crate::args::{FilterArgs, SourceArgs};
-use crate::generation::{self, Written};
+use crate::generation::{self, Written, WrongUsage};
 use crate::model::{Part, encode_picture, open_source, open_to_write};
 use crate::rows::RowsFile;
 
 pub(crate) fn run(args: &FilterArgs) -> anyhow::Result<Done> {
     generation::check(&args.generation)?;
     if args.keep == 0 {
-        bail!("--keep 0 would leave nothing: give 1 or more");
+        return WrongUsage::end("--keep 0 would leave nothing: give 1 or more");
     }
     if args.out.extension().is_none_or(|extension| extension != "jsonl") {
-        bail!("{} must end in .jsonl: it becomes a training manifest", args.out.display());
+        return WrongUsage::end(format!(
+            "{} must end in .jsonl: it becomes a training manifest",
+            args.out.display()
+        ));
     }
     let base = args.manifest.parent().unwrap_or(Path::new(""));
     let rows = read_rows(&args.manifest)?;

@@ -13,6 +13,13 @@ use crate::args::{EarlyStoppingArg, GenerationArgs, PresetArg};
 #[derive(Debug)]
 pub(crate) struct WrongUsage(pub(crate) String);
 
+impl WrongUsage {
+    /// Ends a command with this message.
+    pub(crate) fn end<T>(message: impl Into<String>) -> anyhow::Result<T> {
+        Err(Self(message.into()).into())
+    }
+}
+
 impl fmt::Display for WrongUsage {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(&self.0)

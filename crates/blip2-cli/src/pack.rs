@@ -18,6 +18,7 @@ use blip2_train::run::{Stage1Config as Stage1Run, Stage2Config as Stage2Run};
 
 use crate::Done;
 use crate::args::{PackArgs, StorageArg};
+use crate::generation::WrongUsage;
 
 /// Files stay below what code hosts take.
 const MAX_SHARD_BYTES: usize = 45_000_000;
@@ -158,9 +159,12 @@ fn hugging_face(args: &PackArgs) -> anyhow::Result<Done> {
     let (checkpoint, is_stage2) = match (&args.stage1[..], &args.stage2[..]) {
         ([path], []) => (path, false),
         ([], [path]) => (path, true),
-        _ => bail!(
-            "a Hugging Face folder holds one checkpoint of one stage: give --stage1 or --stage2 once, and pack the other one by itself"
-        ),
+        _ => {
+            return WrongUsage::end(
+                "a Hugging Face folder holds one checkpoint of one stage: give --stage1 or --stage2 once, and pack the other one by \
+                 itself",
+            );
+        }
     };
     let (state, ..) = checkpoint::load(checkpoint)?;
     let weights = checkpoint.join("model.safetensors");

@@ -8,6 +8,8 @@ use std::path::{Path, PathBuf};
 use anyhow::{Context, anyhow, bail};
 use serde::{Deserialize, Serialize};
 
+use crate::generation::WrongUsage;
+
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Layout {
     Jsonl,
@@ -52,7 +54,12 @@ impl RowsFile {
         let layout = match extension.as_deref() {
             Some("jsonl") => Layout::Jsonl,
             Some("csv") => Layout::Csv,
-            _ => bail!("--out {}: the name must end in .jsonl or .csv", path.display()),
+            _ => {
+                return WrongUsage::end(format!(
+                    "--out {}: the name must end in .jsonl or .csv",
+                    path.display()
+                ));
+            }
         };
         let cannot = || format!("cannot write {}", path.display());
         let mut file = OpenOptions::new()

@@ -43,16 +43,16 @@ fn what_cannot_be_done_is_one_line() {
     let (payload, lavis, opt) = (golden("torch_payload.pth"), golden("lavis/opt.pth"), golden("blip2_opt"));
     let [file, absent] = ["out.safetensors", "absent.pth"].map(|name| work.path().join(name));
     let flag = |name: &'static str| Path::new(name);
-    for (arguments, words) in [
-        (vec![payload.as_path(), &out], "`posix.system`"),
-        (vec![&lavis, &out], "eva_vit_g.pth"),
-        (vec![&lavis, &file, flag("--vit"), &lavis], "--to hf"),
-        (vec![&opt, &file, flag("--to"), flag("hf")], "must be a folder"),
-        (vec![&opt, &out, flag("--to"), flag("lavis")], ".pth or .safetensors"),
-        (vec![&opt, &out, flag("--to"), flag("as-is")], "must end in .safetensors"),
-        (vec![&absent, &out], "absent.pth"),
+    for (arguments, status, words) in [
+        (vec![payload.as_path(), &out], 1, "`posix.system`"),
+        (vec![&lavis, &out], 1, "eva_vit_g.pth"),
+        (vec![&lavis, &file, flag("--vit"), &lavis], 2, "--to hf"),
+        (vec![&opt, &file, flag("--to"), flag("hf")], 2, "must be a folder"),
+        (vec![&opt, &out, flag("--to"), flag("lavis")], 2, ".pth or .safetensors"),
+        (vec![&opt, &out, flag("--to"), flag("as-is")], 2, "must end in .safetensors"),
+        (vec![&absent, &out], 1, "absent.pth"),
     ] {
-        let said = said(&convert(&arguments), 1);
+        let said = said(&convert(&arguments), status);
         assert!(said.contains(words), "{words}: {said}");
         assert_eq!(said.trim_end().lines().count(), 1, "{said}");
     }

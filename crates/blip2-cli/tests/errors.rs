@@ -158,7 +158,31 @@ fn checkpoints_that_are_no_folder_yet_are_told_the_remedy() {
 #[test]
 fn an_empty_question_is_refused_before_anything_is_loaded() {
     let home = tempfile::tempdir().expect("a folder");
-    refused(&blip2(home.path(), &["ask", "a.jpg", "  "]), 1, &["question is empty"]);
+    refused(&blip2(home.path(), &["ask", "a.jpg", "  "]), 2, &["question is empty"]);
+}
+
+#[test]
+fn what_the_arguments_alone_contradict_is_wrong_usage() {
+    let home = tempfile::tempdir().expect("a folder");
+    for (arguments, said) in [
+        (&["ask", "a.jpg", "What?", "--choices", ""][..], "--choices has an empty answer"),
+        (&["ask", "a.jpg", "What?", "--choices", "yes,,no"], "--choices has an empty answer"),
+        (&["ask", "a.jpg", "What?", "--regex", "([a"], "--regex: the regular expression cannot be followed"),
+        (&["match", "a.jpg", "a cat", " "], "a text to compare with the picture is empty"),
+        (&["embed", "--text", ""], "a text to embed is empty"),
+        (&["classify", "a.jpg", "cat", ""], "a label is empty"),
+        (&["classify", "a.jpg", "cat", "--template", "a photo"], "\"a photo\" has no {label}"),
+        (&["explain", "a.jpg", " ", "-o", "heat.png"], "the text to explain is empty"),
+        (&["explain", "a.jpg", "cat", "-o", "heat.png", "--word", "cat"], "add --caption or --question"),
+        (&["explain", "a.jpg", "cat", "-o", "heat.png", "--question", "a", "--question", "b"], "--answer"),
+        (&["eval", "retrieval", "a.jsonl", "--out", "b.jsonl"], "--out writes what the model said"),
+        (&["data", "filter", "a.jsonl", "b.jsonl", "--keep", "0"], "--keep 0 would leave nothing"),
+        (&["data", "filter", "a.jsonl", "b.json"], "must end in .jsonl"),
+    ] {
+        let output = blip2(home.path(), &[arguments, &["--model", "nowhere"]].concat());
+        refused(&output, 2, &[said]);
+        assert_eq!(String::from_utf8_lossy(&output.stderr).lines().count(), 1, "{output:?}");
+    }
 }
 
 /// What no model could be asked for is wrong usage before one is looked for.

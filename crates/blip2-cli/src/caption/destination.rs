@@ -31,8 +31,9 @@ impl Destination {
     /// rows is not one of ours.
     pub(super) fn open(args: &CaptionArgs, pictures: &[PathBuf]) -> anyhow::Result<Self> {
         if (args.out.is_some() || args.sidecar.is_some()) && pictures.iter().any(|path| is_stdin(path)) {
-            let message = "the picture on standard input has no name: --out and --sidecar are for files";
-            return Err(WrongUsage(message.into()).into());
+            return WrongUsage::end(
+                "the picture on standard input has no name: --out and --sidecar are for files",
+            );
         }
         if let Some(path) = &args.out {
             return Ok(Self::Rows(RowsFile::open(path, args.overwrite)?));
@@ -43,7 +44,9 @@ impl Destination {
             return Ok(Self::Output { array, with_path, log_probs });
         };
         if extension.is_empty() || extension.contains(['/', '\\', '.']) {
-            bail!("--sidecar={extension} is not an extension: give one like txt, without a dot");
+            return WrongUsage::end(format!(
+                "--sidecar={extension} is not an extension: give one like txt, without a dot"
+            ));
         }
         let mut picture_of = HashMap::new();
         for picture in pictures {

@@ -44,6 +44,27 @@ impl AnswerForm {
             Self::JsonSchema(schema) => schema.to_string().len(),
         }
     }
+
+    /// Refuses what no model could keep to. It costs nothing and needs no vocabulary: what [`Grammars::compile`] refuses beyond
+    /// it takes one.
+    ///
+    /// # Errors
+    /// [`Error::AnswerForm`] when it is too long, a choice is missing or empty, or the pattern is none.
+    pub fn check(&self) -> Result<()> {
+        let (n_bytes, limit) = (self.n_bytes(), Self::MAX_BYTES);
+        if n_bytes > limit {
+            return Err(refuse(format!("the form of the answer has {n_bytes} bytes, the limit is {limit}")));
+        }
+        match self {
+            Self::Choice(choices)
+                if choices.is_empty() || choices.iter().any(|choice| choice.trim().is_empty()) =>
+            {
+                Err(refuse("there is no answer to choose from, or one is empty"))
+            }
+            Self::Regex(pattern) => check_regex(pattern),
+            Self::Choice(_) | Self::JsonObject | Self::JsonSchema(_) => Ok(()),
+        }
+    }
 }
 
 /// The vocabulary of a language model, ready for grammars.
@@ -160,16 +181,9 @@ impl Grammars {
     /// [`Error::AnswerForm`] when it contradicts itself, is not understood, takes too much to compile, or needs a character that
     /// the tokenizer cannot write.
     pub fn compile(&self, form: &AnswerForm) -> Result<Grammar> {
-        let n_bytes = form.n_bytes();
-        if n_bytes > AnswerForm::MAX_BYTES {
-            let limit = AnswerForm::MAX_BYTES;
-            return Err(refuse(format!("the form of the answer has {n_bytes} bytes, the limit is {limit}")));
-        }
+        form.check()?;
         let (what, grammar) = match form {
             AnswerForm::Choice(choices) => {
-                if choices.is_empty() || choices.iter().any(|choice| choice.trim().is_empty()) {
-                    return Err(refuse("there is no answer to choose from, or one is empty"));
-                }
                 if let Some(missing) = self.missing(form) {
                     let reason = cannot_write(missing);
                     return Err(refuse(format!("the list of answers cannot be followed: {reason}")));
@@ -177,10 +191,7 @@ impl Grammars {
                 let escaped: Vec<_> = choices.iter().map(|choice| escape(choice.trim())).collect();
                 ("the list of answers", self.text(&escaped.join("|")))
             }
-            AnswerForm::Regex(pattern) => {
-                check_regex(pattern)?;
-                ("the regular expression", self.text(unanchored(pattern)))
-            }
+            AnswerForm::Regex(pattern) => ("the regular expression", self.text(unanchored(pattern))),
             AnswerForm::JsonObject => ("the JSON object", self.json(json!({"type": "object"}))?),
             AnswerForm::JsonSchema(schema) => ("the JSON schema", self.json(schema.clone())?),
         };
