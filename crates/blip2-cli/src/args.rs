@@ -1,10 +1,12 @@
 //! What can be written behind `blip2`; parsing only, nothing is opened here.
 
+use std::env;
+use std::ffi::OsStr;
 use std::num::NonZeroUsize;
 use std::path::PathBuf;
 
-use clap::builder::BoolishValueParser;
-use clap::{Parser, Subcommand};
+use clap::builder::{BoolishValueParser, Resettable};
+use clap::{CommandFactory, FromArgMatches, Parser, Subcommand};
 
 /// BLIP-2 in Rust: a small trained bridge that lets a frozen language model see.
 #[derive(Debug, Parser)]
@@ -15,6 +17,25 @@ pub(crate) struct Args {
     pub(crate) threads: Option<NonZeroUsize>,
     #[command(subcommand)]
     pub(crate) command: Command,
+}
+
+impl Args {
+    /// The arguments of this process, and for those that are not given its environment variables. An empty variable is one
+    /// that is not set: compose files and scripts empty what they cannot unset.
+    pub(crate) fn read() -> Self {
+        let matches = without_empty_variables(Self::command()).get_matches();
+        Self::from_arg_matches(&matches).unwrap_or_else(|error| error.format(&mut Self::command()).exit())
+    }
+}
+
+fn without_empty_variables(command: clap::Command) -> clap::Command {
+    let is_empty = |name: &OsStr| env::var_os(name).is_some_and(|value| value.is_empty());
+    command
+        .mut_args(|arg| match arg.get_env() {
+            Some(name) if is_empty(name) => arg.env(Resettable::Reset),
+            _ => arg,
+        })
+        .mut_subcommands(without_empty_variables)
 }
 
 #[derive(Debug, Subcommand)]

@@ -33,7 +33,7 @@ use std::process::ExitCode;
 use anyhow::Context;
 use args::{Args, Command};
 use blip2::layers::Isa;
-use clap::{CommandFactory, Parser};
+use clap::CommandFactory;
 
 // Training frees and takes tensors of megabytes at every step; the system's allocator returns each to the kernel.
 #[global_allocator]
@@ -61,7 +61,7 @@ impl Done {
 }
 
 fn main() -> ExitCode {
-    let Args { threads, command } = Args::parse();
+    let Args { threads, command } = Args::read();
     if let Err(error) = Isa::from_environment() {
         eprintln!("blip2: {error}");
         return ExitCode::from(2);

@@ -202,7 +202,7 @@ pub(crate) fn fetch(name: &str) -> anyhow::Result<()> {
 
 fn default_model() -> anyhow::Result<PathBuf> {
     let mut candidates = Vec::new();
-    if let Some(home) = env::var_os("BLIP2_HOME") {
+    if let Some(home) = env::var_os("BLIP2_HOME").filter(|home| !home.is_empty()) {
         candidates.push(Path::new(&home).join(DEFAULT_MODEL));
     }
     if let Ok(executable) = env::current_exe()

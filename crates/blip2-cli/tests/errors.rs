@@ -185,6 +185,34 @@ fn what_the_arguments_alone_contradict_is_wrong_usage() {
     }
 }
 
+/// Where a variable cannot be unset it is emptied: with that the command goes as far as without it, to the frozen parts that are
+/// not here.
+#[test]
+fn an_empty_variable_is_one_that_is_not_set() {
+    let home = tempfile::tempdir().expect("a folder");
+    // What an empty BLIP2_HOME would be.
+    std::fs::create_dir(home.path().join("default-model")).expect("made");
+    std::fs::write(home.path().join("default-model/config.json"), "none").expect("written");
+    for name in [
+        "BLIP2_MODEL",
+        "BLIP2_DTYPE",
+        "BLIP2_IMAGE_SIZE",
+        "BLIP2_IGNORE_MEMORY",
+        "BLIP2_THREADS",
+        "BLIP2_ISA",
+        "BLIP2_HOME",
+        "BLIP2_FROZEN",
+        "BLIP2_CACHE",
+    ] {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_blip2"));
+        command.arg("info").env_clear().env("HOME", home.path()).env("PATH", home.path());
+        let output = command.current_dir(home.path()).env(name, "").output().expect("the command runs");
+        let said = String::from_utf8_lossy(&output.stderr);
+        assert_eq!(output.status.code(), Some(1), "{name}: {said}");
+        assert!(said.contains("efficientnet-lite0"), "{name}: {said}");
+    }
+}
+
 /// What no model could be asked for is wrong usage before one is looked for.
 /// The folder has no weights: a message about them would mean that they were looked for first.
 #[test]

@@ -29,7 +29,7 @@ impl Isa {
     /// When `BLIP2_ISA` names no set, or one that this machine does not have.
     pub fn from_environment() -> Result<Self, UnknownIsa> {
         let available = Self::available();
-        match std::env::var_os("BLIP2_ISA") {
+        match std::env::var_os("BLIP2_ISA").filter(|name| !name.is_empty()) {
             None => Ok(available[available.len() - 1]),
             Some(name) => Self::named(&name.to_string_lossy()),
         }
