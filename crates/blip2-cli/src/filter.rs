@@ -63,6 +63,8 @@ pub(crate) fn run(args: &FilterArgs) -> anyhow::Result<Done> {
             bar.inc(1);
         }
         bar.finish_and_clear();
+        // Where no caption fits, what was there is replaced by nothing.
+        out.save()?;
     }
     eprintln!(
         "{n_written} written, {n_had} there already, {n_empty} without a caption that fits, {n_failed} failed"

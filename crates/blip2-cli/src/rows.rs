@@ -2,7 +2,7 @@
 
 use std::collections::HashSet;
 use std::fs::{File, OpenOptions, TryLockError};
-use std::io::{Read, Seek, SeekFrom, Write};
+use std::io::{ErrorKind, Read, Seek, SeekFrom, Write};
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, anyhow, bail};
@@ -38,14 +38,18 @@ pub(crate) struct RowsFile {
     path: PathBuf,
     /// Where the file is; pictures are named relative to it.
     folder: PathBuf,
-    file: File,
+    /// There is none before its first row: what fails until then leaves nothing.
+    file: Option<File>,
     layout: Layout,
+    /// What is in the file goes when the first rows come.
+    replaces: bool,
     has: HashSet<String>,
     unsaved: Vec<u8>,
 }
 
 impl RowsFile {
-    /// Opens the file for adding to it. A row that was cut short, by a crash or a full disk, is taken out.
+    /// Opens the file for adding to it, or makes sure that there can be one. A row that was cut short, by a crash or a full
+    /// disk, is taken out. With `overwrite` what is there is replaced, by the first [`save`](Self::save).
     ///
     /// # Errors
     /// When the name ends in neither `.jsonl` nor `.csv`, the file holds something else, or another process writes it.
@@ -62,26 +66,54 @@ impl RowsFile {
             }
         };
         let cannot = || format!("cannot write {}", path.display());
-        let mut file = OpenOptions::new()
-            .read(true)
-            .write(true)
-            .create(true)
-            .truncate(false)
-            .open(path)
-            .with_context(cannot)?;
+        let folder = path.parent().filter(|folder| !folder.as_os_str().is_empty()).unwrap_or(Path::new("."));
+        let folder = std::fs::canonicalize(folder).with_context(cannot)?;
+        let mut rows = Self {
+            path: path.to_owned(),
+            folder,
+            file: None,
+            layout,
+            replaces: overwrite,
+            has: HashSet::new(),
+            unsaved: Vec::new(),
+        };
+        match OpenOptions::new().read(true).write(true).open(path) {
+            Ok(file) => {
+                rows.lock(&file)?;
+                if !overwrite {
+                    rows.has = rows.read(&file)?;
+                }
+                rows.file = Some(file);
+            }
+            Err(error) if error.kind() == ErrorKind::NotFound => {
+                // A file without a name says whether there can be one, and is gone whatever happens.
+                tempfile::tempfile_in(&rows.folder).with_context(cannot)?;
+            }
+            Err(error) => return Err(error).with_context(cannot),
+        }
+        Ok(rows)
+    }
+
+    fn lock(&self, file: &File) -> anyhow::Result<()> {
         match file.try_lock() {
-            Ok(()) => {}
-            Err(TryLockError::WouldBlock) => bail!("another process is writing {}", path.display()),
-            Err(TryLockError::Error(error)) => return Err(error).with_context(cannot),
+            Ok(()) => Ok(()),
+            Err(TryLockError::WouldBlock) => bail!("another process is writing {}", self.path.display()),
+            Err(TryLockError::Error(error)) => Err(error).with_context(|| self.cannot()),
         }
-        if overwrite {
-            file.set_len(0).with_context(cannot)?;
-        }
+    }
+
+    fn cannot(&self) -> String {
+        format!("cannot write {}", self.path.display())
+    }
+
+    /// The pictures that the file has; it is left at its end, behind a whole row.
+    fn read(&self, mut file: &File) -> anyhow::Result<HashSet<String>> {
+        let path = &self.path;
         let mut bytes = Vec::new();
-        file.read_to_end(&mut bytes).with_context(cannot)?;
+        file.read_to_end(&mut bytes).with_context(|| self.cannot())?;
         // Every row ends with a newline, and a caption has none.
         let n_whole = bytes.iter().rposition(|byte| *byte == b'\n').map_or(0, |at| at + 1);
-        let has = match layout {
+        let has = match self.layout {
             Layout::Jsonl => json_pictures(path, &bytes[..n_whole])?,
             Layout::Csv => csv_pictures(path, &bytes[..n_whole])?,
         };
@@ -90,17 +122,9 @@ impl RowsFile {
             if n_whole == 0 {
                 bail!("{} does not hold captions: give --out another name, or --overwrite", path.display());
             }
-            file.set_len(n_whole as u64).with_context(cannot)?;
+            file.set_len(n_whole as u64).with_context(|| self.cannot())?;
         }
-        file.seek(SeekFrom::End(0)).with_context(cannot)?;
-        let folder = path.parent().filter(|folder| !folder.as_os_str().is_empty()).unwrap_or(Path::new("."));
-        let folder = std::fs::canonicalize(folder).with_context(cannot)?;
-        let mut rows = Self { path: path.to_owned(), folder, file, layout, has, unsaved: Vec::new() };
-        if layout == Layout::Csv && n_whole == 0 {
-            rows.unsaved.extend_from_slice(b"image,caption\n");
-            rows.save()?;
-        }
-        Ok(rows)
+        Ok(has)
     }
 
     /// Whether it has a row of this picture.
@@ -139,14 +163,40 @@ impl RowsFile {
         Ok(())
     }
 
-    /// Writes the rows that were added, to the disk.
+    /// Writes the rows that were added, to the disk; a file that has none yet is made when there is one.
     ///
     /// # Errors
-    /// When that fails.
+    /// When that fails; rows that did not fit are not begun.
     pub(crate) fn save(&mut self) -> anyhow::Result<()> {
-        let written = self.file.write_all(&self.unsaved).and_then(|()| self.file.sync_data());
-        self.unsaved.clear();
-        written.with_context(|| format!("cannot write {}", self.path.display()))
+        if self.file.is_none() {
+            if self.unsaved.is_empty() {
+                return Ok(());
+            }
+            let file = OpenOptions::new().write(true).create(true).truncate(false).open(&self.path);
+            let file = file.with_context(|| self.cannot())?;
+            self.lock(&file)?;
+            if file.metadata().with_context(|| self.cannot())?.len() > 0 {
+                bail!("another process has written {} meanwhile", self.path.display());
+            }
+            self.file = Some(file);
+        }
+        let Some(file) = &mut self.file else { return Ok(()) };
+        let rows = std::mem::take(&mut self.unsaved);
+        let header = if self.layout == Layout::Csv { &b"image,caption\n"[..] } else { b"" };
+        let mut write = || {
+            if std::mem::take(&mut self.replaces) {
+                file.set_len(0)?;
+            }
+            let before = file.seek(SeekFrom::End(0))?;
+            let begun = if before == 0 && !rows.is_empty() { file.write_all(header) } else { Ok(()) };
+            let written = begun.and_then(|()| file.write_all(&rows)).and_then(|()| file.sync_data());
+            if written.is_err() {
+                // The reason is the one to report.
+                let _ = file.set_len(before);
+            }
+            written
+        };
+        write().with_context(|| format!("cannot write {}", self.path.display()))
     }
 
     /// How the file names a picture: relative to itself where the picture is below it.
@@ -258,8 +308,41 @@ mod tests {
     fn a_file_that_is_being_written_is_refused() {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("rows.jsonl");
-        let _open = RowsFile::open(&path, false).unwrap();
-        let message = RowsFile::open(&path, false).err().expect("refused").to_string();
-        assert!(message.contains("another process"), "{message}");
+        let picture = picture(dir.path(), "a.jpg");
+        let row = |rows: &mut RowsFile| {
+            rows.push(&picture, vec!["a".into()], Vec::new())?;
+            rows.save()
+        };
+        let (mut first, mut second) =
+            (RowsFile::open(&path, false).unwrap(), RowsFile::open(&path, false).unwrap());
+        row(&mut first).unwrap();
+        for message in [
+            row(&mut second).err().expect("refused").to_string(),
+            RowsFile::open(&path, false).err().expect("refused").to_string(),
+        ] {
+            assert!(message.contains("another process"), "{message}");
+        }
+    }
+
+    #[test]
+    fn nothing_is_there_before_the_first_row_and_nothing_replaced() {
+        let dir = tempfile::tempdir().unwrap();
+        let picture = picture(dir.path(), "a.jpg");
+        for name in ["rows.jsonl", "rows.csv"] {
+            let path = dir.path().join(name);
+            RowsFile::open(&path, false).unwrap().save().unwrap();
+            RowsFile::open(&path, true).unwrap();
+            assert!(!path.exists(), "{name}");
+            add(&path, &picture, "old");
+            let before = std::fs::read(&path).unwrap();
+            let mut rows = RowsFile::open(&path, true).unwrap();
+            assert_eq!(std::fs::read(&path).unwrap(), before);
+            rows.push(&picture, vec!["new".into()], Vec::new()).unwrap();
+            rows.save().unwrap();
+            let after = std::fs::read_to_string(&path).unwrap();
+            assert_eq!(after, String::from_utf8(before).unwrap().replace("old", "new"));
+            RowsFile::open(&path, true).unwrap().save().unwrap();
+            assert_eq!(std::fs::read(&path).unwrap(), b"");
+        }
     }
 }

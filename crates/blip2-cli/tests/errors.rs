@@ -213,6 +213,29 @@ fn an_empty_variable_is_one_that_is_not_set() {
     }
 }
 
+#[test]
+fn a_file_of_captions_is_neither_begun_nor_replaced_where_there_is_no_model() {
+    let home = tempfile::tempdir().expect("a folder");
+    let path = |name: &str| home.path().join(name).to_str().expect("UTF-8").to_owned();
+    std::fs::write(path("web.jsonl"), "{\"image\": \"a.jpg\", \"caption\": \"a cat\"}\n").expect("written");
+    let old = "{\"image\":\"b.jpg\",\"captions\":[\"old\"]}\n";
+    for name in ["new.jsonl", "new.csv", "old.jsonl"] {
+        if name.starts_with("old") {
+            std::fs::write(path(name), old).expect("written");
+        }
+        let caption = ["caption", "a.jpg", "--model", "nowhere", "--out", &path(name), "--overwrite"];
+        refused(&blip2(home.path(), &caption), 1, &["there is no folder nowhere"]);
+        let filter = ["data", "filter", &path("web.jsonl"), &path(name), "--model", "nowhere"];
+        if !name.ends_with("csv") {
+            refused(&blip2(home.path(), &filter), 1, &["there is no folder nowhere"]);
+        }
+        assert_eq!(
+            std::fs::read_to_string(path(name)).ok().as_deref(),
+            name.starts_with("old").then_some(old)
+        );
+    }
+}
+
 /// What no model could be asked for is wrong usage before one is looked for.
 /// The folder has no weights: a message about them would mean that they were looked for first.
 #[test]
