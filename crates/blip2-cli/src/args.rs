@@ -41,6 +41,10 @@ fn without_empty_variables(command: clap::Command) -> clap::Command {
 #[derive(Debug, Subcommand)]
 pub(crate) enum Command {
     /// Describe pictures.
+    ///
+    /// Of one picture the caption is printed, of several a line each: the picture's name, a tab and the caption. A name with line
+    /// breaks, tabs or other control characters, or that is not UTF-8, is in double quotes with C's escapes (`"a\tb.jpg"`), as
+    /// git writes it.
     Caption(CaptionArgs),
     /// Answer a question about a picture.
     Ask(AskArgs),

@@ -20,6 +20,7 @@ mod hub;
 mod info;
 mod memory;
 mod model;
+mod names;
 mod pack;
 mod quantize;
 mod rows;
@@ -129,5 +130,6 @@ fn message(error: &anyhow::Error) -> String {
         .chain()
         .map(ToString::to_string)
         .reduce(|said, cause| if said.ends_with(&cause) { said } else { format!("{said}: {cause}") })
+        .map(|said| blip2_train::one_line(&said).into_owned())
         .unwrap_or_default()
 }

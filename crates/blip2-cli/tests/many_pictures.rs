@@ -134,6 +134,24 @@ fn what_cannot_be_right_is_said_first() {
     assert_eq!(output.status.code(), Some(2), "{}", said(&output));
 }
 
+/// Names may hold line breaks and tabs: a row stays one line of two fields, and a message one line.
+#[cfg(unix)]
+#[test]
+fn a_name_of_several_lines_has_one_row() {
+    let dir = folder();
+    fs::remove_file(dir.path().join("broken.jpg")).expect("removed");
+    fs::rename(dir.path().join("a.png"), dir.path().join("a\n\tb.png")).expect("renamed");
+    fs::write(dir.path().join("c\n.png"), "no picture").expect("written");
+    let output = caption(&[], dir.path());
+    assert_eq!(output.status.code(), Some(3), "{}", said(&output));
+    let rows = String::from_utf8(output.stdout.clone()).expect("text");
+    let names: Vec<&str> = rows.lines().map(|row| row.split_once('\t').expect("two fields").0).collect();
+    let folder = dir.path().display();
+    assert_eq!(names, [format!(r#""{folder}/a\n\tb.png""#), format!("{folder}/b.PNG")]);
+    assert_eq!(said(&output).lines().count(), 1, "{}", said(&output));
+    assert!(said(&output).contains(r"c\n.png: is not a picture"), "{}", said(&output));
+}
+
 /// The matching model judges, and the other writes candidates; the rows are a manifest with the best first.
 #[test]
 fn captions_that_fit_best_are_kept() {

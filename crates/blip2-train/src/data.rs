@@ -16,7 +16,7 @@ pub use loader::{Batch, Item, Loader, LoaderConfig, LoaderState};
 pub use manifest::{Row, read_rows};
 
 use crate::features::Augment;
-use crate::{Error, Result};
+use crate::{Error, Result, one_line};
 use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
 use std::collections::{HashMap, HashSet};
@@ -244,7 +244,8 @@ pub struct Skipped {
 
 impl fmt::Display for Skipped {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "{}: {}", self.name, self.reason)
+        // A list has a line for each.
+        f.write_str(&one_line(&format!("{}: {}", self.name, self.reason)))
     }
 }
 

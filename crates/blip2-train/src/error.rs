@@ -1,5 +1,6 @@
 //! The training crate's error type.
 
+use std::borrow::Cow;
 use std::path::{Path, PathBuf};
 
 /// Result with the training crate's [`Error`].
@@ -78,5 +79,29 @@ impl Error {
     /// Shorthand for [`Error::Config`].
     pub fn config(field: impl Into<String>, reason: impl Into<String>) -> Self {
         Self::Config { field: field.into(), reason: reason.into() }
+    }
+}
+
+/// A message as one line without control characters, which are shown as in Rust (`\n`): names of files are part of messages, and
+/// may hold line breaks and whatever a terminal obeys.
+pub fn one_line(message: &str) -> Cow<'_, str> {
+    if !message.contains(char::is_control) {
+        return message.into();
+    }
+    let mut line = String::with_capacity(message.len() + 8);
+    for c in message.chars() {
+        if c.is_control() { line.extend(c.escape_default()) } else { line.push(c) }
+    }
+    line.into()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::one_line;
+
+    #[test]
+    fn a_message_is_one_line() {
+        assert_eq!(one_line("a\nb\u{1b}c"), r"a\nb\u{1b}c");
+        assert_eq!(one_line("`é`: \"no\""), "`é`: \"no\"");
     }
 }

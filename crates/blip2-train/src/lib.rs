@@ -30,4 +30,4 @@ pub mod stage1;
 pub mod stage2;
 pub mod trainer;
 
-pub use error::{Error, Result};
+pub use error::{Error, Result, one_line};

@@ -12,6 +12,7 @@ use serde_json::{Value, json};
 use crate::args::CaptionArgs;
 use crate::generation::WrongUsage;
 use crate::model::is_stdin;
+use crate::names::quoted;
 use crate::rows::RowsFile;
 
 pub(super) enum Destination {
@@ -117,7 +118,7 @@ impl Destination {
                 for (path, answers) in described {
                     for answer in answers {
                         if *with_path {
-                            write!(out, "{}\t", path.display())?;
+                            write!(out, "{}\t", quoted(path))?;
                         }
                         writeln!(out, "{}", shown(&answer.text, *with_path || answers.len() > 1))?;
                     }
