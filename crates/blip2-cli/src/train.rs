@@ -66,6 +66,14 @@ pub(crate) fn run(args: &TrainArgs) -> anyhow::Result<()> {
     };
     // After a failure too: it may be what was warned of.
     terminal.finish();
+    if let Err(error) = &outcome
+        && matches!(error.downcast_ref(), Some(blip2_train::Error::Stopped { .. }))
+    {
+        // As after a step: what is done is kept.
+        let resume = if args.resume { " --resume" } else { "" };
+        eprintln!("{error}: blip2 train {}{resume}", args.config.display());
+        return Ok(());
+    }
     let outcome = outcome?;
 
     let plot = output.join("loss.svg");

@@ -178,6 +178,35 @@ fn stage_2_killed_and_resumed_equals_uninterrupted() {
 }
 
 #[test]
+fn a_signal_while_features_are_computed_keeps_them() {
+    let work = Work::new();
+    let opt = golden("blip2_opt");
+    let fields = stage2(&opt, &opt, &opt, OPT_PROMPTS) + "dropout = 0.1\n";
+    let config = work.config("early", "both.jsonl", &fields, "epochs = 1\nsave_every = 1");
+    // Enough to be caught while they are computed.
+    let many = fs::read_to_string(&config).expect("readable") + "views = 700\n";
+    fs::write(&config, many).expect("written");
+    let features = work.path("features");
+    let is_begun = || {
+        let index = |folder: &String| fs::metadata(features.join(folder).join("index.bin"));
+        names(&features).iter().any(|folder| index(folder).is_ok_and(|index| index.len() > 0))
+    };
+    let mut training = Training::start(&config, false);
+    assert!(training.runs_until(is_begun), "it ended before its features began");
+    let id = training.0.id().to_string();
+    assert!(Command::new("kill").args(["-INT", &id]).status().expect("kill is there").success());
+    let ended = training.end();
+    assert!(ended.status.success(), "{}", ended.messages);
+    assert_eq!(ended.said, "", "there is no checkpoint yet");
+    assert!(ended.messages.contains("they are kept"), "{}", ended.messages);
+    assert!(ended.messages.contains(&format!("blip2 train {}", config.display())), "{}", ended.messages);
+    assert!(names(&work.path("early")).is_empty(), "{:?}", names(&work.path("early")));
+    let again = Training::start(&config, false).end();
+    again.checkpoint();
+    assert!(!again.messages.contains(", 0 reused"), "{}", again.messages);
+}
+
+#[test]
 fn a_signal_lets_the_step_end_and_saves_it() {
     let work = Work::new();
     let opt = golden("blip2_opt");

@@ -392,6 +392,41 @@ fn stage_1_refuses_questions_at_once_and_names_their_file() {
     assert!(!work.path("features").exists());
 }
 
+/// Features may take hours: what contradicts the parts or the data is said before them.
+#[test]
+fn what_cannot_be_trained_is_said_before_the_features_are_computed() {
+    let work = Work::new();
+    let opt = golden("blip2_opt");
+    let fields = stage2(&opt, &opt, &opt, OPT_PROMPTS) + "dropout = 0.0\n";
+    let rows = std::fs::read_to_string(work.path("both.jsonl")).expect("readable");
+    let long = format!("{rows}{{\"image\": \"two dogs.png\", \"caption\": \"{}\"}}\n", "a dog ".repeat(90));
+    std::fs::write(work.path("long.jsonl"), long).expect("written");
+    let mut sizes = blip2::model::qformer_config(&opt).expect("readable").expect("sizes");
+    sizes.encoder_hidden_size += 8;
+    let wrong_sizes = format!("[qformer]\n{}", toml::to_string(&sizes).expect("TOML"));
+    for (name, data, from, to, more, expected) in [
+        (
+            "sizes",
+            "both.jsonl",
+            "",
+            "",
+            &*wrong_sizes,
+            "`qformer.encoder_hidden_size` must be the image encoder's",
+        ),
+        ("batch", "both.jsonl", "batch_size = 3", "batch_size = 99", "", "fewer than a batch of 99"),
+        ("rows", "both.jsonl", "max_rows = 100", "max_rows = 4096", "", "`max_rows` must be at most"),
+        ("few", "both.jsonl", "max_rows = 100", "max_rows = 5", "", "`max_rows` is too small"),
+        ("long", "long.jsonl", "", "", "", "two dogs.png: the text needs"),
+    ] {
+        let file = work.config(name, data, &fields, "epochs = 1\nsave_every = 9");
+        let config = std::fs::read_to_string(&file).expect("readable").replacen(from, to, 1) + more;
+        std::fs::write(&file, config).expect("written");
+        let said = refused(&[&"train", &file]);
+        assert!(said.contains(expected), "{name}: {said}");
+        assert!(!work.path("features").exists(), "{name}");
+    }
+}
+
 /// A run is trained in slices until it is done; what was changed between two of them is said.
 #[test]
 fn a_run_that_is_continued_says_what_changed_and_ends_well_when_it_is_done() {

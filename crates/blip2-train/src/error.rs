@@ -18,10 +18,10 @@ pub enum Error {
         /// The operating system's reason.
         source: std::io::Error,
     },
-    /// A line of a manifest cannot be understood.
+    /// A line of a manifest or a configuration cannot be understood.
     #[error("{}:{line}: {reason}", path.display())]
     Manifest {
-        /// The manifest.
+        /// The file.
         path: PathBuf,
         /// The line, counted from one.
         line: usize,
@@ -47,6 +47,16 @@ pub enum Error {
     /// Training cannot go on (nothing to train on, a loss that is not finite, a run that does not match).
     #[error("{0}")]
     Training(String),
+    /// The caller asked to stop while features were computed, before there was a step to save.
+    #[error(
+        "stopped after the features of {done} of {total} views; they are kept, the next start goes on from there"
+    )]
+    Stopped {
+        /// Views whose features are there.
+        done: usize,
+        /// Views that are needed.
+        total: usize,
+    },
     /// A value of the training is not a finite number.
     #[error(
         "step {step}: {what} is not finite; the last checkpoint is kept, continue from it with a lower learning rate"

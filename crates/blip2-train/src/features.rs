@@ -91,7 +91,7 @@ impl FeatureCache {
     /// done stays on disk. Several processes may use one folder; they compute one after the other.
     ///
     /// # Errors
-    /// [`Error::Io`] for a folder that cannot be written, [`Error::Training`] when `progress` stopped it or the encoder
+    /// [`Error::Io`] for a folder that cannot be written, [`Error::Stopped`] when `progress` says so, [`Error::Training`] when the encoder
     /// gives numbers that half precision cannot hold, and the encoder's own.
     pub fn compute(
         dir: &Path,
@@ -304,10 +304,7 @@ fn to_half(features: &[f32], expected: usize) -> Result<Vec<f16>> {
 }
 
 fn stopped(at: Progress) -> Error {
-    Error::Training(format!(
-        "stopped after the features of {} of {} views; they are kept, the next start goes on from there",
-        at.done, at.total
-    ))
+    Error::Stopped { done: at.done, total: at.total }
 }
 
 #[cfg(test)]

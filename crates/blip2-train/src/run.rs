@@ -56,7 +56,7 @@ impl RunConfig {
     /// Reads a configuration file and makes its paths relative to the working folder.
     ///
     /// # Errors
-    /// [`Error::File`] with the line of an unknown field or a wrong value.
+    /// [`Error::Manifest`] with the line of an unknown field or a wrong value, [`Error::Config`] for a value that no run can have.
     pub fn read(path: &Path) -> Result<Self> {
         /// What has to be known before the whole is read.
         #[derive(Deserialize)]
@@ -65,9 +65,9 @@ impl RunConfig {
             qformer: Option<IgnoredAny>,
             init: Option<toml::Value>,
         }
-        let wrong = |e: toml::de::Error| Error::file(path, e.to_string());
         let mut text = std::fs::read_to_string(path).map_err(Error::io(path))?;
-        let Which { stage, qformer, init } = toml::from_str(&text).map_err(wrong)?;
+        let Which { stage, qformer, init } =
+            toml::from_str(&text).map_err(|e| wrong_line(path, &text, &e))?;
         let base = path.parent().unwrap_or(Path::new(""));
         if let (None, Some(init)) = (qformer, init)
             && let Some(sizes) = qformer_of(&init, base)?
@@ -78,14 +78,16 @@ impl RunConfig {
         }
         match stage {
             1 => {
-                let mut config: Stage1Config = toml::from_str(&text).map_err(wrong)?;
+                let mut config: Stage1Config =
+                    toml::from_str(&text).map_err(|e| wrong_line(path, &text, &e))?;
                 config.resolve(base);
                 config.validate()?;
                 config.run.validate()?;
                 Ok(Self::Stage1(config))
             }
             2 => {
-                let mut config: Stage2Config = toml::from_str(&text).map_err(wrong)?;
+                let mut config: Stage2Config =
+                    toml::from_str(&text).map_err(|e| wrong_line(path, &text, &e))?;
                 config.resolve(base);
                 config.validate()?;
                 config.run.validate()?;
@@ -93,6 +95,20 @@ impl RunConfig {
             }
             other => Err(Error::file(path, format!("`stage` must be 1 or 2, not {other}"))),
         }
+    }
+}
+
+/// What is wrong with a configuration, in one line that names its place.
+fn wrong_line(path: &Path, text: &str, error: &toml::de::Error) -> Error {
+    // What is missing in the file has no place in it.
+    let place = error.span().filter(|span| span.end > 0);
+    match place.and_then(|span| text.as_bytes().get(..span.start)) {
+        Some(before) => Error::Manifest {
+            path: path.to_owned(),
+            line: 1 + before.iter().filter(|byte| **byte == b'\n').count(),
+            reason: error.message().to_owned(),
+        },
+        None => Error::file(path, error.message()),
     }
 }
 
@@ -135,6 +151,15 @@ fn validate_kept(field: &str, kept: f64) -> Result<()> {
     } else {
         Err(Error::config(field, "must be above 0 and at most 1"))
     }
+}
+
+/// Refuses a Q-Former that reads tokens of another width than the encoder's.
+fn check_width(qformer: &QFormerConfig, encoder_width: usize) -> Result<()> {
+    if encoder_width != qformer.encoder_hidden_size {
+        let reason = format!("must be the image encoder's {encoder_width}");
+        return Err(Error::config("qformer.encoder_hidden_size", reason));
+    }
+    Ok(())
 }
 
 /// Stream of random numbers: which of a picture's tokens a step sees.
@@ -290,8 +315,14 @@ mod tests {
     fn unknown_settings_are_refused_with_their_name() {
         for stage in [1, 2] {
             let error = read(&format!("stage = {stage}\noutptu = \"x\"\n"));
-            assert!(error.contains("outptu") && error.contains("run.toml"), "{error}");
+            assert!(error.contains("run.toml:2: unknown field `outptu`"), "{error}");
         }
+        let error = read("stage = 2\nseed = \"x\"\n");
+        assert!(error.contains("run.toml:2: invalid type: string \"x\""), "{error}");
+        let error = read("stage = 2\n\nseed = = 1\n");
+        assert!(error.contains("run.toml:3: ") && !error.contains('\n'), "{error}");
+        let error = read("output = \"x\"\n");
+        assert!(error.ends_with("run.toml: missing field `stage`"), "{error}");
     }
 
     #[test]
@@ -305,6 +336,7 @@ mod tests {
                 ("peak", "-3e-4"),
                 ("peak", "nan"),
                 ("min", "inf"),
+                ("min", "1.0"),
                 ("beta2", "1.0"),
                 ("eps", "0.0"),
                 ("weight_decay", "-0.05"),

@@ -82,7 +82,11 @@ impl LoopConfig {
         let is_not_negative = |value: f64| value >= 0.0 && value.is_finite();
         for (field, is_right, expected) in [
             ("learning_rate.peak", is_positive(learning_rate.peak), "above 0"),
-            ("learning_rate.min", is_not_negative(learning_rate.min), "at least 0"),
+            (
+                "learning_rate.min",
+                is_not_negative(learning_rate.min) && learning_rate.min <= learning_rate.peak,
+                "at least 0 and at most the peak",
+            ),
             ("optimizer.beta1", is_share(optimizer.beta1), "at least 0 and below 1"),
             ("optimizer.beta2", is_share(optimizer.beta2), "at least 0 and below 1"),
             ("optimizer.eps", is_positive(optimizer.eps.into()), "above 0"),

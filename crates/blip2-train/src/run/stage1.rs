@@ -12,10 +12,10 @@ use candle_core::{Device, Tensor, Var};
 use serde::{Deserialize, Serialize};
 
 use super::{
-    IMAGE_TOKENS, Observer, Run, RunPrecision, open_data, open_output, resolve_data, validate_kept,
-    validate_step,
+    IMAGE_TOKENS, Observer, Run, RunPrecision, check_width, open_data, open_output, resolve_data,
+    validate_kept, validate_step,
 };
-use crate::data::{Batch, DataConfig, Dataset, LoaderConfig, Text};
+use crate::data::{Batch, DataConfig, Dataset, Loader, LoaderConfig, Sample, Text};
 use crate::features::{FeatureCache, FeatureEncoder};
 use crate::gradients::Gradients;
 use crate::initialize::{from_bert, is_berts};
@@ -161,33 +161,51 @@ pub fn train_stage1(
     observer: &mut dyn Observer,
 ) -> Result<Outcome> {
     let checkpoint = open_output(&config.output, resume)?;
-    let is_captioned = |dataset: &Dataset| match dataset
-        .samples()
-        .iter()
-        .find(|sample| !matches!(sample.text, Text::Captions(_)))
-    {
-        Some(sample) => {
+    let loader = LoaderConfig {
+        batch_size: config.batch_size,
+        seed: config.seed,
+        drop_last: true,
+        distinct_groups: true,
+    };
+    let (qformer, variables) = start(config, init, encoder.width())?;
+    let check = |dataset: &Dataset| {
+        let is_captioned = |sample: &Sample| matches!(sample.text, Text::Captions(_));
+        if let Some(sample) = dataset.samples().iter().find(|sample| !is_captioned(sample)) {
             let reason = "has questions or dialogues, and stage 1 learns from captions: leave it to stage 2";
-            Err(Error::file(&config.data[sample.entry].path, reason))
+            return Err(Error::file(&config.data[sample.entry].path, reason));
         }
-        None => Ok(()),
+        Loader::new(dataset, loader.clone()).map(drop)
     };
     let (dataset, features) =
-        open_data(&config.output, &config.data, &config.features, encoder, is_captioned, observer)?;
-    let objective = Stage1::new(config, init, &dataset, &features, tokenize)?;
+        open_data(&config.output, &config.data, &config.features, encoder, check, observer)?;
+    let objective = Stage1 { qformer, variables, dataset: &dataset, features: &features, tokenize, config };
     let run = Run {
         output: &config.output,
         settings: &config.run,
         config: toml::to_string(config).map_err(|e| Error::Training(e.to_string()))?,
-        loader: LoaderConfig {
-            batch_size: config.batch_size,
-            seed: config.seed,
-            drop_last: true,
-            distinct_groups: true,
-        },
+        loader,
         checkpoint,
     };
     run.train(&objective, &dataset, observer)
+}
+
+/// The Q-Former that a run starts from, and its variables. What contradicts the configuration or the encoder, of tokens of so
+/// many numbers, is said here: before the features are computed, which may take hours.
+fn start(
+    config: &Stage1Config,
+    init: &dyn TensorSource,
+    encoder_width: usize,
+) -> Result<(QFormer, BTreeMap<String, Var>)> {
+    check_width(&config.qformer, encoder_width)?;
+    let from_bert = match &config.init {
+        Stage1Init::Bert(_) => Some(from_bert(&config.qformer, init, config.seed)?),
+        Stage1Init::Weights(_) => None,
+    };
+    let tensors = from_bert.as_ref().map_or(init, |tensors| tensors as &dyn TensorSource);
+    let trainable = Trainable::default();
+    let weights = Weights::trainable(tensors, &trainable, config.precision.into());
+    let qformer = QFormer::load(&config.qformer, &weights, TextSide::Whole)?;
+    Ok((qformer, trainable.into_variables()))
 }
 
 /// Stage 1 over a data set with cached features.
@@ -200,29 +218,7 @@ struct Stage1<'a> {
     config: &'a Stage1Config,
 }
 
-impl<'a> Stage1<'a> {
-    fn new(
-        config: &'a Stage1Config,
-        init: &dyn TensorSource,
-        dataset: &'a Dataset,
-        features: &'a FeatureCache,
-        tokenize: Tokenize<'a>,
-    ) -> Result<Self> {
-        if features.width() != config.qformer.encoder_hidden_size {
-            let reason = format!("must be the image encoder's {}", features.width());
-            return Err(Error::config("qformer.encoder_hidden_size", reason));
-        }
-        let from_bert = match &config.init {
-            Stage1Init::Bert(_) => Some(from_bert(&config.qformer, init, config.seed)?),
-            Stage1Init::Weights(_) => None,
-        };
-        let tensors = from_bert.as_ref().map_or(init, |tensors| tensors as &dyn TensorSource);
-        let trainable = Trainable::default();
-        let weights = Weights::trainable(tensors, &trainable, config.precision.into());
-        let qformer = QFormer::load(&config.qformer, &weights, TextSide::Whole)?;
-        Ok(Self { qformer, variables: trainable.into_variables(), dataset, features, tokenize, config })
-    }
-
+impl Stage1<'_> {
     fn learns_matching(&self, step: u64) -> bool {
         step >= self.config.matching_from_step
     }

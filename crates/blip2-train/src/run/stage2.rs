@@ -11,10 +11,14 @@ use blip2::qformer::{QFormer, TextSide};
 use blip2::text::prompt::Turn as PromptTurn;
 use blip2::text::{LanguageTokenizer, Prompt, PromptFormat};
 use candle_core::{Device, Tensor, Var};
+use rayon::prelude::*;
 use serde::{Deserialize, Serialize};
 
-use super::{IMAGE_TOKENS, Observer, Run, RunPrecision, open_data, open_output, resolve_data, validate_step};
-use crate::data::{Batch, DataConfig, Dataset, LoaderConfig, Text};
+use super::{
+    IMAGE_TOKENS, Observer, Run, RunPrecision, check_width, open_data, open_output, resolve_data,
+    validate_step,
+};
+use crate::data::{Batch, DataConfig, Dataset, Loader, LoaderConfig, Text};
 use crate::features::{FeatureCache, FeatureEncoder};
 use crate::frozen::FrozenProof;
 use crate::gradients::Gradients;
@@ -158,21 +162,26 @@ pub fn train_stage2(
     let checkpoint = open_output(&config.output, resume)?;
     let mut frozen_files = vec![config.encoder.as_path(), config.language_model.as_path()];
     frozen_files.dedup(); // a whole model's folder is both
+    let loader = LoaderConfig {
+        batch_size: config.batch_size,
+        seed: config.seed,
+        drop_last: true,
+        distinct_groups: true,
+    };
+    let start = Start::new(config, language, init, encoder.width())?;
+    let check = |dataset: &Dataset| {
+        Loader::new(dataset, loader.clone())?;
+        Prompts { config, language, dataset }.check()
+    };
     let before = FrozenProof::take(&frozen_files, language)?;
-    let any = |_: &Dataset| Ok(());
     let (dataset, features) =
-        open_data(&config.output, &config.data, &config.features, encoder, any, observer)?;
-    let objective = Stage2::new(config, language, init, &dataset, &features)?;
+        open_data(&config.output, &config.data, &config.features, encoder, check, observer)?;
+    let objective = Stage2::new(start, Prompts { config, language, dataset: &dataset }, &features);
     let run = Run {
         output: &config.output,
         settings: &config.run,
         config: toml::to_string(config).map_err(|e| Error::Training(e.to_string()))?,
-        loader: LoaderConfig {
-            batch_size: config.batch_size,
-            seed: config.seed,
-            drop_last: true,
-            distinct_groups: true,
-        },
+        loader,
         checkpoint,
     };
     let outcome = run.train(&objective, &dataset, observer)?;
@@ -182,31 +191,23 @@ pub fn train_stage2(
     Ok(outcome)
 }
 
-/// Stage 2 over a data set with cached features.
-struct Stage2<'a> {
+/// What a run starts from: the Q-Former, its projection, and their variables.
+struct Start {
     qformer: QFormer,
     language_projection: Linear,
-    language: Language<'a>,
     variables: BTreeMap<String, Var>,
-    dataset: &'a Dataset,
-    /// For each picture, all that is said about it: sample and choice.
-    texts_of: Vec<Vec<(usize, usize)>>,
-    features: &'a FeatureCache,
-    config: &'a Stage2Config,
 }
 
-impl<'a> Stage2<'a> {
+impl Start {
+    /// What contradicts the configuration, the language model or the encoder, of tokens of so many numbers, is said here: before
+    /// the features are computed, which may take hours.
     fn new(
-        config: &'a Stage2Config,
-        language: Language<'a>,
+        config: &Stage2Config,
+        language: Language<'_>,
         init: &dyn TensorSource,
-        dataset: &'a Dataset,
-        features: &'a FeatureCache,
+        encoder_width: usize,
     ) -> Result<Self> {
-        if features.width() != config.qformer.encoder_hidden_size {
-            let reason = format!("must be the image encoder's {}", features.width());
-            return Err(Error::config("qformer.encoder_hidden_size", reason));
-        }
+        check_width(&config.qformer, encoder_width)?;
         let is_open = |prompt: &PromptFormat| !matches!(prompt, PromptFormat::Plain { eos: true, .. });
         if language.model.decoder_start().is_some() {
             for (field, prompt) in [("prompt", &config.prompt), ("caption_prompt", config.caption_prompt())] {
@@ -221,6 +222,10 @@ impl<'a> Stage2<'a> {
             let reason = "is for encoder-decoder models: this language model reads all of a caption as it is";
             return Err(Error::config("split_captions", reason));
         }
+        let context = language.model.context_len();
+        if config.max_rows > context {
+            return Err(Error::config("max_rows", format!("must be at most the language model's {context}")));
+        }
         let (width, language_width) = (config.qformer.hidden_size, language.model.hidden_size());
         let projection: Tensors = initialize::language_projection(init, width, language_width, config.seed)?;
         let trainable = Trainable::default();
@@ -232,50 +237,98 @@ impl<'a> Stage2<'a> {
             width,
             language_width,
         )?;
+        Ok(Self { qformer, language_projection, variables: trainable.into_variables() })
+    }
+}
+
+/// Stage 2 over a data set with cached features.
+struct Stage2<'a> {
+    start: Start,
+    prompts: Prompts<'a>,
+    /// For each picture, all that is said about it: sample and choice.
+    texts_of: Vec<Vec<(usize, usize)>>,
+    features: &'a FeatureCache,
+}
+
+impl<'a> Stage2<'a> {
+    fn new(start: Start, prompts: Prompts<'a>, features: &'a FeatureCache) -> Self {
+        let dataset = prompts.dataset;
         let mut texts_of = vec![Vec::new(); dataset.images().len()];
         for (number, sample) in dataset.samples().iter().enumerate() {
             texts_of[sample.image].extend((0..sample.text.n_choices()).map(|choice| (number, choice)));
         }
-        let variables = trainable.into_variables();
-        Ok(Self { qformer, language_projection, language, variables, dataset, texts_of, features, config })
+        Self { start, prompts, texts_of, features }
     }
 
     fn batch(&self, batch: &Batch, step: u64) -> Result<stage2::Batch> {
+        let Prompts { config, dataset, .. } = self.prompts;
         let mut prompts = Vec::with_capacity(batch.items.len());
+        let is_caption = |sample: usize| matches!(dataset.samples()[sample].text, Text::Captions(_));
         let mut weights = Vec::with_capacity(batch.items.len());
         for (number, item) in batch.items.iter().enumerate() {
-            let mut random = Random::new(&[self.config.seed, TEXTS, step, number as u64]);
+            let mut random = Random::new(&[config.seed, TEXTS, step, number as u64]);
             let dealt = (item.sample, item.choice);
             let mut texts: Vec<_> = self.texts_of[item.image]
                 .iter()
                 .copied()
-                .filter(|&text| text != dealt && self.is_caption(text.0) == self.is_caption(item.sample))
+                .filter(|&text| text != dealt && is_caption(text.0) == is_caption(item.sample))
                 .collect();
             random.shuffle(&mut texts);
-            texts.truncate(self.config.texts_per_picture - 1);
+            texts.truncate(config.texts_per_picture - 1);
             texts.insert(0, dealt);
-            let instruction = &self.config.instructions[random.below(self.config.instructions.len())];
+            let instruction = &config.instructions[random.below(config.instructions.len())];
             let mut of_picture = Vec::with_capacity(texts.len());
             for text in texts {
-                of_picture.extend(self.prompts(text, instruction, &mut random)?);
+                of_picture.extend(self.prompts.of(text, instruction, &mut random)?);
             }
             prompts.push(of_picture);
-            weights.push(self.dataset.entries()[self.dataset.samples()[item.sample].entry].weight as f32);
+            weights.push(dataset.entries()[dataset.samples()[item.sample].entry].weight as f32);
         }
         let views: Vec<(usize, u32)> = batch.items.iter().map(|item| (item.image, item.view)).collect();
-        let seed = [self.config.seed, IMAGE_TOKENS, step];
-        let features = self.features.gather_some(&views, self.config.image_tokens_kept, &seed)?;
+        let seed = [config.seed, IMAGE_TOKENS, step];
+        let features = self.features.gather_some(&views, config.image_tokens_kept, &seed)?;
         let shape = (features.len() / self.features.width(), self.features.width());
         let image_embeds = Tensor::from_vec(features, shape, &Device::Cpu)?;
         Ok(stage2::Batch { image_embeds, prompts, weights })
     }
+}
 
-    fn is_caption(&self, sample: usize) -> bool {
-        matches!(self.dataset.samples()[sample].text, Text::Captions(_))
+/// How what is said about pictures becomes what the language model reads.
+#[derive(Clone, Copy)]
+struct Prompts<'a> {
+    config: &'a Stage2Config,
+    language: Language<'a>,
+    dataset: &'a Dataset,
+}
+
+impl Prompts<'_> {
+    /// Refuses a text that is longer than a step takes, before there is a step that meets it.
+    fn check(&self) -> Result<()> {
+        let n_queries = self.config.qformer.num_query_tokens;
+        let mut longest = (0, "");
+        for instruction in &self.config.instructions {
+            let turn = PromptTurn::answered(instruction, "a");
+            let prompt = self.render(self.config.caption_prompt(), &[turn]).map_err(|error| {
+                Error::config(
+                    "max_rows",
+                    format!("is too small for the instruction {instruction:?}: {error}"),
+                )
+            })?;
+            longest = longest.max((prompt.n_rows(n_queries), instruction.as_str()));
+        }
+        self.dataset.samples().par_iter().enumerate().try_for_each(|(number, sample)| {
+            let mut random = Random::new(&[self.config.seed, TEXTS, number as u64]);
+            (0..sample.text.n_choices()).try_for_each(|choice| {
+                self.of((number, choice), longest.1, &mut random).map(drop).map_err(|error| {
+                    let source = &self.dataset.images()[sample.image].source;
+                    Error::Training(format!("what is said about {source}: {error}, or raise `max_rows`"))
+                })
+            })
+        })
     }
 
     /// What is to be learned from a text: one prompt, or of a dialogue one for each answer, where the model learns one at a time.
-    fn prompts(
+    fn of(
         &self,
         (sample, choice): (usize, usize),
         instruction: &str,
@@ -316,23 +369,20 @@ const TEXTS: u64 = 0x7e87;
 
 impl Objective for Stage2<'_> {
     fn variables(&self) -> &BTreeMap<String, Var> {
-        &self.variables
+        &self.start.variables
     }
 
     fn gradients(&self, batch: &Batch, step: u64) -> Result<(Gradients, Vec<Value>)> {
-        let options = StepOptions {
-            micro_batch: self.config.micro_batch,
-            dropout: self.config.dropout,
-            seed: self.config.seed,
-            step,
-        };
+        let Prompts { config, language, .. } = self.prompts;
+        let options =
+            StepOptions { micro_batch: config.micro_batch, dropout: config.dropout, seed: config.seed, step };
         let bridge = Bridge {
-            qformer: &self.qformer,
-            language_projection: &self.language_projection,
-            language_model: self.language.model,
+            qformer: &self.start.qformer,
+            language_projection: &self.start.language_projection,
+            language_model: language.model,
         };
         let (gradients, values) =
-            stage2::gradients(&bridge, &self.variables, &self.batch(batch, step)?, options)?;
+            stage2::gradients(&bridge, &self.start.variables, &self.batch(batch, step)?, options)?;
         Ok((
             gradients,
             vec![
