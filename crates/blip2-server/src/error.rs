@@ -163,11 +163,7 @@ impl ApiError {
             ),
             ImageError::TooManyBytes { .. }
             | ImageError::TooManyPixels { .. }
-            | ImageError::TooLong { .. } => {
-                let message = error.to_string();
-                let message = message.strip_suffix(" or raise the limit").unwrap_or(&message);
-                ("image_too_large", message.to_owned())
-            }
+            | ImageError::TooLong { .. } => ("image_too_large", error.to_string()),
             _ => ("invalid_image", "the picture cannot be read".into()),
         };
         Self { code, ..Self::invalid(param, message) }

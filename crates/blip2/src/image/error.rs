@@ -52,7 +52,7 @@ pub enum ImageError {
         reason: String,
     },
     /// More bytes than [`Limits::max_bytes`](super::Limits::max_bytes).
-    #[error("the file has {found} bytes, the limit is {limit}: make the picture smaller or raise the limit")]
+    #[error("the file has {found} bytes, the limit is {limit}: make the picture smaller")]
     TooManyBytes {
         /// Of the file.
         found: u64,
@@ -61,7 +61,7 @@ pub enum ImageError {
     },
     /// More pixels than [`Limits::max_pixels`](super::Limits::max_pixels), found in the header before decoding.
     #[error(
-        "the picture has {width}×{height} pixels, {} in all, the limit is {limit}: make it smaller or raise the limit",
+        "the picture has {width}×{height} pixels, {} in all, the limit is {limit}: make it smaller",
         u64::from(*.width) * u64::from(*.height)
     )]
     TooManyPixels {
@@ -73,9 +73,7 @@ pub enum ImageError {
         limit: u64,
     },
     /// A side longer than [`Limits::max_side`](super::Limits::max_side), found in the header before decoding.
-    #[error(
-        "the picture has {width}×{height} pixels, a side may have {limit}: make it smaller or raise the limit"
-    )]
+    #[error("the picture has {width}×{height} pixels, a side may have {limit}: make it smaller")]
     TooLong {
         /// Of the picture.
         width: u32,
