@@ -25,6 +25,9 @@ pub(crate) fn run(args: &CaptionArgs) -> anyhow::Result<Done> {
     if args.overwrite && args.sidecar.is_none() && args.out.is_none() {
         return WrongUsage::end("--overwrite is for --sidecar or --out: nothing else is written");
     }
+    if args.pictures.iter().filter(|path| is_stdin(path)).count() > 1 {
+        return WrongUsage::end("`-` is given more than once: standard input holds one picture");
+    }
     let mut pictures = args.pictures.clone();
     for folder in &args.folder {
         let found = blip2_train::data::pictures(folder, args.recursive)

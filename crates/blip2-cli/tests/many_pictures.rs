@@ -232,6 +232,8 @@ fn a_picture_comes_from_standard_input() {
     let output = caption(&["-"], &dir.path().join("notes.md"));
     assert_eq!(output.status.code(), Some(1), "{}", said(&output));
     assert!(said(&output).contains("standard input: is not a picture"), "{}", said(&output));
+    let output = caption(&["-", "a.png", "-"], &golden("blip2.png"));
+    assert_eq!(output.status.code(), Some(2), "{}", said(&output));
     let output = caption(&["-", "--sidecar"], &golden("blip2.png"));
     assert_eq!(output.status.code(), Some(2), "{}", said(&output));
 }
