@@ -144,10 +144,11 @@ pub(crate) enum ComputeArg {
 #[derive(Debug, Clone, clap::Args)]
 #[command(next_help_heading = "Generation")]
 pub(crate) struct GenerationArgs {
-    /// Beams of the beam search; 1 for greedy search.
+    /// Beams of the beam search; 1 for greedy search. What is not given here or below is the model's own setting; of the default
+    /// model 5 beams, in `chat` 1.
     #[arg(long, alias = "beams", value_name = "N")]
     pub(crate) num_beams: Option<usize>,
-    /// The longest text, in tokens.
+    /// The longest text, in tokens; 30 with the default model.
     #[arg(long)]
     pub(crate) max_new_tokens: Option<usize>,
     /// The shortest text, in tokens.

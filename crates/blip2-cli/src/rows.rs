@@ -168,7 +168,8 @@ impl RowsFile {
     /// # Errors
     /// When that fails; rows that did not fit are not begun.
     pub(crate) fn save(&mut self) -> anyhow::Result<()> {
-        if self.file.is_none() {
+        let is_new = self.file.is_none();
+        if is_new {
             if self.unsaved.is_empty() {
                 return Ok(());
             }
@@ -196,7 +197,12 @@ impl RowsFile {
             }
             written
         };
-        write().with_context(|| format!("cannot write {}", self.path.display()))
+        let written = write();
+        if written.is_err() && is_new {
+            // Empty again, and there was none before.
+            let _ = std::fs::remove_file(&self.path);
+        }
+        written.with_context(|| self.cannot())
     }
 
     /// How the file names a picture: relative to itself where the picture is below it.
