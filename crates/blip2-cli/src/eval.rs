@@ -19,6 +19,7 @@ use crate::Done;
 use crate::args::{EvalArgs, EvalTask, RerankArg};
 use crate::generation::{self, Written, WrongUsage};
 use crate::model::{Part, open_as, open_to_write, pixels};
+use crate::rows::check_writable;
 
 /// What a task measured.
 struct Report {
@@ -31,6 +32,9 @@ pub(crate) fn run(args: &EvalArgs) -> anyhow::Result<Done> {
     generation::check(&args.generation)?;
     if args.out.is_some() && matches!(args.task, EvalTask::Retrieval | EvalTask::QuestionBaseline) {
         return WrongUsage::end("--out writes what the model said: it is for captions and questions");
+    }
+    if let Some(out) = &args.out {
+        check_writable(out)?;
     }
     let (mut rows, mut skipped) = read_test_set(&args.manifest)?;
     rows.truncate(args.limit.map_or(usize::MAX, NonZeroUsize::get));

@@ -16,6 +16,20 @@ enum Layout {
     Csv,
 }
 
+/// Makes sure that there can be a file, before hours are spent on what it is to hold; nothing is left there.
+///
+/// # Errors
+/// When its folder cannot be written to, or is none.
+pub(crate) fn check_writable(path: &Path) -> anyhow::Result<()> {
+    if path.is_dir() {
+        bail!("cannot write {}: it is a folder", path.display());
+    }
+    let folder = path.parent().filter(|folder| !folder.as_os_str().is_empty()).unwrap_or(Path::new("."));
+    // A file without a name is gone whatever happens.
+    let file = tempfile::tempfile_in(folder);
+    file.map(drop).with_context(|| format!("cannot write {}", path.display()))
+}
+
 /// What a row of JSON lines says; the names are those of a training manifest.
 #[derive(Serialize, Deserialize)]
 struct JsonRow {
@@ -85,10 +99,7 @@ impl RowsFile {
                 }
                 rows.file = Some(file);
             }
-            Err(error) if error.kind() == ErrorKind::NotFound => {
-                // A file without a name says whether there can be one, and is gone whatever happens.
-                tempfile::tempfile_in(&rows.folder).with_context(cannot)?;
-            }
+            Err(error) if error.kind() == ErrorKind::NotFound => check_writable(path)?,
             Err(error) => return Err(error).with_context(cannot),
         }
         Ok(rows)

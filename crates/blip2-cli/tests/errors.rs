@@ -213,6 +213,19 @@ fn an_empty_variable_is_one_that_is_not_set() {
     }
 }
 
+/// What a model says of thousands of pictures is not lost for want of a folder.
+#[test]
+fn where_predictions_cannot_go_is_said_before_they_are_made() {
+    let home = tempfile::tempdir().expect("a folder");
+    let path = |name: &str| home.path().join(name).to_str().expect("UTF-8").to_owned();
+    std::fs::write(path("a.jsonl"), "{\"image\": \"a.jpg\", \"caption\": \"a cat\"}\n").expect("written");
+    for out in [path("absent/said.jsonl"), path("")] {
+        let output =
+            blip2(home.path(), &["eval", "captions", &path("a.jsonl"), "--model", "nowhere", "--out", &out]);
+        refused(&output, 1, &["cannot write", &out]);
+    }
+}
+
 #[test]
 fn a_file_of_captions_is_neither_begun_nor_replaced_where_there_is_no_model() {
     let home = tempfile::tempdir().expect("a folder");
