@@ -57,7 +57,14 @@ pub fn save(
     if let Err(error) = written {
         // The error of the write is the one to report.
         let _ = fs::remove_dir_all(&partial);
-        return Err(error);
+        return Err(match error {
+            Error::Io { path, source } | Error::Model(blip2::Error::Io { path, source }) => {
+                let remedy =
+                    "the checkpoints before it are kept: make room for it and continue with --resume";
+                Error::file(&path, format!("{source}; {remedy}"))
+            }
+            error => error,
+        });
     }
     let mut all = list(run_dir)?;
     all.truncate(all.len().saturating_sub(N_KEPT));

@@ -50,5 +50,5 @@ fn a_full_disk_leaves_the_last_checkpoint_whole() {
 fn limited() {
     let Some(run) = std::env::var_os(RUN) else { panic!("{RUN} names no folder") };
     let error = write(Path::new(&run), 2).expect_err("400 kB do not fit").to_string();
-    assert!(error.contains("safetensors"), "{error}");
+    assert!(error.contains("safetensors") && error.contains("continue with --resume"), "{error}");
 }
