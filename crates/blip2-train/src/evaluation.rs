@@ -310,7 +310,10 @@ fn for_each_batch(
                 Err(error) => {
                     // A picture with several questions is one picture.
                     if skipped.iter().all(|picture| picture.name != row.image) {
-                        skipped.push(Skipped { name: row.image.clone(), reason: error.to_string() });
+                        // It has its name already.
+                        let said = error.to_string();
+                        let reason = said.strip_prefix(&format!("{}: ", path.display())).unwrap_or(&said);
+                        skipped.push(Skipped { name: row.image.clone(), reason: reason.to_owned() });
                     }
                 }
             }
