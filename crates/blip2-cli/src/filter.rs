@@ -20,6 +20,9 @@ pub(crate) fn run(args: &FilterArgs) -> anyhow::Result<Done> {
     if args.keep == 0 {
         return WrongUsage::end("--keep 0 would leave nothing: give 1 or more");
     }
+    if args.min_score.is_some_and(f32::is_nan) {
+        return WrongUsage::end("--min-score is NaN, expected a number: nothing would be left");
+    }
     if args.out.extension().is_none_or(|extension| extension != "jsonl") {
         return WrongUsage::end(format!(
             "{} must end in .jsonl: it becomes a training manifest",

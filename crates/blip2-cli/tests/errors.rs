@@ -177,6 +177,7 @@ fn what_the_arguments_alone_contradict_is_wrong_usage() {
         (&["explain", "a.jpg", "cat", "-o", "heat.png", "--question", "a", "--question", "b"], "--answer"),
         (&["eval", "retrieval", "a.jsonl", "--out", "b.jsonl"], "--out writes what the model said"),
         (&["data", "filter", "a.jsonl", "b.jsonl", "--keep", "0"], "--keep 0 would leave nothing"),
+        (&["data", "filter", "a.jsonl", "b.jsonl", "--min-score", "nan"], "--min-score is NaN"),
         (&["data", "filter", "a.jsonl", "b.json"], "must end in .jsonl"),
     ] {
         let output = blip2(home.path(), &[arguments, &["--model", "nowhere"]].concat());
