@@ -334,7 +334,7 @@ mod tests {
             (RowsFile::open(&path, false).unwrap(), RowsFile::open(&path, false).unwrap());
         row(&mut first).unwrap();
         for message in [
-            row(&mut second).err().expect("refused").to_string(),
+            row(&mut second).expect_err("refused").to_string(),
             RowsFile::open(&path, false).err().expect("refused").to_string(),
         ] {
             assert!(message.contains("another process"), "{message}");
