@@ -14,10 +14,9 @@ use std::collections::BTreeMap;
 use std::error::Error;
 use std::time::Instant;
 
-use blip2::config::QFormerConfig;
 use blip2::language::LanguageModel;
 use blip2::layers::{Linear, Loader, Precision, Trainable};
-use blip2::qformer::{QFormer, TextSide};
+use blip2::qformer::{QFormer, QFormerConfig, TextSide};
 use blip2::text::Prompt;
 use blip2::weights::safetensors::Safetensors;
 use blip2_train::gradients::Gradients;

@@ -6,8 +6,8 @@
 
 use std::collections::BTreeMap;
 
-use blip2::config::QFormerConfig;
 use blip2::layers::TensorSource;
+use blip2::qformer::QFormerConfig;
 
 use crate::random::Random;
 use crate::{Error, Result};

@@ -8,9 +8,9 @@ use std::io::Write;
 use std::ops::ControlFlow;
 use std::path::{Path, PathBuf};
 
-use blip2::config::QFormerConfig;
 use blip2::layers::Precision;
 use blip2::model::qformer_config;
+use blip2::qformer::QFormerConfig;
 use blip2::weights::write_atomically;
 use serde::de::IgnoredAny;
 use serde::{Deserialize, Serialize};

@@ -9,14 +9,13 @@ use std::collections::BTreeMap;
 use std::ops::ControlFlow;
 use std::path::Path;
 
-use blip2::config::QFormerConfig;
 use blip2::generate::GenerationConfig;
 use blip2::layers::{Loader, Precision, TensorSource, Trainable};
 use blip2::model::{
     Blip2, GenerationDefaults, ImageFeatures, ModelConfig, OpenOptions, Preset, Stage1Config, Stage2Config,
     VisionConfig,
 };
-use blip2::qformer::{QFormer, TextSide};
+use blip2::qformer::{QFormer, QFormerConfig, TextSide};
 use blip2::text::{PromptFormat, Turn};
 use blip2::weights::int8::{Storage, write_trained};
 use golden::Golden;

@@ -6,9 +6,8 @@ mod golden;
 
 use std::collections::BTreeMap;
 
-use blip2::config::QFormerConfig;
 use blip2::layers::{Loader, Precision, Trainable};
-use blip2::qformer::{QFormer, TextSide};
+use blip2::qformer::{QFormer, QFormerConfig, TextSide};
 use blip2_train::gradients::Gradients;
 use blip2_train::losses::HardNegatives;
 use blip2_train::optimizer::{Optimizer, OptimizerConfig};

@@ -39,7 +39,6 @@
 
 pub mod benchmark;
 pub mod cache;
-pub mod config;
 pub mod error;
 pub mod generate;
 pub mod image;

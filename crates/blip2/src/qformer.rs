@@ -14,6 +14,7 @@
 //! All tensors are packed rows `[N, D]`, see [`crate::layers`]. Tensor names are those of Hugging Face's BLIP-2;
 //! what its conversion drops is kept under `temp` and `cls`.
 
+mod config;
 mod layer;
 mod probe;
 
@@ -21,13 +22,14 @@ use std::ops::Range;
 
 use candle_core::Tensor;
 
-use crate::config::QFormerConfig;
 use crate::layers::{
     Activation, DropoutRng, Embedding, LayerNorm, Linear, Loader, Plan, Sequence, Span, activate,
 };
 use crate::{Error, Result};
 use layer::Layer;
 
+pub(crate) use config::LN_VISION_EPS;
+pub use config::QFormerConfig;
 pub use probe::CrossAttentionProbe;
 
 /// Texts as token ids, packed: `ids` of all texts one after the other.

@@ -6,10 +6,9 @@ mod golden;
 
 use std::collections::BTreeMap;
 
-use blip2::config::QFormerConfig;
 use blip2::layers::{DropoutRng, Loader, Precision, Trainable};
 use blip2::model::{Blip2, ImageFeatures, ModelConfig, OpenOptions, Stage1Config, VisionConfig};
-use blip2::qformer::{QFormer, TextBatch, TextSide};
+use blip2::qformer::{QFormer, QFormerConfig, TextBatch, TextSide};
 use blip2::weights::int8::{Storage, write_trained};
 use candle_core::Tensor;
 use golden::{Comparison, Golden};

@@ -3,10 +3,9 @@
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
-use blip2::config::QFormerConfig;
 use blip2::layers::{Loader as Weights, TensorSource, Trainable};
 use blip2::model::EncoderOptions;
-use blip2::qformer::{QFormer, TextSide};
+use blip2::qformer::{QFormer, QFormerConfig, TextSide};
 use blip2::text::clean_caption;
 use candle_core::{Device, Tensor, Var};
 use serde::{Deserialize, Serialize};

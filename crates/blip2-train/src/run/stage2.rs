@@ -3,11 +3,10 @@
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
-use blip2::config::QFormerConfig;
 use blip2::language::LanguageModel;
 use blip2::layers::{Linear, Loader as Weights, TensorSource, Trainable};
 use blip2::model::EncoderOptions;
-use blip2::qformer::{QFormer, TextSide};
+use blip2::qformer::{QFormer, QFormerConfig, TextSide};
 use blip2::text::prompt::Turn as PromptTurn;
 use blip2::text::{LanguageTokenizer, Prompt, PromptFormat};
 use candle_core::{Device, Tensor, Var};

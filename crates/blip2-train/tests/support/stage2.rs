@@ -6,10 +6,9 @@ use std::collections::BTreeMap;
 use std::ops::Range;
 use std::path::Path;
 
-use blip2::config::QFormerConfig;
 use blip2::language::LanguageModel;
 use blip2::layers::{Linear, Loader, Precision, Trainable};
-use blip2::qformer::{QFormer, TextSide};
+use blip2::qformer::{QFormer, QFormerConfig, TextSide};
 use blip2::text::Prompt;
 use blip2::weights::safetensors::Safetensors;
 use blip2_train::gradients::Gradients;

@@ -1,9 +1,9 @@
 //! What a stage has to do: operations of its matrix products and attention, and bytes of weights that it reads.
 
 use super::{Settings, Stage};
-use crate::config::QFormerConfig;
 use crate::layers::MatrixSize;
 use crate::model::{Blip2, VisionConfig};
+use crate::qformer::QFormerConfig;
 
 /// Nothing where it is not known.
 #[derive(Debug, Clone, Copy, PartialEq, Default)]

@@ -4,8 +4,8 @@ use std::path::{Component, Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
 
-use crate::config::QFormerConfig;
 use crate::generate::GenerationConfig;
+use crate::qformer::QFormerConfig;
 use crate::text::PromptFormat;
 use crate::vision::vit::VitConfig;
 use crate::{Error, Result};

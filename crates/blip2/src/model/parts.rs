@@ -6,10 +6,10 @@ use sha2::{Digest, Sha256};
 
 use super::hugging_face::{self, Renamed};
 use super::layout::{LavisEncoder, Layout};
-use crate::config::QFormerConfig;
 use crate::image::ImageProcessor;
 use crate::language::{LanguageModel, LlamaConfig, context_len};
 use crate::layers::{FrozenFormat, Loader, TensorSource};
+use crate::qformer::QFormerConfig;
 use crate::text::LanguageTokenizer;
 use crate::vision::VisionEncoder;
 use crate::vision::vit::{AlignCorners, Vit};

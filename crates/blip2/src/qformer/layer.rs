@@ -2,8 +2,7 @@
 
 use candle_core::Tensor;
 
-use super::CrossAttentionProbe;
-use crate::config::QFormerConfig;
+use super::{CrossAttentionProbe, QFormerConfig};
 use crate::layers::{
     Activation, AttentionShape, DropoutRng, LayerNorm, Linear, Loader, Plan, activate, attention,
 };

@@ -4,9 +4,9 @@ use std::path::{Path, PathBuf};
 
 use serde_json::Value as Json;
 
-use crate::config::QFormerConfig;
 use crate::image::{Geometry, ImageProcessor};
 use crate::model::preset::OneOrMore;
+use crate::qformer::QFormerConfig;
 use crate::vision::vit::{VitActivation, VitConfig};
 use crate::{Error, Result};
 

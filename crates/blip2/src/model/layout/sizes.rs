@@ -4,7 +4,7 @@ use serde_json::{Value as Json, json};
 
 use super::state::State;
 use super::table::{Architecture, Head};
-use crate::config::{LN_VISION_EPS, QFormerConfig};
+use crate::qformer::{LN_VISION_EPS, QFormerConfig};
 use crate::vision::vit::{VitActivation, VitConfig};
 use crate::{Error, Result};
 

@@ -1,7 +1,7 @@
 //! Every tensor of a BLIP-2 model under its names in both layouts, with its shape.
 
 use super::language::Language;
-use crate::config::QFormerConfig;
+use crate::qformer::QFormerConfig;
 use crate::vision::vit::VitConfig;
 
 /// What a model is made of, as far as the names and shapes of its tensors depend on it.

@@ -1,4 +1,4 @@
-//! Model configurations, with the field names of Hugging Face's `config.json`.
+//! The Q-Former's sizes, with the field names of Hugging Face's `config.json`.
 
 use serde::{Deserialize, Serialize};
 
