@@ -17,8 +17,8 @@ use std::sync::Arc;
 use candle_core::Tensor;
 
 use causal::Causal;
-pub use config::LlamaConfig;
-pub use llama::Llama;
+use config::Config;
+pub use llama::{Llama, LlamaConfig};
 use loading::File;
 pub use opt::{Opt, OptConfig};
 pub use t5::{T5, T5Config};
@@ -36,12 +36,11 @@ use crate::{Error, Result};
 /// # Errors
 /// When the model type is not known or a size is wrong.
 pub(crate) fn context_len(config: &serde_json::Value) -> Result<usize> {
-    match config["model_type"].as_str() {
-        Some("opt") => Ok(OptConfig::from_hugging_face(config)?.max_position_embeddings),
-        Some("t5") => Ok(t5::MAX_ROWS),
-        Some("llama") | None => Ok(LlamaConfig::from_hugging_face(config)?.max_position_embeddings),
-        Some(other) => Err(config::unsupported("model_type", &other, "llama, opt or t5")),
-    }
+    Ok(match Config::from_hugging_face(config)? {
+        Config::Llama(config) => config.max_position_embeddings,
+        Config::Opt(config) => config.max_position_embeddings,
+        Config::T5(_) => t5::MAX_ROWS,
+    })
 }
 
 /// A language model of any family.
@@ -81,17 +80,10 @@ impl LanguageModel {
         // What is stored in few bits is what would be rounded to them, in its keys and values too.
         let quantization = format.quantization.or(file.quantization());
         let format = FrozenFormat { quantization, ..format };
-        match config["model_type"].as_str() {
-            Some("opt") => Opt::from_safetensors(OptConfig::from_hugging_face(config)?, file, prefix, format)
-                .map(Self::Opt),
-            Some("t5") => {
-                T5::from_safetensors(T5Config::from_hugging_face(config)?, file, prefix, format).map(Self::T5)
-            }
-            Some("llama") | None => {
-                let config = LlamaConfig::from_hugging_face(config)?;
-                Llama::from_safetensors(config, file, prefix, format).map(Self::Llama)
-            }
-            Some(other) => Err(config::unsupported("model_type", &other, "llama, opt or t5")),
+        match Config::from_hugging_face(config)? {
+            Config::Llama(config) => Llama::from_safetensors(config, file, prefix, format).map(Self::Llama),
+            Config::Opt(config) => Opt::from_safetensors(config, file, prefix, format).map(Self::Opt),
+            Config::T5(config) => T5::from_safetensors(config, file, prefix, format).map(Self::T5),
         }
     }
 
@@ -105,10 +97,10 @@ impl LanguageModel {
         format: impl Into<FrozenFormat>,
     ) -> Result<Self> {
         let (file, format) = (File::Random(weights), format.into());
-        match config["model_type"].as_str() {
-            Some("opt") => Opt::load(OptConfig::from_hugging_face(config)?, &file, format).map(Self::Opt),
-            Some("t5") => T5::load(T5Config::from_hugging_face(config)?, &file, format).map(Self::T5),
-            _ => Llama::load(LlamaConfig::from_hugging_face(config)?, &file, format).map(Self::Llama),
+        match Config::from_hugging_face(config)? {
+            Config::Llama(config) => Llama::load(config, &file, format).map(Self::Llama),
+            Config::Opt(config) => Opt::load(config, &file, format).map(Self::Opt),
+            Config::T5(config) => T5::load(config, &file, format).map(Self::T5),
         }
     }
 

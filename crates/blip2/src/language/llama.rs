@@ -1,11 +1,13 @@
 //! The LLaMA family (arXiv 2302.13971, grouped-query attention as in 2307.09288; HF `LlamaForCausalLM`): RMS norm, rotary
 //! positions, SwiGLU, output head tied to the embeddings or its own.
 
+mod config;
+
 use std::sync::Arc;
 
 use candle_core::Tensor;
 
-use super::LlamaConfig;
+pub use self::config::LlamaConfig;
 use super::causal::{Causal, check_rows};
 use super::loading::{File, Loader, Table};
 use crate::Result;
