@@ -51,9 +51,17 @@ struct Layer {
     /// The decoder's attention to the encoder's output.
     cross_attention: Option<Attention>,
     feed_forward_norm: RmsNorm,
-    /// Two where gated: the gate first.
-    wi: Vec<Linear>,
+    wi: Widening,
     wo: Linear,
+}
+
+/// The first half of a feed-forward layer.
+#[derive(Debug)]
+enum Widening {
+    /// T5: `activation(wi x)`.
+    Plain(Linear),
+    /// T5 v1.1 and Flan-T5: `activation(gate x) * (up x)`, `wi_0` and `wi_1` in a checkpoint.
+    Gated { gate: Linear, up: Linear },
 }
 
 #[derive(Debug)]
@@ -398,12 +406,13 @@ impl Stack {
             let cross_attention =
                 if is_decoder { Some(attention(loader, &at(1), "EncDecAttention")?) } else { None };
             let feed_forward = at(if is_decoder { 2 } else { 1 });
-            let parts: &[&str] = if config.is_gated_act { &["wi_0", "wi_1"] } else { &["wi"] };
             let dense = |part: &str| format!("{feed_forward}.DenseReluDense.{part}");
-            let wi = parts
-                .iter()
-                .map(|part| loader.linear(&dense(part), config.d_ff, d, false, None))
-                .collect::<Result<_>>()?;
+            let mut widening = |part: &str| loader.linear(&dense(part), config.d_ff, d, false, None);
+            let wi = if config.is_gated_act {
+                Widening::Gated { gate: widening("wi_0")?, up: widening("wi_1")? }
+            } else {
+                Widening::Plain(widening("wi")?)
+            };
             layers.push(Layer {
                 self_attention,
                 cross_attention,
@@ -425,7 +434,11 @@ impl Stack {
     fn matrices(&self) -> impl Iterator<Item = &Linear> {
         self.layers.iter().flat_map(|layer| {
             let Attention { q, k, v, o, .. } = &layer.self_attention;
-            [q, k, v, o, &layer.wo].into_iter().chain(&layer.wi)
+            let (first, gated) = match &layer.wi {
+                Widening::Plain(wi) => (wi, None),
+                Widening::Gated { gate, up } => (gate, Some(up)),
+            };
+            [q, k, v, o, &layer.wo, first].into_iter().chain(gated)
         })
     }
 
@@ -458,13 +471,12 @@ impl Attention {
 impl Layer {
     fn feed_forward(&self, x: &Tensor, config: &T5Config) -> Result<Tensor> {
         let normed = self.feed_forward_norm.forward(x)?;
-        let inner = match &self.wi[..] {
-            [gate, up] => {
+        let inner = match &self.wi {
+            Widening::Plain(wi) => wi.forward_then(&normed, config.activation, None)?,
+            Widening::Gated { gate, up } => {
                 let [gate, up] = Linear::forward_all([gate, up], &normed)?;
                 gated(&gate, &up, config.activation)?
             }
-            [wi, ..] => wi.forward_then(&normed, config.activation, None)?,
-            [] => normed,
         };
         Ok(self.wo.forward_then(&inner, Activation::Identity, Some(x))?)
     }
