@@ -75,38 +75,17 @@ fn derivative(x: f32, activation: Activation) -> f32 {
     }
 }
 
-/// Calls `$f` with the activation as a constant, so that each loop is compiled for its own.
+/// Evaluates `$body` with the activation as the constant `$a`, so that each loop is compiled for its own.
 macro_rules! for_each_activation {
     ($activation:expr, $a:ident => $body:expr) => {
+        for_each_activation!($activation, $a => $body; Identity Relu Relu6 GeluErf GeluTanh QuickGelu Silu)
+    };
+    ($activation:expr, $a:ident => $body:expr; $($name:ident)*) => {
         match $activation {
-            Activation::Identity => {
-                const $a: Activation = Activation::Identity;
+            $(Activation::$name => {
+                const $a: Activation = Activation::$name;
                 $body
-            }
-            Activation::Relu => {
-                const $a: Activation = Activation::Relu;
-                $body
-            }
-            Activation::Relu6 => {
-                const $a: Activation = Activation::Relu6;
-                $body
-            }
-            Activation::GeluErf => {
-                const $a: Activation = Activation::GeluErf;
-                $body
-            }
-            Activation::GeluTanh => {
-                const $a: Activation = Activation::GeluTanh;
-                $body
-            }
-            Activation::QuickGelu => {
-                const $a: Activation = Activation::QuickGelu;
-                $body
-            }
-            Activation::Silu => {
-                const $a: Activation = Activation::Silu;
-                $body
-            }
+            })*
         }
     };
 }
