@@ -134,11 +134,12 @@ impl<E: Element> KeysAndValues<E> {
 macro_rules! with_rows {
     ($layer:expr, $rows:ident => $body:expr) => {
         match $layer {
-            LayerRows::F32($rows) => $body,
-            LayerRows::Bf16($rows) => $body,
+            $crate::cache::LayerRows::F32($rows) => $body,
+            $crate::cache::LayerRows::Bf16($rows) => $body,
         }
     };
 }
+pub(crate) use with_rows;
 
 impl LayerRows {
     fn new(precision: Precision) -> Self {

@@ -9,7 +9,7 @@ use blip2_kernels::dropout::Dropout;
 use candle_core::{CpuStorage, CustomOp3, Layout, Result, Shape, Tensor};
 
 use super::view::{slice, tensor, with_slices};
-use crate::cache::LayerRows;
+use crate::cache::{LayerRows, with_rows};
 
 /// Which query rows attend to which key rows: one entry a sequence.
 pub type Plan = Arc<[Sequence]>;
@@ -122,14 +122,9 @@ pub(crate) fn attention_to(
     let out = with_slices([&q.contiguous()?], |[q]| {
         let mut out = vec![0.0; q.len()];
         let bias = bias.map(RelativeBias::view);
-        match rows {
-            LayerRows::F32(rows) => {
-                kernels::attention(q, &rows.keys, &rows.values, plan, shape, bias, None, &mut out);
-            }
-            LayerRows::Bf16(rows) => {
-                kernels::attention(q, &rows.keys, &rows.values, plan, shape, bias, None, &mut out);
-            }
-        }
+        with_rows!(rows, rows => {
+            kernels::attention(q, &rows.keys, &rows.values, plan, shape, bias, None, &mut out);
+        });
         out
     })?;
     tensor(out, q)

@@ -1,5 +1,6 @@
 //! Cross-entropy, alone and fused with the vocabulary projection.
 
+use std::ops::Range;
 use std::sync::Arc;
 
 use blip2_kernels::column_sums::add_column_sums;
@@ -23,7 +24,7 @@ const ROWS_AT_A_TIME: usize = 512;
 pub fn cross_entropy(logits: &Tensor, targets: &[u32], smoothing: f32) -> Result<Tensor> {
     let (n_rows, n_classes) = logits.dims2()?;
     check_targets(targets, n_rows, n_classes)?;
-    logits.contiguous()?.apply_op1(CrossEntropy { targets: targets.into(), smoothing })
+    logits.contiguous()?.apply_op1(CrossEntropy(Targets { classes: targets.into(), smoothing }))
 }
 
 /// [`cross_entropy`] of `head(x)` without ever holding all logits: `x` is `[N, D]`, `head` maps to `[N, V]`.
@@ -35,20 +36,20 @@ pub fn cross_entropy(logits: &Tensor, targets: &[u32], smoothing: f32) -> Result
 pub fn linear_cross_entropy(x: &Tensor, head: &Linear, targets: &[u32], smoothing: f32) -> Result<Tensor> {
     let x = x.contiguous()?;
     let (n_rows, _) = x.dims2()?;
-    let targets: Arc<[u32]> = targets.into();
+    let targets = Targets { classes: targets.into(), smoothing };
     match head.weight() {
         Weight::Dense(weight, precision) => {
-            check_targets(&targets, n_rows, weight.dim(0)?)?;
+            check_targets(&targets.classes, n_rows, weight.dim(0)?)?;
             let bias = match head.bias() {
                 Some(bias) => bias.clone(),
                 None => Tensor::zeros(0, x.dtype(), x.device())?,
             };
-            x.apply_op3(weight, &bias, DenseCrossEntropy { targets, smoothing, precision: *precision })
+            x.apply_op3(weight, &bias, DenseCrossEntropy { targets, precision: *precision })
         }
         Weight::Frozen(weight) => {
-            check_targets(&targets, n_rows, weight.out_features())?;
+            check_targets(&targets.classes, n_rows, weight.out_features())?;
             let bias = head.bias().map(Tensor::to_vec1).transpose()?;
-            x.apply_op1(FrozenCrossEntropy { weight: weight.clone(), bias, targets, smoothing })
+            x.apply_op1(FrozenCrossEntropy { weight: weight.clone(), bias, targets })
         }
     }
 }
@@ -63,10 +64,63 @@ fn check_targets(targets: &[u32], n_rows: usize, n_classes: usize) -> Result<()>
     }
 }
 
-struct CrossEntropy {
-    targets: Arc<[u32]>,
+/// The right class of each row, and how much of the mass goes to all classes alike.
+struct Targets {
+    classes: Arc<[u32]>,
     smoothing: f32,
 }
+
+impl Targets {
+    /// The rows in blocks of [`ROWS_AT_A_TIME`].
+    fn blocks(&self) -> impl Iterator<Item = Range<usize>> + use<> {
+        let n_rows = self.classes.len();
+        (0..n_rows).step_by(ROWS_AT_A_TIME).map(move |start| start..(start + ROWS_AT_A_TIME).min(n_rows))
+    }
+
+    /// Room for the logits of a block.
+    fn room(&self, n_classes: usize) -> Vec<f32> {
+        vec![0.0; ROWS_AT_A_TIME.min(self.classes.len()) * n_classes]
+    }
+
+    /// The loss of each row; `logits_of(rows, into)` computes the logits of a block.
+    fn losses(&self, n_classes: usize, logits_of: impl Fn(Range<usize>, &mut [f32])) -> (CpuStorage, Shape) {
+        let mut losses = vec![0.0; self.classes.len()];
+        let mut room = self.room(n_classes);
+        for rows in self.blocks() {
+            let logits = &mut room[..rows.len() * n_classes];
+            logits_of(rows.clone(), logits);
+            let (targets, losses) = (&self.classes[rows.clone()], &mut losses[rows]);
+            kernels::cross_entropy(logits, n_classes, targets, self.smoothing, losses);
+        }
+        (CpuStorage::F32(losses), Shape::from(self.classes.len()))
+    }
+
+    /// Hands the gradient of each block's logits to `visit(rows, d_logits)`; `logits_of` as in [`Self::losses`].
+    fn backward(
+        &self,
+        n_classes: usize,
+        d_losses: &[f32],
+        logits_of: impl Fn(Range<usize>, &mut [f32]),
+        mut visit: impl FnMut(Range<usize>, &[f32]),
+    ) {
+        let (mut room, mut d_room) = (self.room(n_classes), self.room(n_classes));
+        for rows in self.blocks() {
+            let n = rows.len() * n_classes;
+            let (logits, d_logits) = (&mut room[..n], &mut d_room[..n]);
+            logits_of(rows.clone(), logits);
+            let (targets, d_losses) = (&self.classes[rows.clone()], &d_losses[rows.clone()]);
+            kernels::cross_entropy_backward(logits, n_classes, targets, self.smoothing, d_losses, d_logits);
+            visit(rows, d_logits);
+        }
+    }
+}
+
+/// Where some rows of `width` elements lie.
+fn elements(rows: &Range<usize>, width: usize) -> Range<usize> {
+    rows.start * width..rows.end * width
+}
+
+struct CrossEntropy(Targets);
 
 impl CustomOp1 for CrossEntropy {
     fn name(&self) -> &'static str {
@@ -75,16 +129,18 @@ impl CustomOp1 for CrossEntropy {
 
     fn cpu_fwd(&self, s: &CpuStorage, l: &Layout) -> Result<(CpuStorage, Shape)> {
         let (n_rows, n_classes) = l.shape().dims2()?;
+        let Targets { classes, smoothing } = &self.0;
         let mut losses = vec![0.0; n_rows];
-        kernels::cross_entropy(slice(s, l)?, n_classes, &self.targets, self.smoothing, &mut losses);
+        kernels::cross_entropy(slice(s, l)?, n_classes, classes, *smoothing, &mut losses);
         Ok((CpuStorage::F32(losses), Shape::from(n_rows)))
     }
 
     fn bwd(&self, logits: &Tensor, _: &Tensor, d_losses: &Tensor) -> Result<Option<Tensor>> {
         let (_, n_classes) = logits.dims2()?;
+        let Targets { classes, smoothing } = &self.0;
         let d_logits = with_slices([logits, &d_losses.contiguous()?], |[x, d_losses]| {
             let mut d_x = vec![0.0; x.len()];
-            kernels::cross_entropy_backward(x, n_classes, &self.targets, self.smoothing, d_losses, &mut d_x);
+            kernels::cross_entropy_backward(x, n_classes, classes, *smoothing, d_losses, &mut d_x);
             d_x
         })?;
         tensor(d_logits, logits).map(Some)
@@ -92,9 +148,18 @@ impl CustomOp1 for CrossEntropy {
 }
 
 struct DenseCrossEntropy {
-    targets: Arc<[u32]>,
-    smoothing: f32,
+    targets: Targets,
     precision: Precision,
+}
+
+impl DenseCrossEntropy {
+    /// Computes the logits of some rows of `x`, `[N, n_in]`.
+    fn logits_of(&self, [x, w, bias]: [&[f32]; 3], n_in: usize) -> impl Fn(Range<usize>, &mut [f32]) {
+        let precision = self.precision;
+        move |rows, logits| {
+            dense_forward_into(&x[elements(&rows, n_in)], w, bias, n_in, precision, logits);
+        }
+    }
 }
 
 impl CustomOp3 for DenseCrossEntropy {
@@ -111,17 +176,9 @@ impl CustomOp3 for DenseCrossEntropy {
         s3: &CpuStorage,
         l3: &Layout,
     ) -> Result<(CpuStorage, Shape)> {
-        let (x, w, bias) = (slice(s1, l1)?, slice(s2, l2)?, slice(s3, l3)?);
+        let operands = [slice(s1, l1)?, slice(s2, l2)?, slice(s3, l3)?];
         let (n_classes, n_in) = l2.shape().dims2()?;
-        let mut losses = vec![0.0; self.targets.len()];
-        let mut logits = vec![0.0; ROWS_AT_A_TIME.min(losses.len()) * n_classes];
-        let chunks = x.chunks(ROWS_AT_A_TIME * n_in).zip(self.targets.chunks(ROWS_AT_A_TIME));
-        for ((x, targets), losses) in chunks.zip(losses.chunks_mut(ROWS_AT_A_TIME)) {
-            let logits = &mut logits[..targets.len() * n_classes];
-            dense_forward_into(x, w, bias, n_in, self.precision, logits);
-            kernels::cross_entropy(logits, n_classes, targets, self.smoothing, losses);
-        }
-        Ok((CpuStorage::F32(losses), Shape::from(self.targets.len())))
+        Ok(self.targets.losses(n_classes, self.logits_of(operands, n_in)))
     }
 
     fn bwd(
@@ -137,30 +194,15 @@ impl CustomOp3 for DenseCrossEntropy {
             with_slices([x, w, bias, &d_losses.contiguous()?], |[x, w, bias, d_losses]| {
                 let (mut d_x, mut d_w, mut d_b) =
                     (vec![0.0; x.len()], vec![0.0; w.len()], vec![0.0; bias.len()]);
-                let n_elements = ROWS_AT_A_TIME.min(d_losses.len()) * n_classes;
-                let (mut logits, mut d_logits) = (vec![0.0; n_elements], vec![0.0; n_elements]);
-                for start in (0..d_losses.len()).step_by(ROWS_AT_A_TIME) {
-                    let rows = start..(start + ROWS_AT_A_TIME).min(d_losses.len());
-                    let elements = rows.start * n_in..rows.end * n_in;
-                    let (x, targets) = (&x[elements.clone()], &self.targets[rows.clone()]);
-                    let logits = &mut logits[..rows.len() * n_classes];
-                    let d_logits = &mut d_logits[..rows.len() * n_classes];
-                    dense_forward_into(x, w, bias, n_in, self.precision, logits);
-                    let d_losses = &d_losses[rows];
-                    kernels::cross_entropy_backward(
-                        logits,
-                        n_classes,
-                        targets,
-                        self.smoothing,
-                        d_losses,
-                        d_logits,
-                    );
-                    dense_input_gradient_into(d_logits, w, n_in, self.precision, &mut d_x[elements]);
-                    dense_weight_gradient(d_logits, x, n_in, start > 0, self.precision, &mut d_w);
+                let logits_of = self.logits_of([x, w, bias], n_in);
+                self.targets.backward(n_classes, d_losses, logits_of, |rows, d_logits| {
+                    let own = elements(&rows, n_in);
+                    dense_input_gradient_into(d_logits, w, n_in, self.precision, &mut d_x[own.clone()]);
+                    dense_weight_gradient(d_logits, &x[own], n_in, rows.start > 0, self.precision, &mut d_w);
                     if !d_b.is_empty() {
                         add_column_sums(d_logits, &mut d_b);
                     }
-                }
+                });
                 (d_x, d_w, d_b)
             })?;
         let d_b = if d_b.is_empty() { None } else { Some(tensor(d_b, bias)?) };
@@ -171,8 +213,17 @@ impl CustomOp3 for DenseCrossEntropy {
 struct FrozenCrossEntropy {
     weight: FrozenWeight,
     bias: Option<Vec<f32>>,
-    targets: Arc<[u32]>,
-    smoothing: f32,
+    targets: Targets,
+}
+
+impl FrozenCrossEntropy {
+    /// Computes the logits of some rows of `x`, `[N, n_in]`.
+    fn logits_of(&self, x: &[f32]) -> impl Fn(Range<usize>, &mut [f32]) {
+        move |rows, logits| {
+            let own = elements(&rows, self.weight.in_features());
+            self.weight.forward_into(&x[own], rows.len(), self.bias.as_deref(), logits);
+        }
+    }
 }
 
 impl CustomOp1 for FrozenCrossEntropy {
@@ -181,42 +232,16 @@ impl CustomOp1 for FrozenCrossEntropy {
     }
 
     fn cpu_fwd(&self, s: &CpuStorage, l: &Layout) -> Result<(CpuStorage, Shape)> {
-        let (x, n_in, n_classes) = (slice(s, l)?, self.weight.in_features(), self.weight.out_features());
-        let mut losses = vec![0.0; self.targets.len()];
-        let mut logits = vec![0.0; ROWS_AT_A_TIME.min(losses.len()) * n_classes];
-        let chunks = x.chunks(ROWS_AT_A_TIME * n_in).zip(self.targets.chunks(ROWS_AT_A_TIME));
-        for ((x, targets), losses) in chunks.zip(losses.chunks_mut(ROWS_AT_A_TIME)) {
-            let logits = &mut logits[..targets.len() * n_classes];
-            self.weight.forward_into(x, targets.len(), self.bias.as_deref(), logits);
-            kernels::cross_entropy(logits, n_classes, targets, self.smoothing, losses);
-        }
-        Ok((CpuStorage::F32(losses), Shape::from(self.targets.len())))
+        Ok(self.targets.losses(self.weight.out_features(), self.logits_of(slice(s, l)?)))
     }
 
     fn bwd(&self, x: &Tensor, _: &Tensor, d_losses: &Tensor) -> Result<Option<Tensor>> {
         let (n_in, n_classes) = (self.weight.in_features(), self.weight.out_features());
         let d_x = with_slices([x, &d_losses.contiguous()?], |[x, d_losses]| {
             let mut d_x = vec![0.0; x.len()];
-            let n_elements = ROWS_AT_A_TIME.min(d_losses.len()) * n_classes;
-            let (mut logits, mut d_logits) = (vec![0.0; n_elements], vec![0.0; n_elements]);
-            for start in (0..d_losses.len()).step_by(ROWS_AT_A_TIME) {
-                let rows = start..(start + ROWS_AT_A_TIME).min(d_losses.len());
-                let elements = rows.start * n_in..rows.end * n_in;
-                let logits = &mut logits[..rows.len() * n_classes];
-                let d_logits = &mut d_logits[..rows.len() * n_classes];
-                let bias = self.bias.as_deref();
-                self.weight.forward_into(&x[elements.clone()], rows.len(), bias, logits);
-                let (targets, d_losses) = (&self.targets[rows.clone()], &d_losses[rows.clone()]);
-                kernels::cross_entropy_backward(
-                    logits,
-                    n_classes,
-                    targets,
-                    self.smoothing,
-                    d_losses,
-                    d_logits,
-                );
-                self.weight.input_gradient(d_logits, rows.len(), &mut d_x[elements]);
-            }
+            self.targets.backward(n_classes, d_losses, self.logits_of(x), |rows, d_logits| {
+                self.weight.input_gradient(d_logits, rows.len(), &mut d_x[elements(&rows, n_in)]);
+            });
             d_x
         })?;
         tensor(d_x, x).map(Some)
