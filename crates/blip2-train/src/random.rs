@@ -3,14 +3,16 @@
 //! Orders, caption picks and augmented views are functions of a seed and of what they are for, never of a shared
 //! generator's history: a resumed run needs a few integers and no generator state.
 
-/// SplitMix64 (Steele, Lea, Flood 2014): passes the usual test batteries, eight bytes of state.
+use blip2::splitmix::{GAMMA, mix};
+
+/// A stream of SplitMix64 ([`blip2::splitmix`]), made for one purpose.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Random(u64);
 
 impl Random {
     /// A generator for one purpose: every different list of numbers gives an independent stream.
     pub fn new(purpose: &[u64]) -> Self {
-        let mut random = Self(0x9e37_79b9_7f4a_7c15);
+        let mut random = Self(GAMMA);
         for &number in purpose {
             random.0 ^= number;
             random.0 = random.next_u64();
@@ -20,11 +22,8 @@ impl Random {
 
     /// The next 64 bits.
     pub fn next_u64(&mut self) -> u64 {
-        self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
-        let mut z = self.0;
-        z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
-        z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
-        z ^ (z >> 31)
+        self.0 = self.0.wrapping_add(GAMMA);
+        mix(self.0)
     }
 
     /// A whole number in `0..n`; the bias of the multiplication is below `n / 2^64`.

@@ -47,6 +47,7 @@ pub mod layers;
 pub mod model;
 pub mod qformer;
 pub mod sampling;
+pub mod splitmix;
 pub mod text;
 pub mod vision;
 pub mod weights;

@@ -5,6 +5,8 @@
 //! top-k, top-p, min-p. OpenAI's penalties, which it has not, come after the repetition penalty. A token that may not be
 //! chosen has the score `-inf`. Which of them run is decided by [`GenerationConfig`](crate::generate::GenerationConfig).
 
+use crate::splitmix::{GAMMA, mix};
+
 /// Divides positive and multiplies negative scores of tokens that occur in `tokens` (CTRL, arXiv 1909.05858).
 pub fn repetition_penalty(scores: &mut [f32], tokens: &[u32], penalty: f32) {
     let mut seen: Vec<u32> = tokens.to_vec();
@@ -178,12 +180,12 @@ impl SampleRng {
     /// The stream of the `sequence`-th sequence returned for a prompt.
     pub fn new(seed: u64, sequence: u64) -> Self {
         // Streams start far apart: the number goes through the mixing function once before it is used.
-        Self { state: seed ^ mix(sequence.wrapping_add(GOLDEN_GAMMA)) }
+        Self { state: seed ^ mix(sequence.wrapping_add(GAMMA)) }
     }
 
     /// The next number, uniform in `[0, 1)`.
     pub fn next_unit(&mut self) -> f64 {
-        self.state = self.state.wrapping_add(GOLDEN_GAMMA);
+        self.state = self.state.wrapping_add(GAMMA);
         (mix(self.state) >> 11) as f64 * (1.0 / (1_u64 << 53) as f64)
     }
 
@@ -192,16 +194,6 @@ impl SampleRng {
     pub fn next_gumbel(&mut self) -> f64 {
         -(-self.next_unit().ln()).ln()
     }
-}
-
-/// 2⁶⁴ divided by the golden ratio: the increment of SplitMix64 (Steele, Lea & Flood, OOPSLA 2014).
-pub(crate) const GOLDEN_GAMMA: u64 = 0x9e37_79b9_7f4a_7c15;
-
-/// SplitMix64's output function.
-pub(crate) fn mix(mut z: u64) -> u64 {
-    z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
-    z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
-    z ^ (z >> 31)
 }
 
 #[cfg(test)]

@@ -156,16 +156,15 @@ fn vertical(pixels: &[u8], row_len: usize, taps: &Taps) -> Vec<u8> {
 
 #[cfg(test)]
 mod tests {
-    use super::*;
     use sha2::{Digest, Sha256};
+
+    use super::*;
+    use crate::splitmix::{GAMMA, mix};
 
     /// The pictures of `tools/golden_resize.py`.
     fn picture(seed: u64, n: usize) -> Vec<u8> {
         let bytes = (1..=n as u64).map(|index| {
-            let mut z = seed.wrapping_add(index.wrapping_mul(0x9E37_79B9_7F4A_7C15));
-            z = (z ^ (z >> 30)).wrapping_mul(0xBF58_476D_1CE4_E5B9);
-            z = (z ^ (z >> 27)).wrapping_mul(0x94D0_49BB_1331_11EB);
-            let byte = ((z ^ (z >> 31)) >> 56) as u8;
+            let byte = (mix(seed.wrapping_add(index.wrapping_mul(GAMMA))) >> 56) as u8;
             if seed.is_multiple_of(3) { if byte < 128 { 0 } else { 255 } } else { byte }
         });
         bytes.collect()

@@ -5,6 +5,7 @@ use blip2_kernels::dropout::Dropout;
 use candle_core::{CpuStorage, CustomOp1, Layout, Result, Shape, Tensor};
 
 use super::view::{slice, tensor, with_slices};
+use crate::splitmix::GAMMA;
 
 /// Hands out the dropout masks of one pass through a model, in order.
 ///
@@ -35,8 +36,7 @@ impl DropoutRng {
             return None;
         }
         self.n_drawn += 1;
-        // The golden ratio spreads consecutive counters over all 64 bits (splitmix64).
-        Some(Dropout { p: self.p, seed: self.seed ^ self.n_drawn.wrapping_mul(0x9E37_79B9_7F4A_7C15) })
+        Some(Dropout { p: self.p, seed: self.seed ^ self.n_drawn.wrapping_mul(GAMMA) })
     }
 
     /// Applies the next mask to `x`.

@@ -6,7 +6,7 @@ use blip2_kernels::linear::{Format as PlainFormat, PackedWeight};
 use blip2_kernels::quantized::{Format, QuantizedWeight};
 
 use crate::layers::{FrozenWeight, Precision, TensorSource};
-use crate::sampling::{GOLDEN_GAMMA, mix};
+use crate::splitmix::{GAMMA, mix};
 use crate::{Error, Result};
 
 /// A checkpoint that has every tensor that is asked for, in the shape that is asked for. A tensor's numbers follow from the
@@ -68,10 +68,10 @@ struct Stream(u64);
 impl Stream {
     /// Row `i`, uniform from `-scale` to `scale`.
     fn row(self, i: usize, scale: f32, into: &mut [f32]) {
-        let mut state = mix(self.0 ^ (i as u64).wrapping_mul(GOLDEN_GAMMA));
+        let mut state = mix(self.0 ^ (i as u64).wrapping_mul(GAMMA));
         // Two numbers of 32 bits a step.
         for pair in into.chunks_mut(2) {
-            state = state.wrapping_add(GOLDEN_GAMMA);
+            state = state.wrapping_add(GAMMA);
             let bits = mix(state);
             for (value, bits) in pair.iter_mut().zip([bits as u32, (bits >> 32) as u32]) {
                 *value = (bits as i32) as f32 * (scale / 2_147_483_648.0);
