@@ -5,10 +5,10 @@ use std::io;
 use std::path::Path;
 
 use blip2::language::Branched;
+use blip2::weights::hex;
 use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
 
-use crate::data::hex;
 use crate::run::stage2::Language;
 use crate::{Error, Result};
 

@@ -6,18 +6,13 @@
 //! as hostile (sizes are checked before memory is spent) and remembers which tensors were asked for, so that a
 //! checkpoint of another model is noticed instead of half used.
 
-use std::{
-    borrow::Cow,
-    fmt::Write as _,
-    fs::{self, File},
-    io::{self, BufWriter},
-    ops::Range,
-    path::{Path, PathBuf},
-    sync::{
-        Arc,
-        atomic::{AtomicBool, AtomicU64, Ordering},
-    },
-};
+use std::borrow::Cow;
+use std::fs::{self, File};
+use std::io::{self, BufWriter};
+use std::ops::Range;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
 use sha2::{Digest, Sha256};
 
@@ -101,10 +96,12 @@ impl MappedFile {
 
 /// SHA-256 in hexadecimal, by which frozen files are known.
 pub fn sha256(bytes: &[u8]) -> String {
-    Sha256::digest(bytes).iter().fold(String::new(), |mut text, byte| {
-        let _ = write!(text, "{byte:02x}"); // writing to a String cannot fail
-        text
-    })
+    hex(&Sha256::digest(bytes))
+}
+
+/// Lower-case hexadecimal.
+pub fn hex(bytes: &[u8]) -> String {
+    bytes.iter().map(|byte| format!("{byte:02x}")).collect()
 }
 
 /// The rows of one stored tensor, decoded to f32 on request.

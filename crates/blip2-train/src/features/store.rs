@@ -1,16 +1,17 @@
 //! The two files of a feature cache: fixed slots and their checksummed records.
 
-use super::Augment;
-use crate::data::hex;
-use crate::{Error, Result};
-use blip2::weights::MappedFile;
-use half::f16;
-use rayon::prelude::*;
-use sha2::{Digest, Sha256};
 use std::collections::HashMap;
 use std::fs::{File, OpenOptions};
 use std::io::{Read, Seek, SeekFrom, Write};
 use std::path::{Path, PathBuf};
+
+use blip2::weights::{MappedFile, hex};
+use half::f16;
+use rayon::prelude::*;
+use sha2::{Digest, Sha256};
+
+use super::Augment;
+use crate::{Error, Result};
 
 /// Names a view of a picture: SHA-256 of the picture's bytes, the view's number and what it does.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
