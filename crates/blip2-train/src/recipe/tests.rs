@@ -1,6 +1,7 @@
+use image::RgbImage;
+
 use super::*;
 use crate::data::{DataConfig, Dataset};
-use image::RgbImage;
 
 fn line(path: &Path, rows: &[serde_json::Value]) {
     fs::create_dir_all(path.parent().unwrap().join("images")).unwrap();
