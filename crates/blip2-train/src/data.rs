@@ -5,120 +5,33 @@
 //! sample numbers in an order that is a function of seed and epoch, so that a run resumes from two integers.
 //! Pictures are decoded in [`crate::features`], not here.
 
+mod builder;
 mod coco;
+mod config;
 mod folder;
 mod loader;
 mod manifest;
 mod webdataset;
 
-pub use folder::pictures;
-pub use loader::{Batch, Item, Loader, LoaderConfig, LoaderState};
-pub use manifest::{Row, read_rows};
-
-use crate::features::Augment;
-use crate::{Error, Result, one_line};
-use serde::{Deserialize, Serialize};
-use sha2::{Digest, Sha256};
-use std::collections::{HashMap, HashSet};
+use std::collections::HashMap;
 use std::fmt;
 use std::fs::File;
 use std::io::{Read, Seek, SeekFrom};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-/// One `[[data]]` entry of a training configuration.
-///
-/// ```toml
-/// [[data]]
-/// path = "train.jsonl"     # relative to the configuration file
-/// max_per_epoch = 8000     # every epoch deals the next 8,000 rows of a shuffled round
-/// views = 4                # augmented views of each picture beside the plain one
-/// ```
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
-pub struct DataConfig {
-    /// The manifest, folder, tar shard, folder of tar shards, or COCO caption file.
-    pub path: PathBuf,
-    /// How to read `path`; without it the name decides (`.jsonl`, `.tar`, `.json`, a folder with or without tar files).
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub format: Option<Format>,
-    /// COCO only: the folder of the pictures; without it the folder of the caption file.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub images: Option<PathBuf>,
-    /// How many times an epoch deals each sample; fractions deal that part of the samples.
-    #[serde(default = "once")]
-    pub repeat: f64,
-    /// The most samples of this entry in one epoch.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub max_per_epoch: Option<usize>,
-    /// Stage 2: how much a token of this entry's answers counts beside those of others. Answers of one word have few
-    /// tokens among captions of a dozen, and hardly move a mean over all of them.
-    #[serde(default = "once")]
-    pub weight: f64,
-    /// Augmented views of each picture beside the plain one.
-    #[serde(default)]
-    pub views: u32,
-    /// What an augmented view does to a picture.
-    #[serde(default)]
-    pub augment: Augment,
-}
+use blip2::weights::hex;
+use serde::{Deserialize, Serialize};
+use sha2::{Digest, Sha256};
 
-fn once() -> f64 {
-    1.0
-}
+use crate::features::Augment;
+use crate::{Error, Result, one_line};
+use builder::Builder;
 
-impl DataConfig {
-    /// An entry with everything but the path at its default.
-    pub fn new(path: impl Into<PathBuf>) -> Self {
-        Self {
-            path: path.into(),
-            format: None,
-            images: None,
-            repeat: once(),
-            max_per_epoch: None,
-            weight: once(),
-            views: 0,
-            augment: Augment::default(),
-        }
-    }
-
-    fn validate(&self, field: &str) -> Result<()> {
-        if !(self.repeat.is_finite() && self.repeat > 0.0 && self.repeat <= 1e6) {
-            return Err(Error::config(
-                format!("{field}.repeat"),
-                "must be a positive number, at most a million",
-            ));
-        }
-        if self.max_per_epoch == Some(0) {
-            return Err(Error::config(format!("{field}.max_per_epoch"), "must be at least 1"));
-        }
-        if !(self.weight.is_finite() && self.weight > 0.0 && self.weight <= 1e6) {
-            return Err(Error::config(
-                format!("{field}.weight"),
-                "must be a positive number, at most a million",
-            ));
-        }
-        if self.images.is_some() && !matches!(self.format, None | Some(Format::Coco)) {
-            return Err(Error::config(format!("{field}.images"), "is only for format = \"coco\""));
-        }
-        self.augment.validate(&format!("{field}.augment"))
-    }
-}
-
-/// The layouts of training data that can be read.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "lowercase")]
-pub enum Format {
-    /// One JSON object a line, see [`Row`].
-    Jsonl,
-    /// Pictures with a `.txt` of the same name beside each, one caption a line.
-    Folder,
-    /// WebDataset tar shards, those of img2dataset too: members that share a name up to the first dot belong together, a picture
-    /// with a `.json` that is a [`Row`] or a `.txt`, one caption a line.
-    Webdataset,
-    /// COCO caption annotations (`images` and `annotations`).
-    Coco,
-}
+pub use config::{DataConfig, Format};
+pub use folder::pictures;
+pub use loader::{Batch, Item, Loader, LoaderConfig, LoaderState};
+pub use manifest::{Row, read_rows};
 
 /// Where the bytes of a picture are.
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
@@ -274,7 +187,7 @@ impl Dataset {
             let path = base.join(&entry.path);
             builder.begin(entry);
             let n_before = builder.dataset.samples.len();
-            match entry.format.map_or_else(|| guess_format(&path), Ok)? {
+            match entry.format_of(&path)? {
                 Format::Jsonl => manifest::read(&path, &mut builder)?,
                 Format::Folder => folder::read(&path, &mut builder)?,
                 Format::Webdataset => webdataset::read(&path, &mut builder)?,
@@ -353,11 +266,6 @@ impl Dataset {
     }
 }
 
-/// Lower-case hexadecimal.
-pub(crate) fn hex(bytes: &[u8]) -> String {
-    bytes.iter().map(|byte| format!("{byte:02x}")).collect()
-}
-
 /// What a model is measured on: the rows of a manifest, or of a COCO caption file, which ends in `.json` as in training; and what
 /// was left out of them. Rows name their pictures relative to the folder that holds these.
 ///
@@ -369,96 +277,6 @@ pub fn read_test_set(path: &Path) -> Result<(Vec<Row>, Vec<Skipped>)> {
         return coco::rows(path);
     }
     Ok((read_rows(path)?, Vec::new()))
-}
-
-fn guess_format(path: &Path) -> Result<Format> {
-    let metadata = std::fs::metadata(path).map_err(Error::io(path))?;
-    if metadata.is_dir() {
-        return Ok(if webdataset::shards(path)?.is_empty() { Format::Folder } else { Format::Webdataset });
-    }
-    let extension = path.extension().map(|e| e.to_string_lossy().to_ascii_lowercase());
-    match extension.as_deref() {
-        Some("jsonl" | "ndjson") => Ok(Format::Jsonl),
-        Some("tar") => Ok(Format::Webdataset),
-        Some("json") => Ok(Format::Coco),
-        _ => Err(Error::file(
-            path,
-            "cannot tell the format from the name: set `format` to jsonl, folder, webdataset or coco",
-        )),
-    }
-}
-
-/// Collects what the readers find.
-#[derive(Default)]
-struct Builder {
-    dataset: Dataset,
-    by_source: HashMap<ImageSource, usize>,
-    by_group: HashMap<String, u32>,
-    n_groups: u32,
-    /// Pictures known to be missing, so that each is listed once.
-    missing: HashSet<ImageSource>,
-}
-
-impl Builder {
-    fn begin(&mut self, entry: &DataConfig) {
-        self.dataset.entries.push(entry.clone());
-    }
-
-    fn skip(&mut self, name: impl Into<String>, reason: impl Into<String>) {
-        self.dataset.skipped.push(Skipped { name: name.into(), reason: reason.into() });
-    }
-
-    /// Adds a sample unless its picture is missing.
-    fn add(&mut self, source: ImageSource, group: Option<String>, text: Text, names: Vec<String>) {
-        if self.missing.contains(&source) {
-            return;
-        }
-        let entry = self.dataset.entries.len() - 1;
-        let (views, augment) = {
-            let config = &self.dataset.entries[entry];
-            (config.views, config.augment.clone())
-        };
-        let image = match self.by_source.get(&source) {
-            Some(&image) => {
-                let known = &mut self.dataset.images[image];
-                known.views = known.views.max(views);
-                image
-            }
-            None => {
-                if let ImageSource::File(path) = &source
-                    && let Err(reason) = readable_file(path)
-                {
-                    self.skip(path.display().to_string(), reason);
-                    self.missing.insert(source);
-                    return;
-                }
-                let group = self.group(group);
-                self.dataset.images.push(Image { source: source.clone(), group, views, augment });
-                self.by_source.insert(source, self.dataset.images.len() - 1);
-                self.dataset.images.len() - 1
-            }
-        };
-        self.dataset.samples.push(Sample { image, text, names, entry });
-    }
-
-    /// The number of a named group, or a new one.
-    fn group(&mut self, name: Option<String>) -> u32 {
-        let next = self.n_groups;
-        let group = match name {
-            Some(name) => *self.by_group.entry(name).or_insert(next),
-            None => next,
-        };
-        self.n_groups = next.max(group + 1);
-        group
-    }
-}
-
-fn readable_file(path: &Path) -> std::result::Result<(), String> {
-    match std::fs::metadata(path) {
-        Ok(metadata) if metadata.is_file() => Ok(()),
-        Ok(_) => Err("is not a file".to_owned()),
-        Err(error) => Err(error.to_string()),
-    }
 }
 
 #[cfg(test)]

@@ -1,12 +1,14 @@
 //! COCO caption annotations: `images` with names, `annotations` with captions that refer to them.
 
-use super::{Builder, ImageSource, Row, Skipped, Text};
-use crate::{Error, Result};
-use serde::Deserialize;
 use std::collections::HashMap;
 use std::fs::File;
 use std::io::BufReader;
 use std::path::Path;
+
+use serde::Deserialize;
+
+use super::{Builder, ImageSource, Row, Skipped, Text};
+use crate::{Error, Result};
 
 #[derive(Deserialize)]
 struct CaptionFile {

@@ -1,8 +1,9 @@
 //! A folder of pictures, each with a `.txt` of the same name beside it, one caption a line.
 
+use std::path::{Path, PathBuf};
+
 use super::{Builder, ImageSource, Text};
 use crate::{Error, Result};
-use std::path::{Path, PathBuf};
 
 /// Extensions that are taken for pictures, in folders and in tar shards.
 pub(super) const PICTURE_EXTENSIONS: [&str; 8] = ["jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff"];

@@ -1,10 +1,12 @@
 //! Deals samples in batches, in an order that is a function of seed and epoch.
 
+use std::collections::{HashSet, VecDeque};
+
+use serde::{Deserialize, Serialize};
+
 use super::Dataset;
 use crate::random::Random;
 use crate::{Error, Result};
-use serde::{Deserialize, Serialize};
-use std::collections::{HashSet, VecDeque};
 
 /// How samples are dealt.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]

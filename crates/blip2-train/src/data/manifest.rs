@@ -1,11 +1,13 @@
 //! JSONL manifests: one row, one picture with its text.
 
-use super::{Builder, ImageSource, Text, Turn};
-use crate::{Error, Result};
-use serde::{Deserialize, Serialize};
 use std::fs::File;
 use std::io::{BufRead, BufReader};
 use std::path::Path;
+
+use serde::{Deserialize, Serialize};
+
+use super::{Builder, ImageSource, Text, Turn};
+use crate::{Error, Result};
 
 /// A row of a manifest. It holds exactly one of captions, a question with answers, or turns; fields that are not
 /// listed here (author, licence, …) are ignored.

@@ -1,5 +1,6 @@
-use super::*;
 use std::fs;
+
+use super::*;
 
 fn write(dir: &Path, name: &str, content: impl AsRef<[u8]>) -> PathBuf {
     let path = dir.join(name);

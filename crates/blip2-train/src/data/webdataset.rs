@@ -7,13 +7,14 @@
 //! A sample of which neither can be used is left out by name, like a picture that does not decode: among millions from the web
 //! some are broken, and one must not end a run. A damaged archive does, and so does data of which nothing can be used.
 
-use super::folder::{PICTURE_EXTENSIONS, captions, extension};
-use super::{Builder, ImageSource, Row, Text};
-use crate::{Error, Result};
 use std::fs::File;
 use std::io::{BufReader, Read, Seek};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+
+use super::folder::{PICTURE_EXTENSIONS, captions, extension};
+use super::{Builder, ImageSource, Row, Text};
+use crate::{Error, Result};
 
 /// A text member longer than this is not a caption.
 const MAX_TEXT_BYTES: u64 = 1 << 20;
