@@ -10,20 +10,22 @@
 mod augment;
 mod store;
 
-pub use augment::Augment;
-use store::{Key, Store};
+use std::collections::HashSet;
+use std::ops::ControlFlow;
+use std::path::Path;
 
-use crate::data::{Dataset, ImageSource};
-use crate::random::Random;
-use crate::{Error, Result};
 use half::f16;
 use half::slice::HalfFloatSliceExt;
 use image::RgbImage;
 use rayon::prelude::*;
 use sha2::{Digest, Sha256};
-use std::collections::HashMap;
-use std::ops::ControlFlow;
-use std::path::Path;
+
+use crate::data::{Dataset, Image, ImageSource};
+use crate::random::Random;
+use crate::{Error, Result};
+use store::{Key, Store};
+
+pub use augment::Augment;
 
 /// Turns pictures into features; what a [`FeatureCache`] asks of the frozen encoder.
 pub trait FeatureEncoder: Sync {
@@ -102,68 +104,27 @@ impl FeatureCache {
         let (n_tokens, width) = (encoder.n_tokens(), encoder.width());
         let mut store = Store::open(dir, &encoder.key(), n_tokens * width)?;
         let mut report = Computed::default();
-
-        let images = dataset.images();
-        let hashes: Vec<std::result::Result<[u8; 32], String>> =
-            images.par_iter().map(|image| content_hash(&image.source)).collect();
-        let mut keys: Vec<Vec<Key>> = Vec::with_capacity(images.len());
-        for (index, (image, hash)) in images.iter().zip(hashes).enumerate() {
-            keys.push(match hash {
-                Ok(hash) => (0..=image.views).map(|view| Key::new(&hash, view, &image.augment)).collect(),
-                Err(reason) => {
-                    report.unusable.push((index, reason));
-                    Vec::new()
-                }
-            });
-        }
-
-        let needed: Vec<Key> = keys.iter().flatten().copied().collect();
+        let views = Views::of(dataset.images(), &mut report);
+        let needed: Vec<Key> = views.keys.iter().flatten().copied().collect();
         report.n_damaged = store.drop_damaged(&needed)?;
-        // One picture may be in the data under two names: its features are computed once.
-        let mut planned: HashMap<Key, ()> = HashMap::new();
-        let mut work: Vec<(usize, Vec<u32>)> = Vec::new();
-        for (index, keys) in keys.iter().enumerate() {
-            let missing: Vec<u32> = (0u32..)
-                .zip(keys)
-                .filter(|(_, key)| store.slot(key).is_none() && planned.insert(**key, ()).is_none())
-                .map(|(view, _)| view)
-                .collect();
-            if !missing.is_empty() {
-                work.push((index, missing));
-            }
-        }
+        let work = views.missing_in(&store);
         let mut state = Progress { done: 0, total: work.iter().map(|(_, views)| views.len()).sum() };
         report.n_reused = needed.len() - state.total;
         if state.total > 0 && progress(state).is_break() {
             return Err(stopped(state));
         }
         for pictures in batches(work) {
-            let mut views: Vec<(Key, RgbImage)> = Vec::new();
-            let decoded: Vec<_> = pictures
-                .par_iter()
-                .map(|(index, missing)| {
-                    let bytes = images[*index].source.read().map_err(|error| error.to_string())?;
-                    let picture = encoder.decode(&bytes)?;
-                    let augment = &images[*index].augment;
-                    Ok(missing
-                        .iter()
-                        .map(|&view| {
-                            let key = keys[*index][view as usize];
-                            let seen =
-                                if view == 0 { picture.clone() } else { augment.apply(&picture, key.seed()) };
-                            (key, seen)
-                        })
-                        .collect::<Vec<_>>())
-                })
-                .collect::<Vec<std::result::Result<_, String>>>();
-            for ((index, missing), result) in pictures.iter().zip(decoded) {
+            let (mut batch_keys, mut batch) = (Vec::new(), Vec::new());
+            for ((index, missing), result) in pictures.iter().zip(views.decode(&pictures, encoder)) {
                 state.done += missing.len();
                 match result {
-                    Ok(of_picture) => views.extend(of_picture),
+                    Ok(of_picture) => {
+                        batch_keys.extend(missing.iter().map(|&view| views.keys[*index][view as usize]));
+                        batch.extend(of_picture);
+                    }
                     Err(reason) => report.unusable.push((*index, reason)),
                 }
             }
-            let (batch_keys, batch): (Vec<Key>, Vec<RgbImage>) = views.into_iter().unzip();
             if !batch.is_empty() {
                 let features = to_half(&encoder.encode(&batch)?, batch.len() * n_tokens * width)?;
                 report.n_computed += batch.len();
@@ -174,17 +135,7 @@ impl FeatureCache {
             }
         }
         let store = store.finish()?;
-        let mut slots = Vec::with_capacity(images.len());
-        for (index, keys) in keys.iter().enumerate() {
-            let found: Option<Vec<u32>> = keys.iter().map(|key| store.slot(key)).collect();
-            if found.is_none() && !report.unusable.iter().any(|(unusable, _)| *unusable == index) {
-                // A copy of a picture that does not decode.
-                report
-                    .unusable
-                    .push((index, "has the same bytes as another picture that cannot be used".to_owned()));
-            }
-            slots.push(found.unwrap_or_default());
-        }
+        let slots = views.slots_in(&store, &mut report);
         report.unusable.sort();
         Ok((Self { store, n_tokens, width, slots }, report))
     }
@@ -262,8 +213,85 @@ impl FeatureCache {
     }
 }
 
+/// A picture and some of its views.
+type SomeViews = (usize, Vec<u32>);
+
+/// The views of a data set's pictures, by their keys.
+struct Views<'a> {
+    images: &'a [Image],
+    /// For each picture the key of each view; empty for pictures whose bytes cannot be read.
+    keys: Vec<Vec<Key>>,
+}
+
+impl<'a> Views<'a> {
+    /// Reads all pictures' bytes; those that cannot be read are noted in `report`.
+    fn of(images: &'a [Image], report: &mut Computed) -> Self {
+        let hashes: Vec<std::result::Result<[u8; 32], String>> =
+            images.par_iter().map(|image| content_hash(&image.source)).collect();
+        let keys = images.iter().zip(hashes).enumerate().map(|(index, (image, hash))| match hash {
+            Ok(hash) => (0..=image.views).map(|view| Key::new(&hash, view, &image.augment)).collect(),
+            Err(reason) => {
+                report.unusable.push((index, reason));
+                Vec::new()
+            }
+        });
+        Self { images, keys: keys.collect() }
+    }
+
+    /// What has to be computed. A picture may be in the data under two names: its features are computed once.
+    fn missing_in(&self, store: &Store) -> Vec<SomeViews> {
+        let mut planned = HashSet::new();
+        let mut work = Vec::new();
+        for (index, keys) in self.keys.iter().enumerate() {
+            let missing: Vec<u32> = (0u32..)
+                .zip(keys)
+                .filter(|(_, key)| store.slot(key).is_none() && planned.insert(**key))
+                .map(|(view, _)| view)
+                .collect();
+            if !missing.is_empty() {
+                work.push((index, missing));
+            }
+        }
+        work
+    }
+
+    /// Decodes pictures, each once for all of its views, or says why one cannot be used.
+    fn decode(
+        &self,
+        pictures: &[SomeViews],
+        encoder: &dyn FeatureEncoder,
+    ) -> Vec<std::result::Result<Vec<RgbImage>, String>> {
+        let decode_one = |(index, missing): &SomeViews| -> std::result::Result<Vec<RgbImage>, String> {
+            let Image { source, augment, .. } = &self.images[*index];
+            let picture = encoder.decode(&source.read().map_err(|error| error.to_string())?)?;
+            let seen = |&view: &u32| match view {
+                0 => picture.clone(),
+                _ => augment.apply(&picture, self.keys[*index][view as usize].seed()),
+            };
+            Ok(missing.iter().map(seen).collect())
+        };
+        pictures.par_iter().map(decode_one).collect()
+    }
+
+    /// The slots of each picture's views; none for a picture that cannot be used.
+    fn slots_in(&self, store: &Store, report: &mut Computed) -> Vec<Vec<u32>> {
+        let mut slots = Vec::with_capacity(self.keys.len());
+        for (index, keys) in self.keys.iter().enumerate() {
+            let found: Option<Vec<u32>> = keys.iter().map(|key| store.slot(key)).collect();
+            if found.is_none() && !report.unusable.iter().any(|(unusable, _)| *unusable == index) {
+                // A copy of a picture that does not decode.
+                report
+                    .unusable
+                    .push((index, "has the same bytes as another picture that cannot be used".to_owned()));
+            }
+            slots.push(found.unwrap_or_default());
+        }
+        slots
+    }
+}
+
 /// Groups pictures so that each group has about [`ENCODE_BATCH`] views.
-fn batches(work: Vec<(usize, Vec<u32>)>) -> Vec<Vec<(usize, Vec<u32>)>> {
+fn batches(work: Vec<SomeViews>) -> Vec<Vec<SomeViews>> {
     let mut batches = Vec::new();
     let mut batch = Vec::new();
     let mut n_views = 0;

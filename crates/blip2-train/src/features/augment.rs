@@ -1,9 +1,10 @@
 //! Augmented views of a picture: a random part of it, mirrored, brighter or darker.
 
-use crate::random::Random;
-use crate::{Error, Result};
 use image::RgbImage;
 use serde::{Deserialize, Serialize};
+
+use crate::random::Random;
+use crate::{Error, Result};
 
 /// What an augmented view does to a picture; each view draws its values from a seed of its own.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]

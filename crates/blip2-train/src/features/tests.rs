@@ -1,8 +1,9 @@
-use super::*;
-use crate::data::DataConfig;
 use std::fs;
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicUsize, Ordering};
+
+use super::*;
+use crate::data::DataConfig;
 
 /// Features of a picture: its mean red, its size, and its top left red, on 3 tokens of width 2.
 struct Fake {
