@@ -43,115 +43,147 @@ pub fn is_berts(name: &str) -> bool {
 /// # Errors
 /// When `bert` lacks a tensor or has other sizes than `config`.
 pub fn from_bert(config: &QFormerConfig, bert: &dyn TensorSource, seed: u64) -> Result<Tensors> {
-    let mut numbers = Random::new(&[seed]);
-    let mut out = Tensors::new();
-    let (width, inner) = (config.hidden_size, config.intermediate_size);
-    let mut normal = |name: &str, shape: &[usize], deviation: f64| {
-        let n = shape.iter().product();
-        let data = (0..n).map(|_| (numbers.normal() * deviation) as f32).collect();
-        (name.to_owned(), (shape.to_vec(), data))
-    };
-    let constant = |name: &str, n: usize, value: f32| (name.to_owned(), (vec![n], vec![value; n]));
-    let copy = |from: &str, shape: &[usize]| -> Result<(Vec<usize>, Vec<f32>)> {
-        match bert.shape(from) {
-            Some(found) if found == shape => Ok((found, bert.read_f32(from)?)),
+    let mut fresh = Fresh { config, bert, numbers: Random::new(&[seed]), tensors: Tensors::new() };
+    fresh.embeddings()?;
+    for i in 0..config.num_hidden_layers {
+        fresh.layer(i)?;
+        if i.is_multiple_of(config.cross_attention_frequency) {
+            fresh.cross_attention(i);
+        }
+    }
+    fresh.queries_and_heads();
+    Ok(fresh.tensors)
+}
+
+/// A Q-Former in the making. Its random numbers are drawn in the order of the calls.
+struct Fresh<'a> {
+    config: &'a QFormerConfig,
+    bert: &'a dyn TensorSource,
+    numbers: Random,
+    tensors: Tensors,
+}
+
+impl Fresh<'_> {
+    fn put(&mut self, name: impl Into<String>, shape: &[usize], values: Vec<f32>) {
+        self.tensors.insert(name.into(), (shape.to_vec(), values));
+    }
+
+    fn draw(&mut self, n: usize, deviation: f64) -> Vec<f32> {
+        (0..n).map(|_| (self.numbers.normal() * deviation) as f32).collect()
+    }
+
+    fn normal(&mut self, name: impl Into<String>, shape: &[usize], deviation: f64) {
+        let values = self.draw(shape.iter().product(), deviation);
+        self.put(name, shape, values);
+    }
+
+    fn constant(&mut self, name: impl Into<String>, n: usize, value: f32) {
+        self.put(name, &[n], vec![value; n]);
+    }
+
+    /// A layer norm that changes nothing.
+    fn plain_norm(&mut self, name: &str, width: usize) {
+        self.constant(format!("{name}.weight"), width, 1.0);
+        self.constant(format!("{name}.bias"), width, 0.0);
+    }
+
+    /// A linear layer with random weights.
+    fn random_linear(&mut self, name: &str, n_in: usize, n_out: usize, deviation: f64) {
+        self.normal(format!("{name}.weight"), &[n_out, n_in], deviation);
+        self.constant(format!("{name}.bias"), n_out, 0.0);
+    }
+
+    /// BERT's tensor `from`.
+    fn read(&self, from: &str, shape: &[usize]) -> Result<Vec<f32>> {
+        match self.bert.shape(from) {
+            Some(found) if found == shape => Ok(self.bert.read_f32(from)?),
             Some(found) => Err(Error::Training(format!(
                 "the BERT checkpoint's `{from}` has shape {found:?}, the Q-Former needs {shape:?}"
             ))),
             None => Err(Error::Training(format!("the BERT checkpoint has no `{from}`"))),
         }
-    };
-
-    // Word embeddings: rows beyond BERT's vocabulary ([DEC]) start as random vectors.
-    let bert_vocab = bert.shape("embeddings.word_embeddings.weight").map_or(0, |shape| shape[0]);
-    if bert_vocab > config.vocab_size {
-        return Err(Error::config("qformer.vocab_size", format!("is below BERT's {bert_vocab}")));
-    }
-    let (_, mut words) = copy("embeddings.word_embeddings.weight", &[bert_vocab, width])?;
-    let (_, (_, added)) = normal("", &[config.vocab_size - bert_vocab, width], INITIALIZER_RANGE);
-    words.extend(added);
-    out.insert("qformer.embeddings.word_embeddings.weight".into(), (vec![config.vocab_size, width], words));
-    let n_positions = config.max_position_embeddings;
-    let (shape, mut positions) = copy("embeddings.position_embeddings.weight", &[n_positions, width])?;
-    if bert.shape("embeddings.token_type_embeddings.weight").is_some() {
-        let (_, types) = copy("embeddings.token_type_embeddings.weight", &[2, width])?;
-        for row in positions.chunks_exact_mut(width) {
-            row.iter_mut().zip(&types[..width]).for_each(|(p, t)| *p += t);
-        }
-    }
-    out.insert("qformer.embeddings.position_embeddings.weight".into(), (shape, positions));
-    for part in ["weight", "bias"] {
-        out.insert(
-            format!("qformer.layernorm.{part}"),
-            copy(&format!("embeddings.LayerNorm.{part}"), &[width])?,
-        );
     }
 
-    for i in 0..config.num_hidden_layers {
-        let (from, to) = (format!("encoder.layer.{i}"), format!("qformer.encoder.layer.{i}"));
-        for part in ["query", "key", "value"] {
-            let name = format!("{from}.attention.self.{part}");
-            let to = format!("{to}.attention.attention.{part}");
-            out.insert(format!("{to}.weight"), copy(&format!("{name}.weight"), &[width, width])?);
-            out.insert(format!("{to}.bias"), copy(&format!("{name}.bias"), &[width])?);
+    /// Weight, of this shape, and bias of BERT's module `from`.
+    fn copy(&mut self, from: &str, to: &str, shape: &[usize]) -> Result<()> {
+        for (part, shape) in [("weight", shape), ("bias", &shape[..1])] {
+            let values = self.read(&format!("{from}.{part}"), shape)?;
+            self.put(format!("{to}.{part}"), shape, values);
         }
-        let mut block =
-            |from_part: &str, to_parts: &[&str], n_out: usize, n_in: Option<usize>| -> Result<()> {
-                for to_part in to_parts {
-                    let shape = n_in.map_or(vec![n_out], |n_in| vec![n_out, n_in]);
-                    let tensor = copy(&format!("{from}.{from_part}.weight"), &shape)?;
-                    out.insert(format!("{to}.{to_part}.weight"), tensor);
-                    out.insert(
-                        format!("{to}.{to_part}.bias"),
-                        copy(&format!("{from}.{from_part}.bias"), &[n_out])?,
-                    );
-                }
-                Ok(())
-            };
-        block("attention.output.dense", &["attention.output.dense"], width, Some(width))?;
-        block("attention.output.LayerNorm", &["attention.output.LayerNorm"], width, None)?;
-        block("intermediate.dense", &["intermediate.dense", "intermediate_query.dense"], inner, Some(width))?;
-        block("output.dense", &["output.dense", "output_query.dense"], width, Some(inner))?;
-        block("output.LayerNorm", &["output.LayerNorm", "output_query.LayerNorm"], width, None)?;
-        if i.is_multiple_of(config.cross_attention_frequency) {
-            let cross = format!("{to}.crossattention");
-            let parts = ["attention.query", "attention.key", "attention.value", "output.dense"];
-            let encoder = config.encoder_hidden_size;
-            let inputs = [width, encoder, encoder, width];
-            for ((part, n_in), gain) in parts.into_iter().zip(inputs).zip(CROSS_ATTENTION_GAINS) {
-                let deviation = gain / (n_in as f64).sqrt();
-                out.extend([
-                    normal(&format!("{cross}.{part}.weight"), &[width, n_in], deviation),
-                    constant(&format!("{cross}.{part}.bias"), width, 0.0),
-                ]);
+        Ok(())
+    }
+
+    fn embeddings(&mut self) -> Result<()> {
+        let (width, vocab_size) = (self.config.hidden_size, self.config.vocab_size);
+        let words = "embeddings.word_embeddings.weight";
+        let bert_vocab = self.bert.shape(words).map_or(0, |shape| shape[0]);
+        if bert_vocab > vocab_size {
+            return Err(Error::config("qformer.vocab_size", format!("is below BERT's {bert_vocab}")));
+        }
+        let mut rows = self.read(words, &[bert_vocab, width])?;
+        // Rows beyond BERT's vocabulary ([DEC]) start as random vectors.
+        rows.extend(self.draw((vocab_size - bert_vocab) * width, INITIALIZER_RANGE));
+        self.put(format!("qformer.{words}"), &[vocab_size, width], rows);
+
+        let positions = "embeddings.position_embeddings.weight";
+        let shape = [self.config.max_position_embeddings, width];
+        let mut rows = self.read(positions, &shape)?;
+        let types = "embeddings.token_type_embeddings.weight";
+        if self.bert.shape(types).is_some() {
+            let types = self.read(types, &[2, width])?;
+            for row in rows.chunks_exact_mut(width) {
+                row.iter_mut().zip(&types[..width]).for_each(|(p, t)| *p += t);
             }
-            out.extend([
-                constant(&format!("{cross}.output.LayerNorm.weight"), width, 1.0),
-                constant(&format!("{cross}.output.LayerNorm.bias"), width, 0.0),
-            ]);
         }
+        self.put(format!("qformer.{positions}"), &shape, rows);
+        self.copy("embeddings.LayerNorm", "qformer.layernorm", &[width])
     }
 
-    out.extend([normal("query_tokens", &[1, config.num_query_tokens, width], QUERY_DEVIATION)]);
-    let mut random = |name: &str, shape: &[usize]| normal(name, shape, INITIALIZER_RANGE);
-    let (encoder, joint) = (config.encoder_hidden_size, config.image_text_hidden_size);
-    out.extend([
-        constant("vision_layernorm.weight", encoder, 1.0),
-        constant("vision_layernorm.bias", encoder, 0.0),
-        random("cls.predictions.transform.dense.weight", &[width, width]),
-        constant("cls.predictions.transform.dense.bias", width, 0.0),
-        constant("cls.predictions.transform.LayerNorm.weight", width, 1.0),
-        constant("cls.predictions.transform.LayerNorm.bias", width, 0.0),
-        constant("cls.predictions.bias", config.vocab_size, 0.0),
-        random("vision_projection.weight", &[joint, width]),
-        constant("vision_projection.bias", joint, 0.0),
-        random("text_projection.weight", &[joint, width]),
-        constant("text_projection.bias", joint, 0.0),
-        random("itm_head.weight", &[2, width]),
-        constant("itm_head.bias", 2, 0.0),
-        ("temp".to_owned(), (vec![], vec![TEMPERATURE])),
-    ]);
-    Ok(out)
+    /// What layer `i` has of BERT; the queries' feed-forward layer is a copy of the text's.
+    fn layer(&mut self, i: usize) -> Result<()> {
+        let (width, inner) = (self.config.hidden_size, self.config.intermediate_size);
+        let (from, to) = (format!("encoder.layer.{i}"), format!("qformer.encoder.layer.{i}"));
+        let modules: [(&str, &[&str], &[usize]); 8] = [
+            ("attention.self.query", &["attention.attention.query"], &[width, width]),
+            ("attention.self.key", &["attention.attention.key"], &[width, width]),
+            ("attention.self.value", &["attention.attention.value"], &[width, width]),
+            ("attention.output.dense", &["attention.output.dense"], &[width, width]),
+            ("attention.output.LayerNorm", &["attention.output.LayerNorm"], &[width]),
+            ("intermediate.dense", &["intermediate.dense", "intermediate_query.dense"], &[inner, width]),
+            ("output.dense", &["output.dense", "output_query.dense"], &[width, inner]),
+            ("output.LayerNorm", &["output.LayerNorm", "output_query.LayerNorm"], &[width]),
+        ];
+        for (module, copies, shape) in modules {
+            for copy in copies {
+                self.copy(&format!("{from}.{module}"), &format!("{to}.{copy}"), shape)?;
+            }
+        }
+        Ok(())
+    }
+
+    fn cross_attention(&mut self, i: usize) {
+        let (width, encoder) = (self.config.hidden_size, self.config.encoder_hidden_size);
+        let name = format!("qformer.encoder.layer.{i}.crossattention");
+        let parts = ["attention.query", "attention.key", "attention.value", "output.dense"];
+        let inputs = [width, encoder, encoder, width];
+        for ((part, n_in), gain) in parts.into_iter().zip(inputs).zip(CROSS_ATTENTION_GAINS) {
+            self.random_linear(&format!("{name}.{part}"), n_in, width, gain / (n_in as f64).sqrt());
+        }
+        self.plain_norm(&format!("{name}.output.LayerNorm"), width);
+    }
+
+    fn queries_and_heads(&mut self) {
+        let QFormerConfig { hidden_size: width, image_text_hidden_size: joint, .. } = *self.config;
+        self.normal("query_tokens", &[1, self.config.num_query_tokens, width], QUERY_DEVIATION);
+        self.plain_norm("vision_layernorm", self.config.encoder_hidden_size);
+        self.random_linear("cls.predictions.transform.dense", width, width, INITIALIZER_RANGE);
+        self.plain_norm("cls.predictions.transform.LayerNorm", width);
+        self.constant("cls.predictions.bias", self.config.vocab_size, 0.0);
+        self.random_linear("vision_projection", width, joint, INITIALIZER_RANGE);
+        self.random_linear("text_projection", width, joint, INITIALIZER_RANGE);
+        self.random_linear("itm_head", width, 2, INITIALIZER_RANGE);
+        self.put("temp", &[], vec![TEMPERATURE]);
+    }
 }
 
 /// The projection of the query outputs to a language model's embeddings, `[language_width, width]`: that of `trained`,
