@@ -44,14 +44,14 @@ pub fn save(
     let name = format!("step-{:08}", state.step);
     let (partial, path) = (run_dir.join(format!(".{name}.partial")), run_dir.join(&name));
     if partial.exists() {
-        fs::remove_dir_all(&partial).map_err(|e| io(&partial, e))?;
+        fs::remove_dir_all(&partial).map_err(Error::io(&partial))?;
     }
-    fs::create_dir_all(&partial).map_err(|e| io(&partial, e))?;
+    fs::create_dir_all(&partial).map_err(Error::io(&partial))?;
     let written = write_parts(&partial, state, variables, optimizer).and_then(|()| {
         if path.exists() {
-            fs::remove_dir_all(&path).map_err(|e| io(&path, e))?;
+            fs::remove_dir_all(&path).map_err(Error::io(&path))?;
         }
-        fs::rename(&partial, &path).map_err(|e| io(&path, e))?;
+        fs::rename(&partial, &path).map_err(Error::io(&path))?;
         sync(run_dir)
     });
     if let Err(error) = written {
@@ -69,7 +69,7 @@ pub fn save(
     let mut all = list(run_dir)?;
     all.truncate(all.len().saturating_sub(N_KEPT));
     for old in all {
-        fs::remove_dir_all(&old).map_err(|e| io(&old, e))?;
+        fs::remove_dir_all(&old).map_err(Error::io(&old))?;
     }
     Ok(path)
 }
@@ -98,7 +98,7 @@ fn write_parts(
     write_tensors(&dir.join("optimizer.safetensors"), &moments)?;
     let path = dir.join("state.json");
     let json = serde_json::to_vec_pretty(state).map_err(|e| invalid(&path, &e))?;
-    fs::write(&path, json).map_err(|e| io(&path, e))?;
+    fs::write(&path, json).map_err(Error::io(&path))?;
     sync(&path)?;
     sync(dir)
 }
@@ -113,8 +113,8 @@ pub fn newest(run_dir: &Path) -> Result<Option<PathBuf>> {
 
 fn list(run_dir: &Path) -> Result<Vec<PathBuf>> {
     let mut found = Vec::new();
-    for entry in fs::read_dir(run_dir).map_err(|e| io(run_dir, e))? {
-        let path = entry.map_err(|e| io(run_dir, e))?.path();
+    for entry in fs::read_dir(run_dir).map_err(Error::io(run_dir))? {
+        let path = entry.map_err(Error::io(run_dir))?.path();
         let is_checkpoint = path.file_name().and_then(|n| n.to_str()).is_some_and(|n| n.starts_with("step-"));
         if is_checkpoint && path.join("state.json").is_file() {
             found.push(path);
@@ -130,7 +130,7 @@ fn list(run_dir: &Path) -> Result<Vec<PathBuf>> {
 /// When a file is missing or is not what [`save`] wrote.
 pub fn load(path: &Path) -> Result<(State, Tensors, BTreeMap<String, Moments>)> {
     let state_path = path.join("state.json");
-    let json = fs::read(&state_path).map_err(|e| io(&state_path, e))?;
+    let json = fs::read(&state_path).map_err(Error::io(&state_path))?;
     let state = serde_json::from_slice(&json).map_err(|e| invalid(&state_path, &e))?;
     let model = read_tensors(&path.join("model.safetensors"))?;
     let moments_path = path.join("optimizer.safetensors");
@@ -164,11 +164,7 @@ fn read_tensors(path: &Path) -> Result<Tensors> {
 }
 
 fn sync(path: &Path) -> Result<()> {
-    File::open(path).and_then(|file| file.sync_all()).map_err(|e| io(path, e))
-}
-
-fn io(path: &Path, source: std::io::Error) -> Error {
-    Error::io(path)(source)
+    File::open(path).and_then(|file| file.sync_all()).map_err(Error::io(path))
 }
 
 fn invalid(path: &Path, reason: &dyn std::fmt::Display) -> Error {

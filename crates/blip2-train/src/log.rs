@@ -7,13 +7,14 @@ mod crc32c;
 mod jsonl;
 mod tensorboard;
 
-pub use jsonl::read;
-
-use crate::Result;
-use jsonl::JsonLines;
 use std::path::Path;
 use std::time::{SystemTime, UNIX_EPOCH};
+
+use crate::{Error, Result};
+use jsonl::JsonLines;
 use tensorboard::EventFile;
+
+pub use jsonl::read;
 
 /// The name of the JSON lines file in the run's directory.
 pub const FILE_NAME: &str = "log.jsonl";
@@ -70,9 +71,9 @@ impl TrainingLog {
     /// Each call begins a new event file and tells TensorBoard to forget the steps after `step`.
     ///
     /// # Errors
-    /// [`crate::Error::Io`] when the directory or the files cannot be written; what was there before stays.
+    /// [`Error::Io`] when the directory or the files cannot be written; what was there before stays.
     pub fn open(run_dir: &Path, step: u64) -> Result<Self> {
-        std::fs::create_dir_all(run_dir).map_err(|e| io(run_dir, e))?;
+        std::fs::create_dir_all(run_dir).map_err(Error::io(run_dir))?;
         let lines = JsonLines::open(&run_dir.join(FILE_NAME), step)?;
         let events = EventFile::create(run_dir, StepValues::new(step).time, step)?;
         Ok(Self { lines, events })
@@ -81,15 +82,11 @@ impl TrainingLog {
     /// Writes one step to both files.
     ///
     /// # Errors
-    /// [`crate::Error::Io`], for example when the disk is full.
+    /// [`Error::Io`], for example when the disk is full.
     pub fn record(&mut self, values: &StepValues) -> Result<()> {
         self.lines.append(values)?;
         self.events.append(values)
     }
-}
-
-fn io(path: &Path, source: std::io::Error) -> crate::Error {
-    crate::Error::Io { path: path.to_owned(), source }
 }
 
 #[cfg(test)]

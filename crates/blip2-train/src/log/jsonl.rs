@@ -1,12 +1,14 @@
 //! One JSON object per step: `{"step":1,"time":1700000000.5,"loss":2.25}`. A value that is not finite is `null`,
 //! as JSON has no word for it.
 
-use super::{StepValues, io};
-use crate::{Error, Result};
-use serde_json::{Map, Value};
 use std::fs::{self, File, OpenOptions};
 use std::io::{ErrorKind, Write};
 use std::path::{Path, PathBuf};
+
+use serde_json::{Map, Value};
+
+use super::StepValues;
+use crate::{Error, Result};
 
 /// The file being appended to.
 #[derive(Debug)]
@@ -18,8 +20,8 @@ pub(super) struct JsonLines {
 impl JsonLines {
     /// Opens the file for appending, after dropping all but the readable lines up to step `last`.
     pub(super) fn open(path: &Path, last: u64) -> Result<Self> {
-        keep_up_to(path, last).map_err(|e| io(path, e))?;
-        let file = OpenOptions::new().create(true).append(true).open(path).map_err(|e| io(path, e))?;
+        keep_up_to(path, last).map_err(Error::io(path))?;
+        let file = OpenOptions::new().create(true).append(true).open(path).map_err(Error::io(path))?;
         Ok(Self { file, path: path.to_owned() })
     }
 
@@ -27,7 +29,7 @@ impl JsonLines {
     pub(super) fn append(&mut self, values: &StepValues) -> Result<()> {
         let mut line = to_json(values);
         line.push('\n');
-        self.file.write_all(line.as_bytes()).map_err(|e| io(&self.path, e))
+        self.file.write_all(line.as_bytes()).map_err(Error::io(&self.path))
     }
 }
 
@@ -60,7 +62,7 @@ fn keep_up_to(path: &Path, last: u64) -> std::io::Result<()> {
 /// [`Error::Io`], or [`Error::File`] naming the line that is not a step. A last line without its end, as a run being
 /// killed (or still running) leaves, is not an error and not returned.
 pub fn read(path: &Path) -> Result<Vec<StepValues>> {
-    let bytes = fs::read(path).map_err(|e| io(path, e))?;
+    let bytes = fs::read(path).map_err(Error::io(path))?;
     let lines = bytes.split_inclusive(|&byte| byte == b'\n').filter(|line| line.ends_with(b"\n"));
     let steps = lines.enumerate().map(|(i, line)| {
         from_json(line).map_err(|reason| Error::File {

@@ -8,11 +8,12 @@
 //! SessionLog: 1 status enum, START = 1
 //! ```
 
-use super::{StepValues, crc32c, io};
-use crate::Result;
 use std::fs::File;
 use std::io::{ErrorKind, Write};
 use std::path::{Path, PathBuf};
+
+use super::{StepValues, crc32c};
+use crate::{Error, Result};
 
 /// Says that a session starts at this step; TensorBoard then forgets what earlier files have from there on.
 const SESSION_START: &[u8] = &[1 << 3, 1];
@@ -43,7 +44,7 @@ impl EventFile {
     }
 
     fn write(&mut self, bytes: &[u8]) -> Result<()> {
-        self.file.write_all(bytes).map_err(|e| io(&self.path, e))
+        self.file.write_all(bytes).map_err(Error::io(&self.path))
     }
 }
 
@@ -58,7 +59,7 @@ fn create_new(run_dir: &Path, name: &str) -> Result<(File, PathBuf)> {
                 n += 1;
                 path = run_dir.join(format!("{name}.{n}"));
             }
-            Err(error) => return Err(io(&path, error)),
+            Err(error) => return Err(Error::io(&path)(error)),
         }
     }
 }
