@@ -1,9 +1,10 @@
 //! The loss curves of a run as a picture: an SVG written by hand, from the run's log.
 
-use crate::log::StepValues;
-use crate::{Error, Result};
 use std::fmt::Write as _;
 use std::path::Path;
+
+use crate::log::StepValues;
+use crate::{Error, Result};
 
 /// One named curve: `(step, value)` in the order of steps. A value that is not finite interrupts it.
 #[derive(Debug, Clone, PartialEq)]

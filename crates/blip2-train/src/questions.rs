@@ -7,11 +7,13 @@
 mod lexicon;
 mod phrases;
 
+use std::collections::{BTreeMap, BTreeSet};
+
+use serde::{Deserialize, Serialize};
+
 use crate::random::Random;
 use lexicon::{ACTIONS, COLORED, COUNTED, NUMBERS, OBJECTS, PEOPLE, PLACES, SPORTS};
 use phrases::{Sentence, head_noun, tokenize};
-use serde::{Deserialize, Serialize};
-use std::collections::{BTreeMap, BTreeSet};
 
 /// Turns the captions of a picture into questions of one kind.
 type Rule = fn(&[Sentence]) -> Vec<Asked>;

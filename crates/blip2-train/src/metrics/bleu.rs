@@ -1,8 +1,9 @@
 //! BLEU-1 to BLEU-4 (Papineni et al. 2002) over a corpus, with `pycocoevalcap`'s smoothing constants.
 
+use std::collections::HashMap;
+
 use super::CaptionPair;
 use super::ngrams::{Counts, MAX_ORDER, count};
-use std::collections::HashMap;
 
 /// Added to every count of matches, so that none at all gives almost 0 and never 0/0.
 const TINY: f64 = 1e-15;

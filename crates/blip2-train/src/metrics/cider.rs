@@ -1,8 +1,9 @@
 //! CIDEr-D (Vedantam et al. 2015, arXiv:1411.5726): consensus with the references, rare words weighing more.
 
+use std::collections::{BTreeMap, HashMap, HashSet};
+
 use super::ngrams::{MAX_ORDER, count};
 use super::{CaptionPair, Scores};
-use std::collections::{BTreeMap, HashMap, HashSet};
 
 /// Width of the length penalty, in words.
 const SIGMA: f64 = 6.0;

@@ -5,8 +5,9 @@
 //! slow for all pairs, so it only re-orders what ITC put first:
 //! [`Candidates::best`] → the model scores those pairs → [`rerank`].
 
-use rayon::prelude::*;
 use std::cmp::Ordering;
+
+use rayon::prelude::*;
 
 /// The share of queries (0 to 1) whose right answer is among the first 1, 5 and 10.
 #[derive(Debug, Clone, Copy, PartialEq, Default, serde::Serialize)]

@@ -1,7 +1,8 @@
 //! The little grammar that the rules need: words of a caption, what stands before a noun or a verb.
 
-use super::lexicon::{BOUNDARIES, COLORS, DETERMINERS, MODIFIERS, NUMBERS, PEOPLE, SUBJECTS};
 use std::collections::BTreeSet;
+
+use super::lexicon::{BOUNDARIES, COLORS, DETERMINERS, MODIFIERS, NUMBERS, PEOPLE, SUBJECTS};
 
 /// A caption as lower-case words.
 #[derive(Debug, Clone, PartialEq, Eq)]
