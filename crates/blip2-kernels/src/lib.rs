@@ -1,11 +1,25 @@
 //! SIMD kernels of blip2 on plain slices.
 //!
-//! The only crate of the workspace with `unsafe` code; it knows no tensor type. One operation is one file, with its
-//! tests. Results do not depend on the number of threads, and the result for a row does not depend on the rows
-//! beside it, bit for bit.
+//! The `unsafe` code of the workspace is here, but for one memory map in `blip2`; no tensor type is known. One operation is
+//! one file, with its tests. Results do not depend on the number of threads, and the result for a row does not depend on the
+//! rows beside it, bit for bit.
 //!
-//! Which instructions are used is decided at run time ([`isa::Isa::detect`]); `BLIP2_ISA=scalar|avx2|avx-vnni|avx512`, on
-//! AArch64 `BLIP2_ISA=scalar|neon|neon-dotprod|neon-i8mm`, forces a lower set.
+//! | | |
+//! |---|---|
+//! | matrix products | [`gemm`] of two matrices that change, [`linear`] with a weight that is packed once, [`quantized`] with one in eight or four bits |
+//! | attention | [`attention`]: whole sequences, one step of generation, and the gradient; [`rope`] |
+//! | rows | [`norm`], [`activation`], [`dropout`], [`column_sums`], [`cross_entropy`] |
+//! | pictures | [`conv`] |
+//! | training | [`adamw`] |
+//! | the machine | [`isa`], [`peak`] |
+//!
+//! # How a kernel is chosen
+//!
+//! At run time, once: [`isa::Isa::detect`] takes the best instruction set that the machine has, or the one that `BLIP2_ISA` names
+//! (`scalar`, `avx2`, `avx-vnni`, `avx512`; on AArch64 `scalar`, `neon`, `neon-dotprod`, `neon-i8mm`). Most operations are loops
+//! over 16 lanes in plain Rust, compiled once for each register width by [`isa::with_isa`]; the inner loops of `gemm` and
+//! `quantized` are written in intrinsics. `scalar` is the reference of every other form. Products with quantised weights are
+//! equal on all sets, bit for bit; other results may differ between sets in their last bits.
 #![allow(unsafe_code)]
 
 pub mod activation;

@@ -13,7 +13,7 @@ pub const LABEL_SMOOTHING: f32 = 0.1;
 /// Similarity of each picture with each text: the largest cosine over the picture's queries.
 ///
 /// # Shapes
-/// - `image_feats`: `[B * Q, E]`, `text_feats`: `[B, E]`, rows of length 1
+/// - `image_feats`: `[B * Q, width]`, `text_feats`: `[B, width]`, rows of length 1
 /// - returns `[B pictures, B texts]`; its transpose is the text-to-picture similarity
 ///
 /// # Errors

@@ -1,8 +1,8 @@
 //! The layers all towers share, each written once, for inference and for training.
 //!
-//! This folder is the only place where tensors meet the kernels of [`blip2_kernels`]: every layer here is
-//! differentiable with respect to its inputs and its trainable weights. candle's own fused softmax and layer
-//! norm silently give no gradient; nothing outside this folder may use them.
+//! This folder is where a model's tensors meet the kernels of [`blip2_kernels`]. What is public here is differentiable
+//! with respect to its inputs and its trainable weights; the forms that only inference uses are private to this crate and
+//! say that they have no gradient. candle's own fused softmax and layer norm silently have none either; nothing may use them.
 //!
 //! # Packed rows
 //!

@@ -12,6 +12,9 @@
 //! [`model::Blip2`] is all of it, opened from a folder; the modules below it can be used alone. Training is the crate
 //! `blip2-train`.
 //!
+//! Shapes are written in these letters: B pictures, S their side in pixels, P image tokens a picture, Q queries a picture, N rows
+//! of packed sequences (see [`layers`]), D the width of what is described, V the size of a vocabulary.
+//!
 //! # A caption
 //!
 //! ```

@@ -346,7 +346,7 @@ impl QFormer {
         Ok(self.run(rows, &plan, None, Some(queries), Notes::default(), dropout)?.hidden)
     }
 
-    /// The picture's features in the comparison space, `[B * Q, E]`, each of length 1.
+    /// The picture's features in the comparison space, `[B * Q, image_text_hidden_size]`, each of length 1.
     ///
     /// # Errors
     /// When the model was loaded without its text side.
@@ -354,7 +354,7 @@ impl QFormer {
         normalize(&self.text_parts()?.vision_projection.forward(query_output)?)
     }
 
-    /// The texts' features in the comparison space, `[B, E]`, each of length 1, from [`Self::encode_text`].
+    /// The texts' features in the comparison space, `[B, image_text_hidden_size]`, each of length 1, from [`Self::encode_text`].
     ///
     /// # Errors
     /// When the model was loaded without its text side.
