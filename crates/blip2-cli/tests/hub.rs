@@ -10,7 +10,7 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, Output, Stdio};
 use std::time::Duration;
 
-use blip2::weights::safetensors::{NamedTensor, Safetensors, Values, write_safetensors};
+use blip2::weights::safetensors::{NamedTensor, Safetensors, write_safetensors};
 use serde_json::Value as Json;
 use support::{COMMIT, Content, Fault, Hub, MODEL, encrypted};
 
@@ -437,11 +437,7 @@ fn of_two_copies_one_is_fetched() {
         let tensors: Vec<_> = names
             .iter()
             .zip(&values)
-            .map(|(name, values)| NamedTensor {
-                name: name.clone(),
-                shape: source.shape(name).expect("a shape").to_vec(),
-                values: Values::F32(values),
-            })
+            .map(|(name, values)| NamedTensor::f32(name, source.shape(name).expect("a shape"), values))
             .collect();
         write_safetensors(shards.path().join(&shard), &tensors, &BTreeMap::new()).expect("written");
         weight_map.extend(names.iter().map(|name| (name.clone(), shard.clone())));

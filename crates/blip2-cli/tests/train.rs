@@ -8,7 +8,7 @@ use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
-use blip2::weights::safetensors::{NamedTensor, Safetensors, Values, write_safetensors};
+use blip2::weights::safetensors::{NamedTensor, Safetensors, write_safetensors};
 use serde_json::Value as Json;
 use support::{OPT_PROMPTS, Work, done, golden, run, stage1, stage2};
 
@@ -86,14 +86,8 @@ fn write_language_model(blip2: &Path, folder: &Path, named: impl Fn(&str) -> Str
             (own, (file.shape(name).expect("a shape").to_vec(), file.read_f32(name).expect("numbers")))
         })
         .collect();
-    let tensors: Vec<_> = tensors
-        .iter()
-        .map(|(name, (shape, data))| NamedTensor {
-            name: name.clone(),
-            shape: shape.clone(),
-            values: Values::F32(data),
-        })
-        .collect();
+    let tensors: Vec<_> =
+        tensors.iter().map(|(name, (shape, data))| NamedTensor::f32(name, shape.as_slice(), data)).collect();
     write_safetensors(folder.join("model.safetensors"), &tensors, &BTreeMap::new()).expect("written");
     let config: Json =
         serde_json::from_slice(&std::fs::read(blip2.join("config.json")).expect("readable")).expect("JSON");

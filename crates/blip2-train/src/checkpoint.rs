@@ -7,7 +7,7 @@ use std::collections::BTreeMap;
 use std::fs::{self, File};
 use std::path::{Path, PathBuf};
 
-use blip2::weights::safetensors::{NamedTensor, Safetensors, Values, write_safetensors};
+use blip2::weights::safetensors::{NamedTensor, Safetensors, write_safetensors};
 use candle_core::Var;
 use serde::{Deserialize, Serialize};
 
@@ -146,14 +146,8 @@ pub fn load(path: &Path) -> Result<(State, Tensors, BTreeMap<String, Moments>)> 
 }
 
 fn write_tensors(path: &Path, tensors: &Tensors) -> Result<()> {
-    let named: Vec<NamedTensor<'_>> = tensors
-        .iter()
-        .map(|(name, (shape, data))| NamedTensor {
-            name: name.clone(),
-            shape: shape.clone(),
-            values: Values::F32(data),
-        })
-        .collect();
+    let named: Vec<NamedTensor<'_>> =
+        tensors.iter().map(|(name, (shape, data))| NamedTensor::f32(name, shape.as_slice(), data)).collect();
     Ok(write_safetensors(path, &named, &BTreeMap::new())?)
 }
 

@@ -7,7 +7,7 @@ use blip2::generate::GenerationConfig;
 use blip2::image::{self, Limits, Pixels};
 use blip2::model::{Blip2, GenerationDefaults, Given, ImageFeatures, OpenOptions, Preset, check_prompt};
 use blip2::text::{AnswerForm, Turn};
-use blip2::weights::safetensors::{NamedTensor, Safetensors, Values, write_safetensors};
+use blip2::weights::safetensors::{NamedTensor, Safetensors, write_safetensors};
 use serde::Deserialize;
 use serde_json::Value as Json;
 
@@ -53,11 +53,7 @@ fn copy(family: &str, to: &Path) {
 fn with_values(family: &str, like: &Safetensors, values: &[(&str, Vec<f32>)]) -> tempfile::TempDir {
     let tensors: Vec<_> = values
         .iter()
-        .map(|(name, values)| NamedTensor {
-            name: (*name).into(),
-            shape: like.shape(name).expect("a shape").to_vec(),
-            values: Values::F32(values),
-        })
+        .map(|(name, values)| NamedTensor::f32(*name, like.shape(name).expect("a shape"), values))
         .collect();
     let folder = changed(family, |_| {});
     write_safetensors(folder.path().join("model.safetensors"), &tensors, &BTreeMap::new()).expect("written");
@@ -509,16 +505,9 @@ fn with_tensors(
             Some((new, shape, whole.read_f32(name).expect("values")))
         })
         .collect();
-    let mut tensors: Vec<_> = kept
-        .iter()
-        .map(|(name, shape, values)| NamedTensor {
-            name: name.clone(),
-            shape: shape.clone(),
-            values: Values::F32(values),
-        })
-        .collect();
-    let one = |name: &&str| NamedTensor { name: (*name).into(), shape: vec![1], values: Values::F32(&[0.0]) };
-    tensors.extend(more.iter().map(one));
+    let mut tensors: Vec<_> =
+        kept.iter().map(|(name, shape, values)| NamedTensor::f32(name, shape.as_slice(), values)).collect();
+    tensors.extend(more.iter().map(|name| NamedTensor::f32(*name, [1], &[0.0])));
     let dir = changed(family, |_| {});
     write_safetensors(dir.path().join("model.safetensors"), &tensors, &BTreeMap::new()).expect("written");
     dir

@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 use std::path::Path;
 
-use blip2::weights::safetensors::{NamedTensor, Values, write_safetensors};
+use blip2::weights::safetensors::{NamedTensor, write_safetensors};
 use blip2_train::random::Random;
 
 /// Width of its embeddings, for which the stage-2 golden has a projection.
@@ -59,14 +59,8 @@ pub(crate) fn write_language_model(folder: &Path) {
 
 /// Writes named f32 tensors.
 pub(crate) fn write_tensors(path: &Path, tensors: &BTreeMap<String, (Vec<usize>, Vec<f32>)>) {
-    let named: Vec<_> = tensors
-        .iter()
-        .map(|(name, (shape, data))| NamedTensor {
-            name: name.clone(),
-            shape: shape.clone(),
-            values: Values::F32(data),
-        })
-        .collect();
+    let named: Vec<_> =
+        tensors.iter().map(|(name, (shape, data))| NamedTensor::f32(name, shape.as_slice(), data)).collect();
     write_safetensors(path, &named, &BTreeMap::new()).expect("written");
 }
 

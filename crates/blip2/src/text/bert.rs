@@ -1,6 +1,7 @@
 //! WordPiece of `bert-base-uncased`, with the `[DEC]` token that BLIP-2 adds to it.
 
-use std::{collections::HashMap, path::Path};
+use std::collections::HashMap;
+use std::path::Path;
 
 use tokenizers::{
     Tokenizer,

@@ -1,10 +1,8 @@
 //! A checkpoint in any container: safetensors or PyTorch, one file or shards.
 
-use std::{
-    collections::{BTreeMap, BTreeSet},
-    io::Read,
-    path::{Path, PathBuf},
-};
+use std::collections::{BTreeMap, BTreeSet};
+use std::io::Read;
+use std::path::{Path, PathBuf};
 
 use super::{
     Encoding, StoredTensor, refuse,
@@ -157,12 +155,11 @@ fn is_torch(path: &Path) -> Result<bool> {
 
 #[cfg(test)]
 mod tests {
-    use super::super::safetensors::{NamedTensor, Values, write_safetensors};
+    use super::super::safetensors::{NamedTensor, write_safetensors};
     use super::*;
 
     fn write(path: &Path, name: &str, values: &[f32]) {
-        let tensor =
-            NamedTensor { name: name.into(), shape: vec![values.len()], values: Values::F32(values) };
+        let tensor = NamedTensor::f32(name, [values.len()], values);
         write_safetensors(path, &[tensor], &BTreeMap::new()).unwrap();
     }
 
@@ -196,7 +193,7 @@ mod tests {
         // The header's length begins with the byte 0x80, as a pickle does.
         let metadata = |n: usize| BTreeMap::from([("pad".to_owned(), "x".repeat(n))]);
         let found = (0..400).any(|n| {
-            let tensor = NamedTensor { name: "a".into(), shape: vec![1], values: Values::F32(&[1.0]) };
+            let tensor = NamedTensor::f32("a", [1], &[1.0]);
             write_safetensors(&path, &[tensor], &metadata(n)).unwrap();
             std::fs::read(&path).unwrap()[0] == 0x80
         });

@@ -6,12 +6,10 @@
 
 mod header;
 
-use std::{
-    collections::BTreeMap,
-    ops::Range,
-    path::Path,
-    sync::atomic::{AtomicBool, Ordering},
-};
+use std::collections::BTreeMap;
+use std::ops::Range;
+use std::path::Path;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use super::{Encoding, MappedFile, TensorRows, refuse};
 use crate::{Error, Result};

@@ -1,13 +1,9 @@
 //! Safetensors checkpoints: one file, the shards of one, or a folder that holds them.
 
-use std::{
-    collections::BTreeMap,
-    path::{Path, PathBuf},
-    sync::{
-        Mutex, PoisonError,
-        atomic::{AtomicBool, Ordering},
-    },
-};
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Mutex, PoisonError};
 
 use blip2_kernels::quantized::QuantizedWeight;
 use safetensors::{Dtype, SafeTensorError, SafeTensors};

@@ -8,12 +8,10 @@
 //! Both containers are read: the zip archive that `torch.save` writes since 1.6 (`zip`), and the one before it, made of
 //! consecutive pickles and storages.
 
-use std::{
-    borrow::Cow,
-    collections::{BTreeMap, HashMap},
-    ops::Range,
-    path::Path,
-};
+use std::borrow::Cow;
+use std::collections::{BTreeMap, HashMap};
+use std::ops::Range;
+use std::path::Path;
 
 use half::{bf16, f16};
 

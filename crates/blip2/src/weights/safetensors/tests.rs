@@ -96,7 +96,8 @@ fn shards_are_one_checkpoint() {
     let folder = tempfile::tempdir().unwrap();
     let at = |name: &str| folder.path().join(name);
     for (name, value) in [("one", 1.0), ("two", 2.0)] {
-        let tensor = NamedTensor { name: name.into(), shape: vec![1], values: Values::F32(&[value]) };
+        let values = [value];
+        let tensor = NamedTensor::f32(name, [1], &values);
         write_safetensors(at(&format!("{name}.safetensors")), &[tensor], &BTreeMap::new()).unwrap();
     }
     let index = r#"{"metadata": {}, "weight_map": {"one": "one.safetensors", "two": "two.safetensors"}}"#;
@@ -125,10 +126,7 @@ fn an_index_is_held_to_what_it_says() {
     let folder = tempfile::tempdir().unwrap();
     let at = |name: &str| folder.path().join(name);
     for (shard, names) in [("one", &["a", "b"][..]), ("two", &["c"])] {
-        let tensors: Vec<_> = names
-            .iter()
-            .map(|name| NamedTensor { name: (*name).into(), shape: vec![1], values: Values::F32(&[1.0]) })
-            .collect();
+        let tensors: Vec<_> = names.iter().map(|name| NamedTensor::f32(*name, [1], &[1.0])).collect();
         write_safetensors(at(&format!("{shard}.safetensors")), &tensors, &BTreeMap::new()).unwrap();
     }
     fs::write(at(INDEX_NAME), vec![b' '; 17 << 20]).unwrap();

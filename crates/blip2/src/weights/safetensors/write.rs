@@ -1,10 +1,8 @@
 //! The writer of safetensors files: from values in memory, or tensor by tensor.
 
-use std::{
-    collections::BTreeMap,
-    io::{self, Write},
-    path::Path,
-};
+use std::collections::BTreeMap;
+use std::io::{self, Write};
+use std::path::Path;
 
 use half::{bf16, f16};
 use safetensors::Dtype;
@@ -21,6 +19,13 @@ pub struct NamedTensor<'a> {
     pub shape: Vec<usize>,
     /// Its values, in row-major order.
     pub values: Values<'a>,
+}
+
+impl<'a> NamedTensor<'a> {
+    /// A tensor of f32 numbers.
+    pub fn f32(name: impl Into<String>, shape: impl Into<Vec<usize>>, values: &'a [f32]) -> Self {
+        Self { name: name.into(), shape: shape.into(), values: Values::F32(values) }
+    }
 }
 
 /// The values of a tensor to be stored, in the type in which they are stored.

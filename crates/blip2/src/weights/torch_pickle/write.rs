@@ -1,10 +1,8 @@
 //! Writes what `torch.save` would: a zip archive whose pickle names nothing but tensors, so that
 //! `torch.load(…, weights_only=True)` reads it.
 
-use std::{
-    io::{self, Seek, Write},
-    path::Path,
-};
+use std::io::{self, Seek, Write};
+use std::path::Path;
 
 use zip::{CompressionMethod, ZipWriter, write::SimpleFileOptions};
 

@@ -4,11 +4,9 @@
 //! The archive's directory is read by the `zip` crate; entries are used where they lie. Two readers that take different
 //! entries of one name could see different weights, so duplicates are refused.
 
-use std::{
-    collections::{BTreeMap, HashMap},
-    io,
-    ops::Range,
-};
+use std::collections::{BTreeMap, HashMap};
+use std::io;
+use std::ops::Range;
 
 use zip::{CompressionMethod, ZipArchive, result::ZipError};
 
