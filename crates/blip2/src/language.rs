@@ -195,12 +195,11 @@ impl LanguageModel {
     /// When the lengths do not sum to the rows, or a text is longer than the context; of an encoder-decoder model, which reads no
     /// single texts, always.
     pub fn forward(&self, embeds: &Tensor, lengths: &[usize]) -> Result<Tensor> {
-        let (positions, plan) = causal_texts(lengths);
-        match self {
-            Self::Llama(model) => model.forward(embeds, &positions, &plan),
-            Self::Opt(model) => model.forward(embeds, &positions, &plan),
-            Self::T5(_) => Err(no_single_text()),
+        if let Self::T5(_) = self {
+            return Err(no_single_text());
         }
+        let alone = |&shared: &usize| Branched { shared, continuations: Vec::new() };
+        self.forward_branched(embeds, &lengths.iter().map(alone).collect::<Vec<_>>())
     }
 
     /// As [`forward`](Self::forward), for texts that share their beginnings: each of `texts` is a beginning of `shared`
@@ -366,7 +365,8 @@ impl Branched {
     }
 }
 
-/// Positions count on from the beginning in each continuation.
+/// Attention and positions of decoder-only models: a beginning sees what came before in it, a continuation also the whole
+/// beginning, from which its positions count on.
 fn branched_texts(texts: &[Branched]) -> (Arc<[u32]>, Plan) {
     let (mut start, mut plan, mut positions) = (0, Vec::new(), Vec::new());
     for text in texts {
@@ -381,20 +381,5 @@ fn branched_texts(texts: &[Branched]) -> (Arc<[u32]>, Plan) {
             start += len;
         }
     }
-    (positions.into(), plan.into())
-}
-
-/// Packed texts, one after the other: positions that count from 0 in each, and attention to what came before.
-fn causal_texts(lengths: &[usize]) -> (Arc<[u32]>, Plan) {
-    let mut start = 0;
-    let plan: Vec<_> = lengths
-        .iter()
-        .map(|&len| {
-            let span = Span { start, len };
-            start += len;
-            Sequence { queries: vec![span], keys: vec![span], causal: true }
-        })
-        .collect();
-    let positions: Vec<u32> = lengths.iter().flat_map(|&len| 0..len as u32).collect();
     (positions.into(), plan.into())
 }
