@@ -42,6 +42,13 @@ pub struct Sequence {
     pub causal: bool,
 }
 
+impl Sequence {
+    /// Rows that all see each other.
+    pub fn mutual(rows: Vec<Span>) -> Self {
+        Self { queries: rows.clone(), keys: rows, causal: false }
+    }
+}
+
 /// Heads and their width.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct AttentionShape {
@@ -53,6 +60,13 @@ pub struct AttentionShape {
     pub head_dim: usize,
     /// What scores are multiplied with, usually `1 / sqrt(head_dim)`.
     pub scale: f32,
+}
+
+impl AttentionShape {
+    /// As many heads of keys as of queries, and the usual scale.
+    pub fn multi_head(n_heads: usize, head_dim: usize) -> Self {
+        Self { n_heads, n_kv_heads: n_heads, head_dim, scale: 1.0 / (head_dim as f32).sqrt() }
+    }
 }
 
 /// What is added to a score by how far the key stands from the query, in a sequence whose last query is its last key: T5's

@@ -15,67 +15,25 @@
 //! what its conversion drops is kept under `temp` and `cls`.
 
 mod config;
+mod heads;
 mod layer;
 mod probe;
+mod text_batch;
 
 use std::ops::Range;
 
 use candle_core::Tensor;
 
-use crate::layers::{
-    Activation, DropoutRng, Embedding, LayerNorm, Linear, Loader, Plan, Sequence, Span, activate,
-};
+use crate::layers::{DropoutRng, LayerNorm, Loader, Plan, Sequence, Span};
 use crate::{Error, Result};
+use heads::TextParts;
 use layer::Layer;
 
 pub(crate) use config::LN_VISION_EPS;
 pub use config::QFormerConfig;
+pub use heads::TextSide;
 pub use probe::CrossAttentionProbe;
-
-/// Texts as token ids, packed: `ids` of all texts one after the other.
-#[derive(Debug, Clone, Default)]
-pub struct TextBatch {
-    ids: Vec<u32>,
-    spans: Vec<Range<usize>>,
-}
-
-impl TextBatch {
-    /// Packs token id lists.
-    pub fn new<T: AsRef<[u32]>>(texts: impl IntoIterator<Item = T>) -> Self {
-        let mut batch = Self::default();
-        for text in texts {
-            let start = batch.ids.len();
-            batch.ids.extend_from_slice(text.as_ref());
-            batch.spans.push(start..batch.ids.len());
-        }
-        batch
-    }
-
-    /// The number of texts.
-    pub fn len(&self) -> usize {
-        self.spans.len()
-    }
-
-    /// Whether there is no text.
-    pub fn is_empty(&self) -> bool {
-        self.spans.is_empty()
-    }
-
-    /// The rows of text `i`.
-    pub fn span(&self, i: usize) -> Range<usize> {
-        self.spans[i].clone()
-    }
-
-    /// The token ids of text `i`.
-    pub fn text(&self, i: usize) -> &[u32] {
-        &self.ids[self.spans[i].clone()]
-    }
-
-    /// All token ids, packed.
-    pub fn ids(&self) -> &[u32] {
-        &self.ids
-    }
-}
+pub use text_batch::TextBatch;
 
 /// A picture's keys and values in every cross-attention layer; computed once a picture, whatever looks at it.
 #[derive(Debug, Clone)]
@@ -108,38 +66,6 @@ pub struct QFormer {
     layernorm: LayerNorm,
     layers: Vec<Layer>,
     text: Option<TextParts>,
-}
-
-/// How much of the text side to load.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum TextSide {
-    /// Nothing: stage 2 does without.
-    None,
-    /// All that stage 1 trains.
-    Whole,
-    /// What matching needs. The language-modelling head and the temperature, which the conversion to Hugging Face's layout
-    /// drops, are loaded where the checkpoint has them.
-    Matching,
-}
-
-/// What only text needs; stage 2 and captioning do without.
-#[derive(Debug, Clone)]
-struct TextParts {
-    word_embeddings: Embedding,
-    position_embeddings: Embedding,
-    language_head: Option<LanguageHead>,
-    vision_projection: Linear,
-    text_projection: Linear,
-    itm_head: Linear,
-    temp: Option<Tensor>,
-}
-
-/// BERT's language-modelling head; its vocabulary projection is the word embeddings.
-#[derive(Debug, Clone)]
-struct LanguageHead {
-    transform: Linear,
-    transform_norm: LayerNorm,
-    decoder: Linear,
 }
 
 /// What a pass writes down besides its result.
@@ -253,7 +179,7 @@ impl QFormer {
             hidden: self.embed_queries(images.len(), dropout)?,
             n_query_rows: self.n_queries(images.len()),
         };
-        let plan = (0..images.len()).map(|i| full(vec![self.query_span(i)])).collect();
+        let plan = (0..images.len()).map(|i| Sequence::mutual(vec![self.query_span(i)])).collect();
         Ok(self.run(rows, &plan, Some((image, &images)), None, notes, dropout)?.hidden)
     }
 
@@ -263,7 +189,7 @@ impl QFormer {
     /// When the model was loaded without its text side, or a text is too long.
     pub fn encode_text(&self, texts: &TextBatch, dropout: &mut DropoutRng) -> Result<Tensor> {
         let rows = Rows { hidden: self.embed_text(texts, dropout)?, n_query_rows: 0 };
-        let plan = (0..texts.len()).map(|i| full(vec![span(texts.span(i), 0)])).collect();
+        let plan = (0..texts.len()).map(|i| Sequence::mutual(vec![span(texts.span(i), 0)])).collect();
         Ok(self.run(rows, &plan, None, None, Notes::default(), dropout)?.hidden)
     }
 
@@ -317,7 +243,7 @@ impl QFormer {
         let queries = self.embed_queries(images.len(), dropout)?;
         let hidden = Tensor::cat(&[&queries, &self.embed_text(texts, dropout)?], 0)?;
         let plan = (0..texts.len())
-            .map(|i| full(vec![self.query_span(i), span(texts.span(i), n_query_rows)]))
+            .map(|i| Sequence::mutual(vec![self.query_span(i), span(texts.span(i), n_query_rows)]))
             .collect();
         let rows = Rows { hidden, n_query_rows };
         Ok(self.run(rows, &plan, Some((image, images)), None, notes, dropout)?.hidden)
@@ -346,64 +272,6 @@ impl QFormer {
         Ok(self.run(rows, &plan, None, Some(queries), Notes::default(), dropout)?.hidden)
     }
 
-    /// The picture's features in the comparison space, `[B * Q, image_text_hidden_size]`, each of length 1.
-    ///
-    /// # Errors
-    /// When the model was loaded without its text side.
-    pub fn project_image(&self, query_output: &Tensor) -> Result<Tensor> {
-        normalize(&self.text_parts()?.vision_projection.forward(query_output)?)
-    }
-
-    /// The texts' features in the comparison space, `[B, image_text_hidden_size]`, each of length 1, from [`Self::encode_text`].
-    ///
-    /// # Errors
-    /// When the model was loaded without its text side.
-    pub fn project_text(&self, text_output: &Tensor, texts: &TextBatch) -> Result<Tensor> {
-        let cls: Vec<u32> = (0..texts.len()).map(|i| texts.span(i).start as u32).collect();
-        let cls = text_output.index_select(&Tensor::from_slice(&cls, cls.len(), text_output.device())?, 0)?;
-        normalize(&self.text_parts()?.text_projection.forward(&cls)?)
-    }
-
-    /// Image-text matching logits `[pairs, 2]` (no match, match): the mean over the queries' logits.
-    ///
-    /// # Errors
-    /// When the model was loaded without its text side.
-    pub fn match_logits(&self, query_rows: &Tensor) -> Result<Tensor> {
-        let logits = self.text_parts()?.itm_head.forward(query_rows)?;
-        let n_queries = self.config.num_query_tokens;
-        Ok(logits.reshape((logits.dim(0)? / n_queries, n_queries, 2))?.mean(1)?)
-    }
-
-    /// The language-modelling head up to its vocabulary projection: rows to classify, and the projection.
-    ///
-    /// # Errors
-    /// When the model was loaded without its text side, or its checkpoint has no such head.
-    pub fn language_head(&self, text_rows: &Tensor) -> Result<(Tensor, &Linear)> {
-        let Some(head) = &self.text_parts()?.language_head else {
-            return Err(Error::Request(
-                "this checkpoint has no language-modelling head of the Q-Former".into(),
-            ));
-        };
-        let x = activate(&head.transform.forward(text_rows)?, Activation::GeluErf)?;
-        Ok((head.transform_norm.forward(&x)?, &head.decoder))
-    }
-
-    /// The learned temperature that divides similarities, a scalar; nothing where the checkpoint has none.
-    ///
-    /// # Errors
-    /// When the model was loaded without its text side.
-    pub fn temperature(&self) -> Result<Option<&Tensor>> {
-        Ok(self.text_parts()?.temp.as_ref())
-    }
-
-    fn text_parts(&self) -> Result<&TextParts> {
-        self.text.as_ref().ok_or_else(|| {
-            Error::Request(
-                "this checkpoint was loaded without the Q-Former's text side, which matching needs".into(),
-            )
-        })
-    }
-
     fn n_queries(&self, n_images: usize) -> usize {
         n_images * self.config.num_query_tokens
     }
@@ -422,7 +290,7 @@ impl QFormer {
     fn embed_text(&self, texts: &TextBatch, dropout: &mut DropoutRng) -> Result<Tensor> {
         let parts = self.text_parts()?;
         let limit = self.config.max_position_embeddings;
-        for text in &texts.spans {
+        for text in texts.spans() {
             if text.len() > limit {
                 return Err(Error::TextTooLong { n_tokens: text.len(), limit });
             }
@@ -430,11 +298,11 @@ impl QFormer {
                 return Err(Error::Request("a text has no tokens".into()));
             }
         }
-        if let Some(id) = texts.ids.iter().find(|&&id| id as usize >= self.config.vocab_size) {
+        if let Some(id) = texts.ids().iter().find(|&&id| id as usize >= self.config.vocab_size) {
             return Err(Error::Request(format!("token {id} is outside the vocabulary")));
         }
-        let positions: Vec<u32> = texts.spans.iter().flat_map(|s| 0..s.len() as u32).collect();
-        let words = parts.word_embeddings.forward(&texts.ids)?;
+        let positions: Vec<u32> = texts.spans().iter().flat_map(|s| 0..s.len() as u32).collect();
+        let words = parts.word_embeddings.forward(texts.ids())?;
         let positions = parts.position_embeddings.forward(&positions)?;
         Ok(dropout.apply(&self.layernorm.forward_residual(&words, &positions)?)?)
     }
@@ -475,57 +343,18 @@ impl QFormer {
                 (Some(block), Some(keys), Some(plan)) => keys.next().map(|keys| (block, keys, plan)),
                 _ => None,
             };
-            rows.hidden =
-                layer.feed_forward(&hidden, rows.n_query_rows, cross, notes.probe.as_deref_mut(), dropout)?;
+            rows.hidden = layer.after_self_attention(
+                &hidden,
+                rows.n_query_rows,
+                cross,
+                notes.probe.as_deref_mut(),
+                dropout,
+            )?;
         }
         Ok(rows)
     }
 }
 
-impl TextParts {
-    fn load(config: &QFormerConfig, loader: &Loader<'_>, text: TextSide) -> Result<Self> {
-        let (width, vocab) = (config.hidden_size, config.vocab_size);
-        let embeddings = loader.at("qformer.embeddings");
-        let positions = config.max_position_embeddings;
-        let must_have = text == TextSide::Whole;
-        let has_head = must_have || loader.has("cls.predictions.bias");
-        let has_temp = must_have || loader.has("temp");
-        Ok(Self {
-            word_embeddings: Embedding::load(&embeddings.at("word_embeddings"), vocab, width)?,
-            position_embeddings: Embedding::load(&embeddings.at("position_embeddings"), positions, width)?,
-            language_head: has_head.then(|| LanguageHead::load(config, loader)).transpose()?,
-            vision_projection: loader.linear("vision_projection", width, config.image_text_hidden_size)?,
-            text_projection: loader.linear("text_projection", width, config.image_text_hidden_size)?,
-            itm_head: loader.linear("itm_head", width, 2)?,
-            temp: has_temp.then(|| loader.tensor("temp", &[])).transpose()?,
-        })
-    }
-}
-
-impl LanguageHead {
-    fn load(config: &QFormerConfig, loader: &Loader<'_>) -> Result<Self> {
-        let (width, vocab) = (config.hidden_size, config.vocab_size);
-        let cls = loader.at("cls.predictions");
-        let transform = cls.at("transform");
-        let tied = loader.at("qformer.embeddings.word_embeddings").weight("weight", width, vocab)?;
-        Ok(Self {
-            transform: transform.linear("dense", width, width)?,
-            transform_norm: LayerNorm::load(&transform.at("LayerNorm"), width, config.layer_norm_eps)?,
-            decoder: Linear::new(tied, Some(cls.tensor("bias", &[vocab])?)),
-        })
-    }
-}
-
-fn full(spans: Vec<Span>) -> Sequence {
-    Sequence { queries: spans.clone(), keys: spans, causal: false }
-}
-
 fn span(rows: Range<usize>, offset: usize) -> Span {
     Span { start: rows.start + offset, len: rows.len() }
-}
-
-/// Scales each row to length 1 (`torch.nn.functional.normalize`, eps 1e-12).
-fn normalize(x: &Tensor) -> Result<Tensor> {
-    let norm = x.sqr()?.sum_keepdim(1)?.sqrt()?;
-    Ok(x.broadcast_div(&norm.maximum(1e-12)?)?)
 }

@@ -173,10 +173,8 @@ impl Llama {
 impl Causal for Llama {
     fn attention_shape(&self) -> AttentionShape {
         AttentionShape {
-            n_heads: self.config.num_attention_heads,
             n_kv_heads: self.config.num_key_value_heads,
-            head_dim: self.config.head_dim,
-            scale: 1.0 / (self.config.head_dim as f32).sqrt(),
+            ..AttentionShape::multi_head(self.config.num_attention_heads, self.config.head_dim)
         }
     }
 

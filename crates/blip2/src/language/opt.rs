@@ -177,8 +177,7 @@ impl Opt {
 impl Causal for Opt {
     fn attention_shape(&self) -> AttentionShape {
         let n_heads = self.config.num_attention_heads;
-        let head_dim = self.config.hidden_size / n_heads;
-        AttentionShape { n_heads, n_kv_heads: n_heads, head_dim, scale: 1.0 / (head_dim as f32).sqrt() }
+        AttentionShape::multi_head(n_heads, self.config.hidden_size / n_heads)
     }
 
     fn run(

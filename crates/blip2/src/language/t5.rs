@@ -197,8 +197,7 @@ impl T5 {
             .iter()
             .map(|&len| {
                 start += len;
-                let all = vec![Span { start: start - len, len }];
-                Sequence { queries: all.clone(), keys: all, causal: false }
+                Sequence::mutual(vec![Span { start: start - len, len }])
             })
             .collect();
         let (shape, bias) = (self.attention_shape(), self.encoder.bias(&self.config, longest, false));
@@ -329,7 +328,7 @@ impl T5 {
 
     fn attention_shape(&self) -> AttentionShape {
         let n_heads = self.config.num_heads;
-        AttentionShape { n_heads, n_kv_heads: n_heads, head_dim: self.config.d_kv, scale: 1.0 }
+        AttentionShape { scale: 1.0, ..AttentionShape::multi_head(n_heads, self.config.d_kv) }
     }
 }
 

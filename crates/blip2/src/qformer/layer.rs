@@ -33,7 +33,9 @@ impl Layer {
         })
     }
 
-    pub(super) fn feed_forward(
+    /// What follows the self-attention that queries and text share: the queries look at the picture, then queries and text pass
+    /// a feed-forward layer each. `hidden` has the query rows first.
+    pub(super) fn after_self_attention(
         &self,
         hidden: &Tensor,
         n_query_rows: usize,
@@ -80,19 +82,13 @@ impl Attention {
     pub(super) fn load(config: &QFormerConfig, loader: &Loader<'_>, key_width: usize) -> Result<Self> {
         let (width, n_heads) = (config.hidden_size, config.num_attention_heads);
         let (inner, output) = (loader.at("attention"), loader.at("output"));
-        let head_dim = width / n_heads;
         Ok(Self {
             query: inner.linear("query", width, width)?,
             key: inner.linear("key", key_width, width)?,
             value: inner.linear("value", key_width, width)?,
             dense: output.linear("dense", width, width)?,
             layer_norm: LayerNorm::load(&output.at("LayerNorm"), width, config.layer_norm_eps)?,
-            shape: AttentionShape {
-                n_heads,
-                n_kv_heads: n_heads,
-                head_dim,
-                scale: (head_dim as f32).sqrt().recip(),
-            },
+            shape: AttentionShape::multi_head(n_heads, width / n_heads),
         })
     }
 

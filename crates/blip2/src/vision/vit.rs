@@ -270,7 +270,7 @@ impl Vit {
     ///
     /// # Shapes
     /// - `pixels`: `[B, S, S, 3]`, row by row, channels last
-    /// - returns `[B * T, D]`: for each picture the class token, then its patches, left to right and top to bottom
+    /// - returns `[B·P, D]`: for each picture the class token, then its patches, left to right and top to bottom
     ///
     /// # Errors
     /// When `pixels` is not a whole number of pictures; those of the tensor engine.
@@ -294,19 +294,9 @@ impl Vit {
         if let Some(norm) = &self.pre_layernorm {
             x = norm.forward(&x)?;
         }
-        let head_dim = d / n_heads;
-        let shape = AttentionShape {
-            n_heads,
-            n_kv_heads: n_heads,
-            head_dim,
-            scale: (head_dim as f32).sqrt().recip(),
-        };
-        let plan: Plan = (0..n)
-            .map(|i| {
-                let all = Span { start: i * tokens, len: tokens };
-                Sequence { queries: vec![all], keys: vec![all], causal: false }
-            })
-            .collect();
+        let shape = AttentionShape::multi_head(n_heads, d / n_heads);
+        let plan: Plan =
+            (0..n).map(|i| Sequence::mutual(vec![Span { start: i * tokens, len: tokens }])).collect();
         let activation = match self.config.hidden_act {
             VitActivation::Gelu => Activation::GeluErf,
             VitActivation::QuickGelu => Activation::QuickGelu,
