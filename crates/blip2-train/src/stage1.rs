@@ -80,7 +80,7 @@ impl Values {
     }
 }
 
-/// A part's texts and its passes through the Q-Former up to the features.
+/// Some pairs of the batch, computed together.
 struct Part {
     rows: Range<usize>,
     texts: TextBatch,

@@ -3,6 +3,8 @@
 
 #[path = "../../blip2/tests/support/golden.rs"]
 mod golden;
+#[path = "support/steps.rs"]
+mod steps;
 
 use std::collections::BTreeMap;
 
@@ -10,11 +12,10 @@ use blip2::layers::{Loader, Precision, Trainable};
 use blip2::qformer::{QFormer, QFormerConfig, TextSide};
 use blip2_train::gradients::Gradients;
 use blip2_train::losses::HardNegatives;
-use blip2_train::optimizer::{Optimizer, OptimizerConfig};
 use blip2_train::stage1::{Batch, StepOptions, Values, gradients_with_negatives};
 use candle_core::Var;
 use golden::Golden;
-use serde::Deserialize;
+use steps::compare_gradients;
 
 struct Stage1 {
     qformer: QFormer,
@@ -114,12 +115,8 @@ fn losses_and_gradients_agree(micro_batch: usize) {
     comparison.slice("loss.itm", &[values.itm]);
     comparison.slice("loss.itg", &[values.itg]);
     comparison.slice("loss.total", &[values.loss()]);
-    let names: Vec<&str> = golden.expected().filter_map(|name| name.strip_prefix("grad.")).collect();
-    assert_eq!(names, stage1.variables.keys().collect::<Vec<_>>());
-    for name in &names {
-        comparison.slice(&format!("grad.{name}"), gradients.get(name).expect("a gradient"));
-    }
-    comparison.finish(4 + names.len());
+    let n_gradients = compare_gradients(&golden, &mut comparison, &stage1.variables, &gradients);
+    comparison.finish(4 + n_gradients);
 }
 
 #[test]
@@ -132,34 +129,12 @@ fn losses_and_every_gradient_agree_in_parts() {
     losses_and_gradients_agree(2);
 }
 
-#[derive(Deserialize)]
-struct Recipe {
-    lr: f64,
-    beta1: f32,
-    beta2: f32,
-    eps: f32,
-    weight_decay: f32,
-    clip_norm: f64,
-}
-
 #[test]
 fn ten_steps_agree() {
-    let steps = Golden::parse("stage1_steps", include_bytes!("golden/stage1_steps.safetensors"));
+    let golden = Golden::parse("stage1_steps", include_bytes!("golden/stage1_steps.safetensors"));
     let (_, stage1) = open();
-    let Recipe { lr, beta1, beta2, eps, weight_decay, clip_norm } = steps.metadata("optimizer");
-    let config = OptimizerConfig { beta1, beta2, eps, weight_decay, clip_norm };
-    let mut optimizer = Optimizer::new(config, &stage1.variables);
-    let (mut losses, mut norms) = (Vec::new(), Vec::new());
-    for _ in 0..10 {
+    steps::ten_steps_agree(&golden, &stage1.variables, || {
         let (gradients, values) = stage1.gradients(usize::MAX);
-        losses.push(values.loss());
-        norms.push(optimizer.step(&stage1.variables, &gradients, &|_| lr).expect("a step") as f32);
-    }
-    let mut comparison = steps.comparison();
-    comparison.slice("steps.loss", &losses);
-    comparison.slice("steps.gradient_norm", &norms);
-    for (name, variable) in &stage1.variables {
-        comparison.tensor(&format!("final.{name}"), variable);
-    }
-    comparison.finish(2 + stage1.variables.len());
+        (gradients, values.loss())
+    });
 }

@@ -3,17 +3,18 @@
 
 #[path = "../../blip2/tests/support/golden.rs"]
 mod golden;
+#[path = "support/steps.rs"]
+mod steps;
 #[path = "support/stage2.rs"]
 mod support;
 
 use std::path::Path;
 
 use blip2::layers::DropoutRng;
-use blip2_train::optimizer::{Optimizer, OptimizerConfig};
 use blip2_train::stage2::Batch;
 use candle_core::Tensor;
 use golden::{Comparison, Golden};
-use serde::Deserialize;
+use steps::compare_gradients;
 use support::{Stage2, difference};
 
 const FILE: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/golden/stage2.safetensors");
@@ -107,43 +108,14 @@ fn rows_and_loss_agree() {
 fn every_gradient_agrees() {
     let (golden, stage2) = open();
     let (gradients, _) = stage2.gradients();
-    let names: Vec<&str> = golden.expected().filter_map(|name| name.strip_prefix("grad.")).collect();
-    assert_eq!(names, stage2.variables.keys().collect::<Vec<_>>());
     let mut comparison = golden.comparison();
-    for name in &names {
-        comparison.slice(&format!("grad.{name}"), gradients.get(name).expect("a gradient"));
-    }
-    comparison.finish(names.len());
-}
-
-#[derive(Deserialize)]
-struct Recipe {
-    lr: f64,
-    beta1: f32,
-    beta2: f32,
-    eps: f32,
-    weight_decay: f32,
-    clip_norm: f64,
+    let n_gradients = compare_gradients(&golden, &mut comparison, &stage2.variables, &gradients);
+    comparison.finish(n_gradients);
 }
 
 #[test]
 fn ten_steps_agree() {
-    let steps = Golden::parse("stage2_steps", include_bytes!("golden/stage2_steps.safetensors"));
+    let golden = Golden::parse("stage2_steps", include_bytes!("golden/stage2_steps.safetensors"));
     let (_, stage2) = open();
-    let Recipe { lr, beta1, beta2, eps, weight_decay, clip_norm } = steps.metadata("optimizer");
-    let config = OptimizerConfig { beta1, beta2, eps, weight_decay, clip_norm };
-    let mut optimizer = Optimizer::new(config, &stage2.variables);
-    let (mut losses, mut norms) = (Vec::new(), Vec::new());
-    for _ in 0..10 {
-        let (gradients, loss) = stage2.gradients();
-        losses.push(loss);
-        norms.push(optimizer.step(&stage2.variables, &gradients, &|_| lr).expect("a step") as f32);
-    }
-    let mut comparison = steps.comparison();
-    comparison.slice("steps.loss", &losses);
-    comparison.slice("steps.gradient_norm", &norms);
-    for (name, variable) in &stage2.variables {
-        comparison.tensor(&format!("final.{name}"), variable);
-    }
-    comparison.finish(2 + stage2.variables.len());
+    steps::ten_steps_agree(&golden, &stage2.variables, || stage2.gradients());
 }
