@@ -14,6 +14,9 @@ use tokio::time::timeout;
 use crate::config::Limits;
 use crate::error::ApiError;
 
+/// Values of a body's JSON: understanding one takes many times the memory of its bytes, which the budget counts.
+const MAX_VALUES: usize = 100_000;
+
 /// How much memory one permit stands for: a semaphore counts to 2²⁹ at most.
 const PERMIT_BYTES: usize = 4 << 10;
 
@@ -126,6 +129,9 @@ impl RequestBody {
             Some(b'{') => {}
             Some(_) => return Err(ApiError::body("the request's body is not a JSON object")),
         }
+        if has_more_values(&self.bytes, MAX_VALUES) {
+            return Err(ApiError::body(format!("the request's body has more than {MAX_VALUES} values")));
+        }
         let mut json = serde_json::Deserializer::from_slice(&self.bytes);
         let value = serde_path_to_error::deserialize(&mut json).map_err(|error| {
             // A field's name is the client's word too.
@@ -134,6 +140,38 @@ impl RequestBody {
         })?;
         json.end().map_err(|error| in_words(".", &error))?;
         Ok(value)
+    }
+}
+
+/// Whether JSON has more values than this: each but the first follows a comma or begins a list or an object.
+fn has_more_values(json: &[u8], limit: usize) -> bool {
+    // A value takes a byte at least.
+    if json.len() <= limit {
+        return false;
+    }
+    let mut n_values = 1;
+    let mut bytes = json.iter();
+    while let Some(byte) = bytes.next() {
+        match byte {
+            b',' | b'[' | b'{' => n_values += 1,
+            b'"' => skip_text(&mut bytes),
+            _ => {}
+        }
+        if n_values > limit {
+            return true;
+        }
+    }
+    false
+}
+
+/// Goes behind the end of a text.
+fn skip_text(bytes: &mut std::slice::Iter<'_, u8>) {
+    while let Some(byte) = bytes.next() {
+        match byte {
+            b'"' => return,
+            b'\\' => drop(bytes.next()),
+            _ => {}
+        }
     }
 }
 
@@ -234,8 +272,27 @@ mod tests {
     }
 
     #[test]
+    fn values_are_counted_before_they_take_memory() {
+        let many =
+            |value: &str, n: usize| format!("{{\"a\": [{}{value}]}}", format!("{value},").repeat(n - 1));
+        for value in ["0", "[]", "{}", r#""a\"b""#, r#""\\""#] {
+            for (n, is_refused) in [(MAX_VALUES + 1, true), (MAX_VALUES / 3, false)] {
+                let body = RequestBody { bytes: many(value, n).into_bytes(), memory: Memory::default() };
+                let read = body.json::<serde_json::Value>();
+                let message = read.as_ref().err().map(|error| error.message.as_str());
+                let expected = is_refused.then_some("the request's body has more than 100000 values");
+                assert_eq!(message, expected, "{n} times {value}");
+            }
+        }
+        // A picture is one value, whatever is in it.
+        let text = format!("{{\"a\": \"{}\"}}", ",[{".repeat(MAX_VALUES));
+        assert!(!has_more_values(text.as_bytes(), MAX_VALUES));
+        assert!(!has_more_values(br#"{"a": "never ended \"#, 3));
+    }
+
+    #[test]
     fn what_is_wrong_is_said_in_the_words_of_json() {
-        use crate::wire::{ImageField, OneOrMany};
+        use crate::wire::{ImageField, Object, OneOrMany, choice};
 
         #[derive(Debug, serde::Deserialize)]
         struct Asked {
@@ -246,7 +303,17 @@ mod tests {
             #[serde(rename = "stop")]
             _stop: Option<OneOrMany<String>>,
             #[serde(rename = "turns", default)]
-            _turns: Vec<Turn>,
+            _turns: Vec<Object<Turn>>,
+            #[serde(rename = "form", default, deserialize_with = "choice")]
+            _form: Option<Form>,
+            #[serde(rename = "early", default)]
+            _early: Option<blip2::generate::EarlyStopping>,
+        }
+        #[derive(Debug, serde::Deserialize)]
+        #[serde(rename_all = "snake_case")]
+        enum Form {
+            Round,
+            Square,
         }
         #[derive(Debug, serde::Deserialize)]
         struct Turn {
@@ -278,6 +345,23 @@ mod tests {
                 Some("turns[0]"),
                 "`turns[0]`: invalid type: integer `3`, expected an object",
             ),
+            // A list of its values is no turn, though it could be taken for one.
+            (
+                r#"{"image": "", "turns": [["a"]]}"#,
+                Some("turns[0]"),
+                "`turns[0]`: invalid type: sequence, expected an object",
+            ),
+            (
+                r#"{"image": "", "form": ["round"]}"#,
+                Some("form"),
+                "`form`: invalid type: sequence, expected a text",
+            ),
+            (
+                r#"{"image": "", "form": "oval"}"#,
+                Some("form"),
+                "`form`: unknown variant `oval`, expected `round` or `square`",
+            ),
+            (r#"{"image": "", "early": 5}"#, Some("early"), "`early`: expected true, false or \"never\""),
             (
                 r#"{"image": "", "n": ", expected a lot"}"#,
                 Some("n"),
@@ -302,7 +386,11 @@ mod tests {
             assert_eq!((error.param.as_deref(), error.message.as_str()), (param, message), "{json}");
             assert_eq!((error.status.as_u16(), error.code), (400, "invalid_body"));
         }
-        let whole = r#" {"image": {"url": ""}, "n": 2, "stop": ["a"], "turns": [], "later": 1} "#;
+        let whole = r#" {"image": {"url": ""}, "n": 2, "stop": ["a"], "turns": [{"role": "a"}], "form": null, "later": 1} "#;
+        for form in ["round", "square"] {
+            let body = format!(r#"{{"image": "", "form": "{form}"}}"#).into_bytes();
+            assert!(RequestBody { bytes: body, memory: Memory::default() }.json::<Asked>().is_ok(), "{form}");
+        }
         assert!(RequestBody { bytes: whole.into(), memory: Memory::default() }.json::<Asked>().is_ok());
     }
 }

@@ -11,7 +11,7 @@ use serde_json::json;
 use crate::app::App;
 use crate::error::ApiError;
 use crate::json::Json;
-use crate::wire::ImageField;
+use crate::wire::{ImageField, Object};
 
 /// The longest text that is explained, with its picture: the slope needs what every layer computed of every token.
 const MAX_TOKENS: usize = 512;
@@ -22,7 +22,7 @@ struct ExplainRequest {
     image: ImageField,
     text: String,
     question: Option<String>,
-    history: Option<Vec<Exchange>>,
+    history: Option<Vec<Object<Exchange>>>,
     caption: Option<bool>,
     word: Option<String>,
     occurrence: Option<usize>,
@@ -52,7 +52,7 @@ pub(crate) async fn explain(State(app): State<Arc<App>>, request: Request) -> Re
     let body = app.body(request).await?;
     let ExplainRequest { model, image, text, question, history, caption, word, occurrence } = body.json()?;
     drop(body);
-    let history = history.unwrap_or_default();
+    let history: Vec<Exchange> = history.unwrap_or_default().into_iter().map(|Object(turn)| turn).collect();
     let told = match (question, caption == Some(true), word) {
         (Some(_), true, _) => {
             let message = "the text is a caption or the answer to a question: leave one of the two out";

@@ -20,16 +20,16 @@ use crate::form;
 use crate::generation::{GenerationFields, Manner};
 use crate::stream::{self, Format};
 use crate::text::GrowingText;
-use crate::wire::{Accepted, Complete, Message, OneOrMany, finish_reason};
+use crate::wire::{Accepted, Complete, Message, Object, OneOrMany, finish_reason};
 
 #[derive(Debug, Deserialize)]
 struct ChatRequest {
     model: Option<String>,
-    messages: Vec<ChatMessage>,
+    messages: Vec<Object<ChatMessage>>,
     stream: Option<bool>,
     format: Option<Value>,
     tools: Option<Vec<Value>>,
-    options: Option<Options>,
+    options: Option<Object<Options>>,
 }
 
 #[derive(Debug, Deserialize)]
@@ -50,7 +50,7 @@ struct GenerateRequest {
     suffix: Option<String>,
     template: Option<String>,
     raw: Option<bool>,
-    options: Option<Options>,
+    options: Option<Object<Options>>,
 }
 
 /// Ollama's names of what decides how to write; those of its runner's own (threads, GPU layers) are left alone.
@@ -118,14 +118,14 @@ pub(crate) async fn chat(
         messages: asked
             .messages
             .into_iter()
-            .map(|message| Message {
+            .map(|Object(message)| Message {
                 role: message.role,
                 text: message.content.unwrap_or_default(),
                 pictures: message.images.unwrap_or_default(),
             })
             .collect(),
         format: asked.format,
-        options: asked.options.unwrap_or_default(),
+        options: asked.options.map(|Object(options)| options).unwrap_or_default(),
         stream: asked.stream,
         is_chat: true,
     };
@@ -155,7 +155,7 @@ pub(crate) async fn generate(
         model: asked.model,
         messages,
         format: asked.format,
-        options: asked.options.unwrap_or_default(),
+        options: asked.options.map(|Object(options)| options).unwrap_or_default(),
         stream: asked.stream,
         is_chat: false,
     };

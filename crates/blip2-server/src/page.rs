@@ -2,6 +2,7 @@
 //! on these pages is fetched from anywhere else, and nothing in them is code but the scripts here.
 
 use axum::extract::Path;
+use axum::extract::rejection::PathRejection;
 use axum::http::HeaderName;
 use axum::http::header::{CACHE_CONTROL, CONTENT_SECURITY_POLICY, CONTENT_TYPE, REFERRER_POLICY};
 
@@ -64,7 +65,8 @@ pub(crate) async fn docs() -> File {
     with_headers(HTML, include_str!("static/docs.html"))
 }
 
-pub(crate) async fn file(Path(name): Path<String>) -> Result<File, ApiError> {
+pub(crate) async fn file(name: Result<Path<String>, PathRejection>) -> Result<File, ApiError> {
+    let Path(name) = name.map_err(|_| ApiError::not_found())?;
     let found = FILES.iter().find(|(known, ..)| *known == name);
     found.map(|(_, kind, text)| with_headers(kind, text)).ok_or_else(ApiError::not_found)
 }

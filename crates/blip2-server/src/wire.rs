@@ -1,12 +1,16 @@
 //! What the interfaces have in common: values that come in several forms, and conversations.
 
+use std::fmt;
+use std::marker::PhantomData;
 use std::sync::Arc;
 use std::time::Instant;
 
 use blip2::generate::{Constraint, FinishReason, GenerationConfig};
 use blip2::model::{Answer, Stage2Config};
 use blip2::text::Turn;
-use serde::Deserialize;
+use serde::de::value::MapAccessDeserializer;
+use serde::de::{DeserializeOwned, IntoDeserializer, MapAccess, Visitor};
+use serde::{Deserialize, Deserializer};
 use tokio::sync::mpsc::UnboundedReceiver;
 
 use crate::app::App;
@@ -39,6 +43,40 @@ impl<T> OneOrMany<T> {
             Self::Many(values) => values,
         }
     }
+}
+
+/// What has to be a JSON object. Where a structure is wanted serde would take a list of its values too, in an order that nobody
+/// has promised.
+#[derive(Debug, Clone)]
+pub(crate) struct Object<T>(pub(crate) T);
+
+impl<'de, T: Deserialize<'de>> Deserialize<'de> for Object<T> {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        struct Fields<T>(PhantomData<T>);
+
+        impl<'de, T: Deserialize<'de>> Visitor<'de> for Fields<T> {
+            type Value = Object<T>;
+
+            fn expecting(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
+                formatter.write_str("an object")
+            }
+
+            fn visit_map<A: MapAccess<'de>>(self, fields: A) -> Result<Object<T>, A::Error> {
+                T::deserialize(MapAccessDeserializer::new(fields)).map(Object)
+            }
+        }
+
+        deserializer.deserialize_map(Fields(PhantomData))
+    }
+}
+
+/// One of several words, or nothing: for `deserialize_with`. In the place of a word alone, serde_json calls every other kind of
+/// value malformed.
+pub(crate) fn choice<'de, D: Deserializer<'de>, T: DeserializeOwned>(
+    deserializer: D,
+) -> Result<Option<T>, D::Error> {
+    let word: Option<String> = Option::deserialize(deserializer)?;
+    word.map(|word| T::deserialize(word.into_deserializer())).transpose()
 }
 
 /// A picture, as `{"url": …}` or as the URL or base64 itself.

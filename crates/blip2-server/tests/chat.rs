@@ -460,6 +460,12 @@ fn every_mistake_has_its_code() {
         (json!({}), 400, "invalid_body"),
         (json!({"messages": []}), 400, "invalid_value"),
         (json!({"messages": "hello"}), 400, "invalid_body"),
+        // A list of a structure's values is not the structure.
+        (json!({"messages": [["user", "who?"]]}), 400, "invalid_body"),
+        (message(json!([["text", "who?", null]])), 400, "invalid_body"),
+        (with(json!({"stream_options": [true]})), 400, "invalid_body"),
+        (with(json!({"early_stopping": 5})), 400, "invalid_body"),
+        (with(json!({"stop": vec!["a"; 100_001]})), 400, "invalid_body"),
         (message(json!("no picture")), 400, "invalid_value"),
         (message(json!(5)), 400, "invalid_body"),
         (message(json!([{"type": "video", "video": "x"}])), 400, "invalid_value"),
@@ -486,8 +492,18 @@ fn every_mistake_has_its_code() {
             response.text()
         );
         let text = response.text();
-        for word in ["Error", "panicked", "usize", "struct ", "enum ", "Tiff", "ImageError", "/work", "src/"]
-        {
+        for word in [
+            "Error",
+            "panicked",
+            "usize",
+            "struct ",
+            "enum ",
+            "variant",
+            "Tiff",
+            "ImageError",
+            "/work",
+            "src/",
+        ] {
             assert!(!text.contains(word), "the library's own words reach a client: {text}");
         }
     }

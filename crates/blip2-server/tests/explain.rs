@@ -91,6 +91,7 @@ fn what_cannot_be_explained_is_said() {
             "invalid_value",
             "history",
         ),
+        (json!({"question": "who?", "history": [["a", "b"]]}), "invalid_body", "history[0]"),
         (json!({"question": "who?", "history": [{"question": "a"}]}), "invalid_body", "history[0].answer"),
         (json!({"caption": true, "text": " "}), "invalid_value", "text"),
         (json!({"question": " "}), "invalid_value", "question"),

@@ -99,6 +99,10 @@ fn models_are_told_in_both_interfaces() {
     assert_eq!(list["data"][0]["architecture"]["input_modalities"], json!(["text", "image"]));
     assert_eq!(server.get(&format!("/v1/models/{}", server.name)).ok(), list["data"][0]);
     assert_eq!(server.get("/v1/models/other").error_code(), "model_not_found");
+    // No UTF-8: an error like the others, not the router's own words.
+    for path in ["/v1/models/%ff", "/static/%ff"] {
+        assert_eq!(server.get(path).error_code(), "not_found", "{path}");
+    }
     assert_eq!(server.get("/api/tags").ok()["models"][0]["name"], server.name.as_str());
     let shown = server.post("/api/show", &json!({"model": server.name})).ok();
     assert_eq!(shown["capabilities"], json!(["completion", "vision"]));
@@ -189,7 +193,8 @@ fn ollamas_errors_are_in_its_own_shape() {
         ("/api/chat", json!({"messages": [{"role": "user", "content": "who?", "images": ["!"]}]}), 400),
         ("/api/chat", json!({"messages": message, "format": "xml"}), 400),
         ("/api/chat", json!({"messages": message, "tools": [{}]}), 400),
-        ("/api/chat", json!({"messages": message, "options": {"num_predict": 0}}), 400),
+        ("/api/chat", json!({"messages": [["user", "who?", [image]]]}), 400),
+        ("/api/chat", json!({"messages": message, "options": [0.5]}), 400),
         ("/api/chat", json!({"messages": message, "options": {"temperature": -1}}), 400),
         ("/api/chat", json!({}), 400),
         ("/api/generate", json!({"prompt": "who?", "images": [image], "raw": true}), 400),
@@ -295,6 +300,8 @@ fn compare(server: &TestServer) {
         ("/v1/embeddings", json!({"input": []}), "invalid_value"),
         ("/v1/embeddings", json!({"input": [1, 2, 3]}), "invalid_body"),
         ("/v1/embeddings", json!({"input": "x", "dimensions": 5}), "invalid_value"),
+        ("/v1/embeddings", json!({"input": "x", "pooling": ["mean"]}), "invalid_body"),
+        ("/v1/embeddings", json!({"input": "x", "encoding_format": "hex"}), "invalid_body"),
         ("/v1/embeddings", json!({"input": vec![json!({"image": data_url(1)}); 17]}), "invalid_value"),
     ] {
         assert_eq!(server.post(path, &request).error_code(), code, "{path} {code}");
@@ -323,7 +330,11 @@ fn compare(server: &TestServer) {
             .qformer
             .num_query_tokens as u64)
     );
+    // Clients that write out what they leave unset.
     let mut request = request;
+    request["pooling"] = Json::Null;
+    request["encoding_format"] = Json::Null;
+    assert_eq!(server.post("/v1/embeddings", &request).ok(), response);
     request["encoding_format"] = "base64".into();
     request["pooling"] = "none".into();
     let response = server.post("/v1/embeddings", &request).ok();

@@ -16,15 +16,15 @@ use crate::error::{ApiError, Shape};
 use crate::generation::GenerationFields;
 use crate::stream::{self, Format};
 use crate::text::GrowingText;
-use crate::wire::{Accepted, Complete, ImageField, Message, finish_reason};
+use crate::wire::{Accepted, Complete, ImageField, Message, Object, finish_reason};
 
 /// What a request says besides how to write ([`GenerationFields`]).
 #[derive(Debug, Deserialize)]
 struct ChatRequest {
     model: Option<String>,
-    messages: Vec<ChatMessage>,
+    messages: Vec<Object<ChatMessage>>,
     stream: Option<bool>,
-    stream_options: Option<StreamOptions>,
+    stream_options: Option<Object<StreamOptions>>,
     logprobs: Option<bool>,
     top_logprobs: Option<usize>,
 }
@@ -44,7 +44,7 @@ struct ChatMessage {
 #[serde(untagged, expecting = "expected a text or a list of parts, each an object with its type")]
 enum Content {
     Text(String),
-    Parts(Vec<Part>),
+    Parts(Vec<Object<Part>>),
 }
 
 #[derive(Debug, Deserialize)]
@@ -64,7 +64,7 @@ impl TryFrom<ChatMessage> for Message {
             Some(Content::Text(text)) => said.text = text,
             Some(Content::Parts(parts)) => {
                 let mut texts = Vec::new();
-                for part in parts {
+                for Object(part) in parts {
                     match (part.r#type.as_str(), part.text, part.image_url) {
                         ("text" | "input_text" | "output_text", Some(text), _) => texts.push(text),
                         ("image_url" | "input_image", _, Some(image)) => {
@@ -101,7 +101,8 @@ pub(crate) async fn complete(
     let limits = &app.config.limits;
     let manner = fields.apply(GenerationFields::for_chat(app.own_answering()?, limits), limits)?;
     let log_probs = LogProbs::new(&asked, manner.generation.num_beams)?;
-    let messages = asked.messages.into_iter().map(Message::try_from).collect::<Result<Vec<_>, _>>()?;
+    let messages = asked.messages.into_iter().map(|Object(message)| Message::try_from(message));
+    let messages = messages.collect::<Result<Vec<_>, _>>()?;
     let mut accepted = app.converse(messages, manner, log_probs.top, memory).await?;
     let head = Head {
         id: format!("chatcmpl-{}", context.id),
@@ -109,7 +110,7 @@ pub(crate) async fn complete(
         app,
     };
     if asked.stream == Some(true) {
-        let with_usage = asked.stream_options.and_then(|options| options.include_usage) == Some(true);
+        let with_usage = asked.stream_options.and_then(|Object(options)| options.include_usage) == Some(true);
         let Accepted { events, generation, n_prompt, n_image } = accepted;
         let growing =
             (0..generation.num_return_sequences).map(|_| GrowingText::new(&generation.stop_strings));

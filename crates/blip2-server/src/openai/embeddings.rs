@@ -11,16 +11,17 @@ use serde_json::{Value, json};
 
 use crate::app::App;
 use crate::error::ApiError;
-use crate::wire::{ImageField, OneOrMany};
+use crate::wire::{ImageField, OneOrMany, choice};
 
 #[derive(Debug, Deserialize)]
 struct EmbeddingRequest {
     model: Option<String>,
     input: OneOrMany<Input>,
+    #[serde(default, deserialize_with = "choice")]
     encoding_format: Option<Encoding>,
     dimensions: Option<usize>,
-    #[serde(default)]
-    pooling: Pooling,
+    #[serde(default, deserialize_with = "choice")]
+    pooling: Option<Pooling>,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize)]
@@ -62,7 +63,8 @@ pub(crate) async fn embed(State(app): State<Arc<App>>, request: Request) -> Resu
         return Err(ApiError::invalid("dimensions", message));
     }
     let is_base64 = asked.encoding_format == Some(Encoding::Base64);
-    let (vectors, n_tokens) = vectors(&app, asked.input.into_vec(), asked.pooling).await?;
+    let (vectors, n_tokens) =
+        vectors(&app, asked.input.into_vec(), asked.pooling.unwrap_or_default()).await?;
     let data: Vec<Value> = vectors
         .into_iter()
         .enumerate()

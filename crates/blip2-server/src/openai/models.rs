@@ -3,6 +3,7 @@
 use std::sync::Arc;
 
 use crate::json::Json;
+use axum::extract::rejection::PathRejection;
 use axum::extract::{Path, State};
 use serde_json::{Value, json};
 
@@ -13,7 +14,11 @@ pub(crate) async fn list(State(app): State<Arc<App>>) -> Json {
     Json(json!({"object": "list", "data": [describe(&app)]}))
 }
 
-pub(crate) async fn one(State(app): State<Arc<App>>, Path(name): Path<String>) -> Result<Json, ApiError> {
+pub(crate) async fn one(
+    State(app): State<Arc<App>>,
+    name: Result<Path<String>, PathRejection>,
+) -> Result<Json, ApiError> {
+    let Path(name) = name.map_err(|_| ApiError::not_found())?;
     app.check_model(Some(&name))?;
     Ok(Json(describe(&app)))
 }

@@ -113,7 +113,7 @@ pub enum EarlyStopping {
 }
 
 #[derive(Serialize, Deserialize)]
-#[serde(untagged)]
+#[serde(untagged, expecting = "expected true, false or \"never\"")]
 enum EarlyStoppingText {
     Bool(bool),
     Text(String),
