@@ -11,6 +11,7 @@ use axum::http::HeaderValue;
 use axum::http::header::CONTENT_TYPE;
 use axum::response::{IntoResponse, Response};
 use futures_core::Stream;
+use serde_json::Value;
 use tokio::sync::mpsc::UnboundedReceiver;
 use tokio::time::{Interval, Sleep, interval_at, sleep_until};
 
@@ -20,6 +21,18 @@ use crate::error::ApiError;
 
 /// How long nothing may be sent, since what stands between server and client gives up on silence.
 const SILENCE: Duration = Duration::from_secs(15);
+
+/// The media type of server-sent events.
+pub(crate) const EVENTS: &str = "text/event-stream";
+/// An event that says nothing.
+pub(crate) const EVENTS_PING: Option<&str> = Some(": still here\n\n");
+/// What OpenAI's clients, and those of this server's own interface, know the end by.
+pub(crate) const EVENTS_END: &str = "data: [DONE]\n\n";
+
+/// A server-sent event.
+pub(crate) fn event(data: &Value) -> String {
+    format!("data: {data}\n\n")
+}
 
 /// How an interface writes a growing answer.
 pub(crate) trait Format: Send + 'static {

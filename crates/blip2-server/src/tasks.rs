@@ -1,26 +1,30 @@
 //! What only BLIP-2 can do, in an interface of its own: captions, questions with given answers, matching, labels.
 
+mod written;
+
 use std::sync::Arc;
 
 use crate::json::Json;
-use axum::extract::{Request, State};
+use axum::extract::{Extension, Request, State};
+use axum::http::HeaderMap;
 use axum::http::header::CONTENT_TYPE;
-use blip2::model::Answer;
+use axum::response::{IntoResponse, Response};
 use blip2::text::Turn;
 use serde::Deserialize;
 use serde_json::{Value, json};
 
-use crate::app::App;
+use self::written::{Kind, respond};
+use crate::app::{App, Context};
 use crate::error::ApiError;
 use crate::generation::GenerationFields;
 use crate::picture::{Picture, Source};
-use crate::text::GrowingText;
-use crate::wire::{Accepted, Complete, Dialogue, ImageField, OneOrMany, finish_reason};
+use crate::wire::{Dialogue, ImageField, OneOrMany};
 
 #[derive(Debug, Deserialize)]
 struct CaptionRequest {
     model: Option<String>,
     image: ImageField,
+    stream: Option<bool>,
 }
 
 #[derive(Debug, Deserialize)]
@@ -29,6 +33,7 @@ struct VqaRequest {
     image: ImageField,
     question: String,
     choices: Option<Vec<String>>,
+    stream: Option<bool>,
 }
 
 #[derive(Debug, Deserialize)]
@@ -48,30 +53,44 @@ struct ClassifyRequest {
 }
 
 /// Describes a picture: JSON, or the picture's file itself as the body.
-pub(crate) async fn caption(State(app): State<Arc<App>>, request: Request) -> Result<Json, ApiError> {
-    let kind = request.headers().get(CONTENT_TYPE).and_then(|kind| kind.to_str().ok()).unwrap_or_default();
-    let is_file = kind.starts_with("image/") || kind == "application/octet-stream";
+pub(crate) async fn caption(
+    State(app): State<Arc<App>>,
+    Extension(context): Extension<Context>,
+    request: Request,
+) -> Result<Response, ApiError> {
+    let is_file = is_file(request.headers());
     let body = app.body(request).await?;
-    let (source, fields, memory) = if is_file {
+    let (source, fields, stream, memory) = if is_file {
         let (bytes, memory) = body.into_parts();
-        (Source::File(bytes), GenerationFields::default(), memory)
+        (Source::File(bytes), GenerationFields::default(), None, memory)
     } else {
-        let CaptionRequest { model, image } = body.json()?;
+        let CaptionRequest { model, image, stream } = body.json()?;
         app.check_model(model.as_deref())?;
         let fields = body.json()?;
-        (Source::Text(image.into_text()), fields, body.understood())
+        (Source::Text(image.into_text()), fields, stream, body.understood())
     };
     let manner = fields.apply(app.own_generation()?.clone(), &app.config.limits)?;
     let dialogue = Dialogue { turns: Vec::new(), picture: source };
     let accepted = app.write(dialogue, manner, 0, "image").await?;
     drop(memory);
-    answers(&app, accepted, "captions").await
+    respond(&app, &context, accepted, Kind::Caption, stream).await
+}
+
+/// Whether a body is a picture's file, by its media type.
+fn is_file(headers: &HeaderMap) -> bool {
+    let kind = headers.get(CONTENT_TYPE).and_then(|kind| kind.to_str().ok()).unwrap_or_default();
+    let kind = kind.split(';').next().unwrap_or_default().trim().to_ascii_lowercase();
+    kind.starts_with("image/") || kind == "application/octet-stream"
 }
 
 /// Answers a question, freely or by choosing among given answers.
-pub(crate) async fn answer(State(app): State<Arc<App>>, request: Request) -> Result<Json, ApiError> {
+pub(crate) async fn answer(
+    State(app): State<Arc<App>>,
+    Extension(context): Extension<Context>,
+    request: Request,
+) -> Result<Response, ApiError> {
     let body = app.body(request).await?;
-    let VqaRequest { model, image, question, choices } = body.json()?;
+    let VqaRequest { model, image, question, choices, stream } = body.json()?;
     let fields: GenerationFields = body.json()?;
     let memory = body.understood();
     app.check_model(model.as_deref())?;
@@ -81,8 +100,12 @@ pub(crate) async fn answer(State(app): State<Arc<App>>, request: Request) -> Res
         let dialogue = Dialogue { turns: vec![Turn::open(question)], picture: image.into_text().into() };
         let accepted = app.write(dialogue, manner, 0, "question").await?;
         drop(memory);
-        return answers(&app, accepted, "answers").await;
+        return respond(&app, &context, accepted, Kind::Answer, stream).await;
     };
+    if stream == Some(true) {
+        let message = "given answers are compared, and known all at once: leave out stream, or choices";
+        return Err(ApiError::unsupported("stream", message));
+    }
     app.check_texts(&choices, choices.len(), "choices")?;
     // Said now rather than after a wait.
     app.model
@@ -103,7 +126,7 @@ pub(crate) async fn answer(State(app): State<Arc<App>>, request: Request) -> Res
                 "log_likelihood": choice.log_likelihood})
         })
         .collect();
-    Ok(Json(json!({"object": "vqa", "model": app.name, "choices": rows})))
+    Ok(Json(json!({"object": "vqa", "model": app.name, "choices": rows})).into_response())
 }
 
 /// How well texts fit a picture.
@@ -161,21 +184,6 @@ pub(crate) async fn classify(State(app): State<Arc<App>>, request: Request) -> R
         })
         .collect();
     Ok(Json(json!({"object": "classification", "model": app.name, "labels": rows})))
-}
-
-/// Waits for what is written, and tells it under `name`.
-async fn answers(app: &App, mut accepted: Accepted, name: &str) -> Result<Json, ApiError> {
-    let Complete { answers, .. } = accepted.complete().await?;
-    let row = |answer: &Answer| {
-        let text = GrowingText::new(&accepted.generation.stop_strings).finish(&answer.text).to_owned();
-        let log_likelihood: f32 = answer.log_probs.iter().sum();
-        json!({"text": text, "log_likelihood": log_likelihood, "n_tokens": answer.token_ids.len(),
-            "finish_reason": finish_reason(answer.finish)})
-    };
-    let object = if name == "captions" { "caption" } else { "vqa" };
-    let mut response = json!({"object": object, "model": app.name});
-    response[name] = answers.iter().map(row).collect();
-    Ok(Json(response))
 }
 
 impl App {

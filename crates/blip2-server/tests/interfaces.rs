@@ -30,6 +30,9 @@ fn captions_and_answers_are_written_as_the_model_does_by_itself() {
     let file = png(&picture(1));
     let as_file = server.send("POST", "/v1/caption", &[("content-type", "image/png")], &file).ok();
     assert_eq!(as_file, response);
+    for kind in ["IMAGE/PNG", "application/octet-stream; a=b"] {
+        assert_eq!(server.send("POST", "/v1/caption", &[("content-type", kind)], &file).ok(), response);
+    }
     let no_picture = server.send("POST", "/v1/caption", &[("content-type", "image/png")], b"hello");
     assert_eq!(no_picture.error_code(), "invalid_image_format");
 
@@ -58,6 +61,48 @@ fn captions_and_answers_are_written_as_the_model_does_by_itself() {
     ] {
         assert_eq!(server.post("/v1/vqa", &request).error_code(), code, "{request}");
     }
+}
+
+#[test]
+fn captions_and_answers_grow_when_asked() {
+    let server = TestServer::start("blip2_opt", config());
+    for (path, rows, request) in [
+        ("/v1/caption", "captions", json!({"num_beams": 1, "max_tokens": 9})),
+        ("/v1/caption", "captions", json!({"temperature": 1, "seed": 3, "n": 3, "max_tokens": 9})),
+        ("/v1/vqa", "answers", json!({"question": "who?", "num_beams": 1, "max_tokens": 9})),
+        // Beams are known at the end.
+        ("/v1/caption", "captions", json!({"num_beams": 4, "n": 2, "max_tokens": 9})),
+    ] {
+        let mut request = request;
+        request["image"] = data_url(1).into();
+        request["stream"] = false.into();
+        let whole = server.post(path, &request).ok();
+        request["stream"] = true.into();
+        let mut events = server.post(path, &request).events();
+        assert_eq!(events.pop().as_deref(), Some("[DONE]"));
+        let mut events: Vec<Json> =
+            events.iter().map(|event| serde_json::from_str(event).expect("JSON")).collect();
+        assert_eq!(events.pop().as_ref(), Some(&whole), "{path}");
+        let expected: Vec<&str> = whole[rows]
+            .as_array()
+            .expect("texts")
+            .iter()
+            .map(|row| row["text"].as_str().expect("a text"))
+            .collect();
+        let mut texts = vec![String::new(); expected.len()];
+        for event in &events {
+            assert_eq!(event["object"], format!("{}.chunk", whole["object"].as_str().expect("a kind")));
+            let index = event["index"].as_u64().expect("an index") as usize;
+            texts[index] += event["text"].as_str().expect("a text");
+        }
+        assert_eq!(texts, expected, "{path}");
+    }
+    let choose = json!({"image": data_url(1), "question": "who?", "choices": ["a", "b"], "stream": true});
+    assert_eq!(server.post("/v1/vqa", &choose).error_code(), "unsupported_value");
+    assert_eq!(
+        server.post("/v1/caption", &json!({"image": data_url(1), "stream": "yes"})).error_code(),
+        "invalid_body"
+    );
 }
 
 #[test]

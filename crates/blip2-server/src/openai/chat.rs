@@ -14,7 +14,7 @@ use crate::app::{App, Context, unix_seconds};
 use crate::engine::{Token, Written};
 use crate::error::{ApiError, Shape};
 use crate::generation::GenerationFields;
-use crate::stream::{self, Format};
+use crate::stream::{self, EVENTS, EVENTS_END, EVENTS_PING, Format, event};
 use crate::text::GrowingText;
 use crate::wire::{Accepted, Complete, ImageField, Message, Object, finish_reason};
 
@@ -259,8 +259,8 @@ impl ChatStream {
 }
 
 impl Format for ChatStream {
-    const MEDIA_TYPE: &'static str = "text/event-stream";
-    const PING: Option<&'static str> = Some(": still here\n\n");
+    const MEDIA_TYPE: &'static str = EVENTS;
+    const PING: Option<&'static str> = EVENTS_PING;
 
     fn begin(&mut self) -> String {
         let begin = |index| {
@@ -305,14 +305,10 @@ impl Format for ChatStream {
             chunk["usage"] = usage((self.n_prompt, self.n_image, n_cached), &answers);
             out += &event(&chunk);
         }
-        out + "data: [DONE]\n\n"
+        out + EVENTS_END
     }
 
     fn failed(&mut self, error: &ApiError) -> String {
         event(&error.json(Shape::OpenAi))
     }
-}
-
-fn event(data: &Value) -> String {
-    format!("data: {data}\n\n")
 }
