@@ -37,7 +37,7 @@ pub(crate) fn run(args: &ModelArgs) -> anyhow::Result<Done> {
     for (name, n) in &parts {
         writeln!(out, "{:>13}  {name}", thousands(*n))?;
     }
-    writeln!(out, "{:>13}  parameters in all", thousands(parts.iter().map(|(_, n)| n).sum()))?;
+    writeln!(out, "{:>13}  parameters in all", thousands(model.n_parameters()))?;
     if let Some(bytes) = memory::resident() {
         writeln!(out, "{:>10} MB  memory of this process with all parts loaded", bytes / 1_000_000)?;
     }

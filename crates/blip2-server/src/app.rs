@@ -50,8 +50,10 @@ pub const ROUTES: &[(&str, &str, bool)] = &[
     ("POST", "/api/chat", false),
     ("POST", "/api/generate", false),
     ("POST", "/api/embed", false),
+    ("POST", "/api/embeddings", false),
     ("POST", "/api/show", false),
     ("GET", "/api/tags", false),
+    ("GET", "/api/ps", false),
     ("GET", "/api/version", false),
 ];
 
@@ -114,8 +116,10 @@ impl App {
             .route("/api/chat", post(ollama::chat))
             .route("/api/generate", post(ollama::generate))
             .route("/api/embed", post(ollama::embed))
+            .route("/api/embeddings", post(ollama::embeddings))
             .route("/api/show", post(ollama::show))
             .route("/api/tags", get(ollama::tags))
+            .route("/api/ps", get(ollama::running))
             .route("/api/version", get(ollama::version))
             .fallback(async || ApiError::not_found())
             .method_not_allowed_fallback(async || ApiError::method_not_allowed())

@@ -8,8 +8,9 @@ use axum::extract::{Extension, Request, State};
 use axum::response::{IntoResponse, Response};
 use blip2::generate::GenerationConfig;
 use blip2::model::Answer;
-use serde::Deserialize;
-use serde_json::{Value, json};
+use serde::de::Unexpected;
+use serde::{Deserialize, Deserializer};
+use serde_json::{Number, Value, json};
 
 use crate::app::{App, Context, unix_seconds};
 use crate::body::Memory;
@@ -58,16 +59,33 @@ struct GenerateRequest {
 #[serde(default)]
 struct Options {
     temperature: Option<f32>,
+    #[serde(deserialize_with = "whole")]
     top_k: Option<i64>,
     top_p: Option<f32>,
     min_p: Option<f32>,
+    #[serde(deserialize_with = "whole")]
     seed: Option<i64>,
+    #[serde(deserialize_with = "whole")]
     num_predict: Option<i64>,
     stop: Option<OneOrMany<String>>,
     repeat_penalty: Option<f32>,
     presence_penalty: Option<f32>,
     frequency_penalty: Option<f32>,
     num_beams: Option<usize>,
+}
+
+/// A whole number, or nothing; 40.0 is one too: some clients write all numbers so, and Ollama takes them.
+fn whole<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Option<i64>, D::Error> {
+    /// Up to here every whole number is one of floating point.
+    const LARGEST: f64 = 9_007_199_254_740_992.0;
+    let Some(number) = Option::<Number>::deserialize(deserializer)? else { return Ok(None) };
+    let of_float = |number: f64| (number.fract() == 0.0 && number.abs() <= LARGEST).then_some(number as i64);
+    let whole = number.as_i64().or_else(|| number.as_f64().and_then(of_float));
+    let invalid = || {
+        let found = Unexpected::Float(number.as_f64().unwrap_or(f64::INFINITY));
+        serde::de::Error::invalid_type(found, &"a whole number")
+    };
+    whole.map(Some).ok_or_else(invalid)
 }
 
 impl Options {
@@ -81,17 +99,10 @@ impl Options {
         });
         let fields: GenerationFields = serde_json::from_value(fields).map_err(|_| ApiError::internal())?;
         let mut base = GenerationFields::for_chat(own, limits);
-        match self.num_predict {
-            None => {}
-            // As much as there is.
-            Some(-2 | -1) => base.max_new_tokens = limits.tokens,
-            Some(n) => {
-                let fits = usize::try_from(n).ok().filter(|n| (1..=limits.tokens).contains(n));
-                base.max_new_tokens = fits.ok_or_else(|| {
-                    let message = format!("num_predict is {n}, this server writes 1 to {}", limits.tokens);
-                    ApiError::invalid("options.num_predict", message)
-                })?;
-            }
+        // A bound and no order: beyond what there is, and at 0 or below, it is as much as there is.
+        if let Some(n) = self.num_predict {
+            let bound = usize::try_from(n).ok().filter(|n| *n > 0);
+            base.max_new_tokens = bound.unwrap_or(limits.tokens).min(limits.tokens);
         }
         Ok(fields.apply(base, limits)?.generation)
     }
@@ -294,6 +305,7 @@ impl Format for Lines {
 struct EmbedRequest {
     model: Option<String>,
     input: OneOrMany<String>,
+    dimensions: Option<usize>,
 }
 
 pub(crate) async fn embed(State(app): State<Arc<App>>, request: Request) -> Result<Json, ApiError> {
@@ -301,7 +313,13 @@ pub(crate) async fn embed(State(app): State<Arc<App>>, request: Request) -> Resu
     let body = app.body(request).await?;
     let asked: EmbedRequest = body.json()?;
     app.check_model(asked.model.as_deref())?;
-    let (vectors, n_tokens) = app.embed_texts(asked.input.into_vec()).await?;
+    app.check_dimensions(asked.dimensions)?;
+    let texts = match asked.input {
+        OneOrMany::One(text) if text.is_empty() => Vec::new(),
+        input => input.into_vec(),
+    };
+    // Nothing is how clients see to it that the model is there.
+    let (vectors, n_tokens) = if texts.is_empty() { (Vec::new(), 0) } else { app.embed_texts(texts).await? };
     Ok(Json(json!({
         "model": app.name,
         "embeddings": vectors,
@@ -311,16 +329,45 @@ pub(crate) async fn embed(State(app): State<Arc<App>>, request: Request) -> Resu
     })))
 }
 
+#[derive(Debug, Deserialize)]
+struct EmbeddingsRequest {
+    model: Option<String>,
+    prompt: Option<String>,
+}
+
+/// The older way to ask, for one text.
+pub(crate) async fn embeddings(State(app): State<Arc<App>>, request: Request) -> Result<Json, ApiError> {
+    let body = app.body(request).await?;
+    let asked: EmbeddingsRequest = body.json()?;
+    app.check_model(asked.model.as_deref())?;
+    let prompt = asked.prompt.filter(|prompt| !prompt.is_empty());
+    let Some(prompt) = prompt else { return Ok(Json(json!({"embedding": []}))) };
+    let (mut vectors, _) = app.embed_texts(vec![prompt]).await?;
+    Ok(Json(json!({"embedding": vectors.pop()})))
+}
+
 pub(crate) async fn tags(State(app): State<Arc<App>>) -> Json {
+    let mut model = describe(&app);
+    model["modified_at"] = rfc3339(app.started).into();
+    Json(json!({"models": [model]}))
+}
+
+/// What is in memory: the one model, as long as the server runs, whatever `keep_alive` a request has.
+pub(crate) async fn running(State(app): State<Arc<App>>) -> Json {
+    let mut model = describe(&app);
+    model["expires_at"] = "9999-12-31T23:59:59Z".into();
+    model["size_vram"] = 0.into();
+    model["context_length"] = context_length(&app).into();
+    Json(json!({"models": [model]}))
+}
+
+fn describe(app: &App) -> Value {
     let size = app.model.language_model().map_or(0, blip2::language::LanguageModel::n_bytes);
-    Json(json!({"models": [{
-        "name": app.name,
-        "model": app.name,
-        "modified_at": rfc3339(app.started),
-        "size": size,
-        "digest": digest(&app),
-        "details": details(&app),
-    }]}))
+    json!({"name": app.name, "model": app.name, "size": size, "digest": digest(app), "details": details(app)})
+}
+
+fn context_length(app: &App) -> Option<usize> {
+    app.model.language_model().map(blip2::language::LanguageModel::context_len)
 }
 
 #[derive(Debug, Deserialize)]
@@ -340,7 +387,6 @@ pub(crate) async fn show(State(app): State<Arc<App>>, request: Request) -> Resul
     if app.model.matcher().is_some() {
         capabilities.push("embedding");
     }
-    let context = app.model.language_model().map(blip2::language::LanguageModel::context_len);
     let width = app.model.config().qformer.image_text_hidden_size;
     Ok(Json(json!({
         "modelfile": "",
@@ -350,7 +396,8 @@ pub(crate) async fn show(State(app): State<Arc<App>>, request: Request) -> Resul
         "model_info": {
             "general.architecture": "blip2",
             "general.basename": app.model.config().name,
-            "blip2.context_length": context,
+            "general.parameter_count": app.model.n_parameters(),
+            "blip2.context_length": context_length(&app),
             "blip2.embedding_length": width,
         },
         "capabilities": capabilities,
@@ -363,10 +410,9 @@ pub(crate) async fn version() -> Json {
 }
 
 fn details(app: &App) -> Value {
-    let n = app.model.language_model().map_or(0, blip2::language::LanguageModel::n_parameters);
     json!({
         "parent_model": "", "format": "safetensors", "family": "blip2", "families": ["blip2"],
-        "parameter_size": format!("{}M", n / 1_000_000), "quantization_level": "",
+        "parameter_size": format!("{}M", app.model.n_parameters() / 1_000_000), "quantization_level": "",
     })
 }
 

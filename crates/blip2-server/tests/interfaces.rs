@@ -152,6 +152,18 @@ fn models_are_told_in_both_interfaces() {
     let shown = server.post("/api/show", &json!({"model": server.name})).ok();
     assert_eq!(shown["capabilities"], json!(["completion", "vision"]));
     assert_eq!(shown["model_info"]["blip2.context_length"], 120);
+    // All of the model, and not its language model alone.
+    let n_parameters = server.model.n_parameters();
+    assert!(n_parameters > server.model.language_model().expect("a language model").n_parameters());
+    assert_eq!(shown["model_info"]["general.parameter_count"], n_parameters);
+    let running = server.get("/api/ps").ok()["models"][0].clone();
+    assert_eq!(running["name"], server.name.as_str());
+    assert!(running["expires_at"].as_str().is_some_and(|time| time.ends_with('Z')), "{running}");
+    // How clients find out that it is there.
+    for path in ["/", "/api/version", "/api/tags"] {
+        let head = server.send("HEAD", path, &[], b"");
+        assert_eq!((head.status, head.body.len()), (200, 0), "{path}");
+    }
     assert!(server.get("/api/version").ok()["version"].is_string());
 }
 
@@ -188,7 +200,7 @@ fn ollamas_conversations_are_lines_of_json() {
     let chat = json!({"model": format!("{}:latest", server.name), "options": options, "keep_alive": "5m",
         "messages": [{"role": "user", "content": "who?", "images": [image]}]});
     let generate = json!({"model": server.name, "prompt": "who?", "images": [image], "options": options});
-    for (path, request) in [("/api/chat", chat), ("/api/generate", generate)] {
+    for (path, request) in [("/api/chat", chat), ("/api/generate", generate.clone())] {
         let text = |line: &Json| {
             let text = if path == "/api/chat" { &line["message"]["content"] } else { &line["response"] };
             text.as_str().unwrap_or_else(|| panic!("{line}")).to_owned()
@@ -223,6 +235,26 @@ fn ollamas_conversations_are_lines_of_json() {
     let unset =
         json!({"messages": [said, {"role": "assistant", "content": null, "images": null}], "stream": false});
     assert!(server.post("/api/chat", &unset).text().contains("the last message must be the user's"));
+    // The bound of an answer: 0 and below is none but the server's own, and so is what lies beyond that.
+    let longest = ServerConfig::default().limits.tokens;
+    let free = server.model.ask(&[(&features, "who?")], &greedy(longest)).expect("an answer")[0][0].clone();
+    for (n, expected) in [
+        (json!(0), &free),
+        (json!(-1), &free),
+        (json!(-2), &free),
+        (json!(100_000), &free),
+        (json!(9.0), &expected),
+    ] {
+        let mut asked = generate.clone();
+        asked["stream"] = false.into();
+        asked["options"]["num_predict"] = n.clone();
+        let answer = server.post("/api/generate", &asked).ok();
+        assert_eq!(answer["eval_count"], expected.token_ids.len(), "{n}");
+    }
+    for n in [json!(9.5), json!("9"), json!(1e300)] {
+        let asked = json!({"prompt": "who?", "images": [image], "options": {"num_predict": n}});
+        assert_eq!(server.post("/api/generate", &asked).status, 400, "{n}");
+    }
     let load = server.post("/api/generate", &json!({"model": server.name})).ok();
     assert_eq!((&load["done"], &load["done_reason"]), (&json!(true), &json!("load")));
 }
@@ -385,6 +417,19 @@ fn compare(server: &TestServer) {
     let response = server.post("/v1/embeddings", &request).ok();
     let bytes: Vec<u8> = rows.iter().flat_map(|value| value.to_le_bytes()).collect();
     assert_eq!(response["data"][1]["embedding"], base64(&bytes));
-    let response = server.post("/api/embed", &json!({"input": texts})).ok();
+    let response = server.post("/api/embed", &json!({"input": texts, "keep_alive": 0})).ok();
     assert_eq!(vector(&json!({"embedding": response["embeddings"][0]})), text);
+    assert_eq!(vector(&server.post("/api/embeddings", &json!({"prompt": texts[0]})).ok()), text);
+    for (path, request) in [
+        ("/api/embed", json!({"input": ""})),
+        ("/api/embed", json!({"input": []})),
+        ("/api/embeddings", json!({})),
+    ] {
+        let response = server.post(path, &request).ok();
+        assert!(
+            response["embeddings"] == json!([]) || response["embedding"] == json!([]),
+            "{path} {response}"
+        );
+    }
+    assert_eq!(server.post("/api/embed", &json!({"input": "x", "dimensions": 5})).status, 400);
 }

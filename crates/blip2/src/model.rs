@@ -232,6 +232,17 @@ impl Blip2 {
         self.stage2.as_ref().map(|stage2| stage2.n_parameters())
     }
 
+    /// Parameters of all parts that are loaded.
+    pub fn n_parameters(&self) -> usize {
+        let parts = [
+            self.vision().map(VisionEncoder::n_parameters),
+            self.n_matcher_parameters(),
+            self.n_bridge_parameters(),
+            self.language_model().map(crate::language::LanguageModel::n_parameters),
+        ];
+        parts.into_iter().flatten().sum()
+    }
+
     /// Runs the frozen encoder over pictures.
     ///
     /// # Errors

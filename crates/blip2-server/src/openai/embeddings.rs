@@ -57,11 +57,7 @@ pub(crate) async fn embed(State(app): State<Arc<App>>, request: Request) -> Resu
     let asked: EmbeddingRequest = body.json()?;
     let _memory = body.understood();
     app.check_model(asked.model.as_deref())?;
-    let width = app.model.config().qformer.image_text_hidden_size;
-    if let Some(dimensions) = asked.dimensions.filter(|dimensions| *dimensions != width) {
-        let message = format!("dimensions is {dimensions}, this model's vectors have {width}");
-        return Err(ApiError::invalid("dimensions", message));
-    }
+    app.check_dimensions(asked.dimensions)?;
     let is_base64 = asked.encoding_format == Some(Encoding::Base64);
     let (vectors, n_tokens) =
         vectors(&app, asked.input.into_vec(), asked.pooling.unwrap_or_default()).await?;
@@ -163,6 +159,18 @@ impl App {
         texts: Vec<String>,
     ) -> Result<(Vec<Vec<f32>>, usize), ApiError> {
         vectors(self, texts.into_iter().map(Input::Text).collect(), Pooling::Mean).await
+    }
+
+    /// Whether vectors have as many numbers as a request wants of them.
+    pub(crate) fn check_dimensions(&self, wanted: Option<usize>) -> Result<(), ApiError> {
+        let width = self.model.config().qformer.image_text_hidden_size;
+        match wanted.filter(|wanted| *wanted != width) {
+            None => Ok(()),
+            Some(wanted) => {
+                let message = format!("dimensions is {wanted}, this model's vectors have {width}");
+                Err(ApiError::invalid("dimensions", message))
+            }
+        }
     }
 
     /// Whether a request's texts are few and short enough.
