@@ -14,7 +14,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread::JoinHandle;
 use std::time::Instant;
 
-use blip2::generate::{Constraint, GenerationConfig};
+use blip2::generate::{Constraint, GenerationConfig, PROMPT_ROWS_A_STEP};
 use blip2::model::{Answer, Blip2, ImageFeatures};
 use blip2::text::Prompt;
 use tokio::sync::mpsc::{UnboundedReceiver, UnboundedSender, unbounded_channel};
@@ -121,6 +121,17 @@ impl Engine {
         metrics: &Arc<Metrics>,
         config: &ServerConfig,
     ) -> Result<(Self, JoinHandle<()>), crate::StartError> {
+        Self::start_reading(PROMPT_ROWS_A_STEP, model, cache, metrics, config)
+    }
+
+    /// The same, reading so many rows of a long prompt between two tokens.
+    fn start_reading(
+        prompt_rows: usize,
+        model: &Arc<Blip2>,
+        cache: &Arc<Recent<SeenPicture>>,
+        metrics: &Arc<Metrics>,
+        config: &ServerConfig,
+    ) -> Result<(Self, JoinHandle<()>), crate::StartError> {
         worker::warm_up(model)?;
         let queue = Arc::new(Queue::new(config.queue, metrics.clone()));
         let is_alive = Arc::new(AtomicBool::new(true));
@@ -133,6 +144,7 @@ impl Engine {
             batch: config.batch,
             kv_budget: config.kv_bytes,
             row_bytes: row_bytes(model),
+            prompt_rows,
         };
         let alive = Alive(is_alive.clone());
         let thread = std::thread::Builder::new()

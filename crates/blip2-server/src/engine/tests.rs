@@ -12,7 +12,7 @@ use tokio::sync::oneshot;
 use super::*;
 use crate::testing::model;
 
-/// A running engine with a tiny encoder-decoder model.
+/// A running engine with a tiny model.
 struct Running {
     engine: Arc<Engine>,
     metrics: Arc<Metrics>,
@@ -21,17 +21,27 @@ struct Running {
 }
 
 impl Running {
+    /// With an encoder-decoder model.
     fn start() -> Self {
-        let (model, metrics, config) = (model("blip2_t5"), Arc::new(Metrics::new()), ServerConfig::default());
+        Self::start_reading(PROMPT_ROWS_A_STEP, "blip2_t5", &ServerConfig::default())
+    }
+
+    fn start_reading(prompt_rows: usize, name: &str, config: &ServerConfig) -> Self {
+        let (model, metrics) = (model(name), Arc::new(Metrics::new()));
         let cache = Arc::new(Recent::new(config.picture_cache_bytes));
-        let (engine, thread) = Engine::start(&model, &cache, &metrics, &config).expect("an engine");
+        let (engine, thread) =
+            Engine::start_reading(prompt_rows, &model, &cache, &metrics, config).expect("an engine");
         let processor = model.vision().expect("an encoder").processor();
         let pixels = Arc::new(processor.pixels(&RgbImage::new(30, 20)));
         Self { engine: Arc::new(engine), metrics, pixels, thread: Some(thread) }
     }
 
     fn write(&self, generation: GenerationConfig) -> UnboundedReceiver<Event> {
-        let prompt = self.engine.model.prompt(&[Turn::open("who?")]).expect("a prompt");
+        self.write_about("who?", generation)
+    }
+
+    fn write_about(&self, question: &str, generation: GenerationConfig) -> UnboundedReceiver<Event> {
+        let prompt = self.engine.model.prompt(&[Turn::open(question)]).expect("a prompt");
         let picture = Picture::New { key: [1; 32], pixels: self.pixels.clone() };
         let write = Write { picture, prompt, generation, constraint: None, top_log_probs: 0 };
         self.engine.write(write).expect("accepted")
@@ -67,6 +77,19 @@ impl Running {
             }
         };
         tokio::time::timeout(Duration::from_secs(60), reached).await.expect("in the queue");
+    }
+
+    /// Rounds in which something was read or written.
+    fn n_steps(&self) -> usize {
+        let text = self.metrics.text();
+        let count =
+            text.lines().find_map(|line| line.strip_prefix("blip2_stage_seconds_count{stage=\"step\"} "));
+        count.and_then(|count| count.parse().ok()).unwrap_or(0)
+    }
+
+    fn n_rows(&self, question: &str) -> usize {
+        let prompt = self.engine.model.prompt(&[Turn::open(question)]).expect("a prompt");
+        prompt.n_rows(self.engine.model.config().qformer.num_query_tokens)
     }
 
     /// Ends it once all is done.
@@ -169,4 +192,35 @@ async fn texts_whose_client_left_end_with_the_step_under_way() {
     running.end();
     let after = running.metrics.generated_tokens.load(Relaxed) - before;
     assert!(after <= 2 * N_TEXTS, "{after} tokens for nobody");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_long_prompt_whose_client_left_is_not_read_on() {
+    let question = "who? ".repeat(8);
+    // A row a round, and one text at a time.
+    let config = ServerConfig { batch: 1, ..ServerConfig::default() };
+    let mut running = Running::start_reading(1, "blip2_opt", &config);
+    let (n_long, n_short) = (running.n_rows(&question), running.n_rows("who?"));
+    assert!(n_long > n_short + 8, "{n_long} {n_short}");
+    let held = running.hold().await;
+    let events = running.write_about(&question, tokens(3));
+    running.wait_for_queue(1).await;
+    let (first_begun, first) = running.occupy();
+    running.wait_for_queue(2).await;
+    let (begun, release) = running.occupy();
+    running.wait_for_queue(3).await;
+    drop(held);
+    first_begun.await.expect("it began with the prompt");
+    drop(first);
+    begun.await.expect("it began in the next round");
+    assert_eq!(running.n_steps(), 1, "the prompt is being read");
+    drop(events);
+    // There is no place for this one before that one's is free.
+    let next = running.write(tokens(2));
+    running.wait_for_queue(1).await;
+    drop(release);
+    assert_eq!(n_written(next).await, Ok(2));
+    running.end();
+    let n_steps = running.n_steps();
+    assert!(n_steps < n_long, "{n_steps} rounds, the long prompt alone takes {n_long}");
 }

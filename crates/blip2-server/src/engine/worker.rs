@@ -7,7 +7,7 @@ use std::sync::atomic::Ordering;
 use std::sync::{Arc, OnceLock};
 use std::time::Instant;
 
-use blip2::generate::{GenerationConfig, PROMPT_ROWS_A_STEP};
+use blip2::generate::GenerationConfig;
 use blip2::image::RgbImage;
 use blip2::language::LanguageModel;
 use blip2::model::{AnswerBatch, Answered, Ask, Blip2, ImageFeatures, Piece, ReadText};
@@ -35,6 +35,8 @@ pub(super) struct Worker {
     pub(super) batch: usize,
     pub(super) kv_budget: usize,
     pub(super) row_bytes: usize,
+    /// Rows of a long prompt that are read between two tokens.
+    pub(super) prompt_rows: usize,
 }
 
 /// A request for writing that was taken from the queue.
@@ -79,7 +81,7 @@ pub(super) fn warm_up(model: &Blip2) -> blip2::Result<()> {
 
 impl Worker {
     pub(super) fn run(&self) {
-        let mut batch = self.model.answer_batch().ok();
+        let mut batch = self.new_batch();
         let mut writing: Vec<Writing> = Vec::new();
         loop {
             match self.queue.next(writing.is_empty(), self.admission(&writing)) {
@@ -99,7 +101,7 @@ impl Worker {
                         for lost in writing.drain(..) {
                             let _ = lost.events.send(Event::Done(Err(ApiError::internal())));
                         }
-                        batch = self.model.answer_batch().ok();
+                        batch = self.new_batch();
                     }
                 }
             }
@@ -110,6 +112,10 @@ impl Worker {
             self.metrics.cached_picture_bytes.store(self.cache.n_bytes(), Ordering::Relaxed);
             self.metrics.cached_prompt_bytes.store(self.read.n_bytes(), Ordering::Relaxed);
         }
+    }
+
+    fn new_batch(&self) -> Option<AnswerBatch<'_>> {
+        Some(self.model.answer_batch().ok()?.with_prompt_rows(self.prompt_rows))
     }
 
     /// Which requests can begin beside those that are being answered.
@@ -271,7 +277,7 @@ impl Worker {
     fn n_first_rows(&self, write: &Write) -> usize {
         let n_rows = self.n_prompt_rows(write);
         let is_whole = self.model.language_model().is_some_and(LanguageModel::reads_prompts_whole);
-        if is_whole { n_rows } else { n_rows.min(PROMPT_ROWS_A_STEP) }
+        if is_whole { n_rows } else { n_rows.min(self.prompt_rows) }
     }
 
     fn n_prompt_rows(&self, write: &Write) -> usize {
