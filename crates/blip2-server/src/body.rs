@@ -1,5 +1,7 @@
 //! A request's body, read within limits and within a memory budget of all requests; and what such a budget is.
 
+mod arriving;
+
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -11,6 +13,7 @@ use serde::de::DeserializeOwned;
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 use tokio::time::timeout;
 
+use self::arriving::Arriving;
 use crate::config::Limits;
 use crate::error::ApiError;
 
@@ -75,39 +78,29 @@ impl RequestBody {
             discard(body).await;
             return Err(ApiError::body_too_large(limit));
         }
-        let mut bytes = Vec::new();
-        let mut memory: Option<OwnedSemaphorePermit> = None;
+        let mut arriving = match Arriving::new(headers, limit, budget) {
+            Ok(arriving) => arriving,
+            Err(error) => {
+                discard(body).await;
+                return Err(error);
+            }
+        };
         loop {
             let next = std::future::poll_fn(|context| std::pin::Pin::new(&mut body).poll_frame(context));
             let frame = match timeout(limits.idle, next).await {
                 Err(_) => return Err(ApiError::body_too_slow()),
-                Ok(None) => return Ok(Self { bytes, memory: Memory { _permit: memory } }),
+                Ok(None) => return arriving.finish(),
                 Ok(Some(Err(_))) => {
                     return Err(ApiError::body("the request's body ended early or is malformed"));
                 }
                 Ok(Some(Ok(frame))) => frame,
             };
             let Ok(data) = frame.into_data() else { continue };
-            if bytes.len() + data.len() > limit {
-                drop((bytes, memory));
+            if let Err(error) = arriving.add(&data) {
+                drop(arriving);
                 discard(body).await;
-                return Err(ApiError::body_too_large(limit));
+                return Err(error);
             }
-            // Vectors grow by doubling, so that much is what they may hold.
-            let wanted = (2 * (bytes.len() + data.len())).div_ceil(PERMIT_BYTES);
-            let held = memory.as_ref().map_or(0, OwnedSemaphorePermit::num_permits);
-            if let Some(missing) = wanted.checked_sub(held).filter(|missing| *missing > 0) {
-                let Some(more) = budget.try_take(missing) else {
-                    drop((bytes, memory));
-                    discard(body).await;
-                    return Err(ApiError::overloaded());
-                };
-                match &mut memory {
-                    Some(memory) => memory.merge(more),
-                    None => memory = Some(more),
-                }
-            }
-            bytes.extend_from_slice(&data);
         }
     }
 

@@ -6,7 +6,7 @@
 use std::net::SocketAddr;
 
 use axum::body::Body;
-use axum::http::header::{CONTENT_TYPE, RETRY_AFTER, WWW_AUTHENTICATE};
+use axum::http::header::{ACCEPT_ENCODING, CONTENT_TYPE, RETRY_AFTER, WWW_AUTHENTICATE};
 use axum::http::{HeaderValue, StatusCode};
 use axum::response::{IntoResponse, Response};
 use blip2::image::ImageError;
@@ -87,6 +87,13 @@ impl ApiError {
     pub(crate) fn body_too_large(limit: usize) -> Self {
         let message = format!("the request's body has more than {limit} bytes");
         Self::new(StatusCode::PAYLOAD_TOO_LARGE, "body_too_large", message)
+    }
+
+    /// A body that is packed in a way that is not known here.
+    pub(crate) fn unknown_encoding() -> Self {
+        let message =
+            "the request's body has a content-encoding other than gzip: send it as gzip, or as it is";
+        Self::new(StatusCode::UNSUPPORTED_MEDIA_TYPE, "unsupported_encoding", message)
     }
 
     /// A body whose pieces stopped coming.
@@ -231,6 +238,8 @@ impl ApiError {
         } else if self.status.is_server_error() || self.status == StatusCode::REQUEST_TIMEOUT {
             // Clients of OpenAI try again by themselves; here the same would happen again.
             headers.insert("x-should-retry", HeaderValue::from_static("false"));
+        } else if self.status == StatusCode::UNSUPPORTED_MEDIA_TYPE {
+            headers.insert(ACCEPT_ENCODING, HeaderValue::from_static("gzip"));
         } else if self.status == StatusCode::UNAUTHORIZED {
             // HTTP wants to be told how to come in.
             headers.insert(WWW_AUTHENTICATE, HeaderValue::from_static("Bearer"));

@@ -266,6 +266,30 @@ fn a_body_that_is_too_large_is_refused_however_it_comes() {
 }
 
 #[test]
+fn a_packed_body_is_as_large_as_what_it_unpacks_to() {
+    let packed = |text: &str| {
+        let mut encoder = flate2::write::GzEncoder::new(Vec::new(), flate2::Compression::default());
+        encoder.write_all(text.as_bytes()).expect("packed");
+        encoder.finish().expect("packed")
+    };
+    let server = TestServer::start("blip2_opt", impatient());
+    let asked = chat(1, "who?", &json!({"max_tokens": 3}));
+    let send = |encoding: &str, body: &[u8]| {
+        server.send("POST", "/v1/chat/completions", &[("content-encoding", encoding)], body)
+    };
+    let expected = text_of(&server.post("/v1/chat/completions", &asked).ok());
+    assert_eq!(text_of(&send("gzip", &packed(&asked.to_string())).ok()), expected);
+    let bomb = packed(&" ".repeat(50_000_000));
+    assert!(bomb.len() < impatient().limits.body_bytes);
+    let refused = send("gzip", &bomb);
+    assert_eq!((refused.status, refused.error_code().as_str()), (413, "body_too_large"));
+    assert_eq!(send("gzip", asked.to_string().as_bytes()).error_code(), "invalid_body");
+    let unknown = send("br", b"{}");
+    assert_eq!((unknown.status, unknown.error_code().as_str()), (415, "unsupported_encoding"));
+    assert_eq!(unknown.header("accept-encoding"), Some("gzip"));
+}
+
+#[test]
 fn a_request_that_takes_too_long_ends_with_an_error() {
     let limits = Limits { request: Duration::from_millis(60), ..Limits::default() };
     let server = TestServer::start("blip2_t5", ServerConfig { limits, ..config() });
