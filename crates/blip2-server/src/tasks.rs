@@ -156,6 +156,19 @@ pub(crate) async fn match_texts(State(app): State<Arc<App>>, request: Request) -
     Ok(Json(json!({"object": "match", "model": app.name, "scores": rows})))
 }
 
+/// Whether the template with each label in it, which is what the model reads, is as short as all texts have to be: its places
+/// times the labels' lengths could be megabytes.
+fn check_filled(template: &str, labels: &[String], limit: usize) -> Result<(), ApiError> {
+    const PLACE: &str = "{label}";
+    let n_places = template.matches(PLACE).count();
+    let n_around = template.len() - n_places * PLACE.len();
+    if labels.iter().map(|label| n_around + n_places * label.len()).sum::<usize>() > limit {
+        let message = format!("the labels in their template have together more than {limit} bytes");
+        return Err(ApiError::invalid("template", message));
+    }
+    Ok(())
+}
+
 /// Which of the labels a picture shows.
 pub(crate) async fn classify(State(app): State<Arc<App>>, request: Request) -> Result<Json, ApiError> {
     let body = app.body(request).await?;
@@ -165,6 +178,7 @@ pub(crate) async fn classify(State(app): State<Arc<App>>, request: Request) -> R
     app.check_texts(&labels, labels.len(), "labels")?;
     let template = template.unwrap_or_else(|| "a photo of {label}".into());
     app.check_texts(std::slice::from_ref(&template), 1, "template")?;
+    check_filled(&template, &labels, app.config.limits.text_bytes)?;
     let picture = app.read_image(image).await?;
     drop(memory);
     let scores = app
