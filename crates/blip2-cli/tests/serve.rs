@@ -104,6 +104,54 @@ fn a_signal_ends_it_when_all_is_answered() {
     }
 }
 
+fn decoded(base64: &str) -> Vec<u8> {
+    const DIGITS: &[u8] = b"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/";
+    let digits = base64
+        .trim_end_matches('=')
+        .bytes()
+        .map(|byte| DIGITS.iter().position(|digit| *digit == byte).expect("base64") as u32);
+    let digits: Vec<u32> = digits.collect();
+    let group = |group: &[u32]| {
+        let bits = group.iter().enumerate().map(|(i, digit)| digit << (18 - 6 * i)).sum::<u32>();
+        bits.to_be_bytes()[1..group.len()].to_vec()
+    };
+    digits.chunks(4).flat_map(group).collect()
+}
+
+/// The command line and both ways to ask the server, with the same settings.
+#[test]
+fn the_command_line_and_the_server_say_the_same() {
+    let folder = tempfile::tempdir().expect("a folder");
+    let file = folder.path().join("red.png");
+    std::fs::write(&file, decoded(PICTURE)).expect("written");
+    let model = PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("../blip2/tests/golden/blip2_t5");
+    let output = Command::new(env!("CARGO_BIN_EXE_blip2"))
+        .args(["caption", "--json", "--num-beams", "3", "--max-new-tokens", "9", "--model"])
+        .arg(&model)
+        .arg(&file)
+        .output()
+        .expect("it ends");
+    let written: serde_json::Value = serde_json::from_slice(&output.stdout).expect("JSON");
+    let expected = written["caption"].as_str().unwrap_or_else(|| panic!("{written} {output:?}")).to_owned();
+    let server = Running::start(&[]);
+    let settings = r#""num_beams": 3, "max_tokens": 9"#;
+    for (path, place, body) in [
+        ("/v1/caption", "/captions/0/text", format!(r#"{{{settings}, "image": "{PICTURE}"}}"#)),
+        (
+            "/v1/chat/completions",
+            "/choices/0/message/content",
+            format!(
+                r#"{{{settings}, "messages": [{{"role": "user", "content": [{{"type": "image_url", "image_url": "{PICTURE}"}}]}}]}}"#
+            ),
+        ),
+    ] {
+        let answer = answer(server.send("POST", path, "", &body));
+        let json = answer.split_once("\r\n\r\n").expect("a body").1;
+        let json: serde_json::Value = serde_json::from_str(json).expect("JSON");
+        assert_eq!(json.pointer(place), Some(&expected.clone().into()), "{path}: {json}");
+    }
+}
+
 #[test]
 fn keys_come_from_the_environment() {
     let server = Running::start(&[("BLIP2_API_KEY", "one, two")]);

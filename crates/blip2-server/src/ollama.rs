@@ -188,15 +188,15 @@ async fn respond(app: &Arc<App>, context: &Context, ask: Ask, memory: Memory) ->
     let start = Instant::now();
     let Ask { model, messages, format, options, stream, is_chat } = ask;
     app.check_model(model.as_deref())?;
-    let manner = Manner {
-        generation: options.generation(app.own_answering()?, &app.config.limits)?,
-        form: form::of_ollama(format.as_ref())?,
-    };
+    let (limits, form) = (&app.config.limits, form::of_ollama(format.as_ref())?);
     let line = Line { app, is_chat };
     if messages.is_empty() {
+        options.generation(app.own_answering()?, limits)?;
         return Ok(Json(line.loaded()).into_response());
     }
-    let mut accepted = app.converse(messages, manner, 0, memory).await?;
+    let dialogue = app.dialogue(messages)?;
+    let manner = Manner { generation: options.generation(app.own_manner(&dialogue)?, limits)?, form };
+    let mut accepted = app.converse(dialogue, manner, 0, memory).await?;
     if stream != Some(false) {
         let Accepted { events, generation, n_prompt, .. } = accepted;
         let growing = GrowingText::new(&generation.stop_strings);

@@ -201,6 +201,17 @@ impl App {
         self.stage2().map(Stage2Config::answering)
     }
 
+    /// The model's own way of going on with a conversation: a picture alone is described as captions are, a question is
+    /// answered as answers are.
+    pub(crate) fn own_manner(&self, dialogue: &Dialogue) -> Result<&GenerationConfig, ApiError> {
+        if dialogue.turns.is_empty() { self.own_generation() } else { self.own_answering() }
+    }
+
+    /// What messages say.
+    pub(crate) fn dialogue(&self, messages: Vec<Message>) -> Result<Dialogue, ApiError> {
+        Dialogue::new(messages, self.config.limits.text_bytes)
+    }
+
     fn stage2(&self) -> Result<&Stage2Config, ApiError> {
         let stage2 = self.model.config().stage2.as_ref().filter(|_| self.model.language_model().is_some());
         stage2.ok_or_else(|| ApiError::part_missing("write captions and answers"))
@@ -210,12 +221,11 @@ impl App {
     /// decoded.
     pub(crate) async fn converse(
         self: &Arc<Self>,
-        messages: Vec<Message>,
+        dialogue: Dialogue,
         manner: Manner,
         top_log_probs: usize,
         memory: Memory,
     ) -> Result<Accepted, ApiError> {
-        let dialogue = Dialogue::new(messages, self.config.limits.text_bytes)?;
         let accepted = self.write(dialogue, manner, top_log_probs, "messages").await;
         drop(memory);
         accepted

@@ -346,6 +346,45 @@ fn default_model() -> Option<Arc<Blip2>> {
     Some(Arc::new(Blip2::open(folder, &options).expect("the default model")))
 }
 
+/// Whichever way it is asked for, a picture's description is the caption that the library writes, and an answer its answer: also
+/// where a model has settings of its own for each, as the default model.
+#[test]
+fn one_picture_and_the_same_settings_give_one_text() {
+    let file = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../assets/pictures/cat.jpg");
+    let file = std::fs::read(file).expect("a sample picture");
+    for model in [Some(support::model("blip2_t5")), default_model()].into_iter().flatten() {
+        let server = TestServer::with_model(model, config());
+        let limits = blip2::image::Limits::default();
+        let picture = blip2::image::decode(&file, &limits, blip2::image::Pixels::AsSeen).expect("a picture");
+        let features = server.model.encode(&[picture]).expect("features").remove(0);
+        let stage2 = server.model.config().stage2.clone().expect("stage 2");
+        let image = base64(&file);
+        for num_beams in [1, 3] {
+            let settings =
+                |own: &GenerationConfig| GenerationConfig { num_beams, max_new_tokens: 20, ..own.clone() };
+            let caption = server.model.caption(&[&features], &settings(&stage2.generation));
+            let answer = server.model.ask(&[(&features, "what is it?")], &settings(stage2.answering()));
+            for (question, expected) in [("", caption), ("what is it?", answer)] {
+                let expected = expected.expect("a text")[0][0].text.clone();
+                let mut own = json!({"image": image, "num_beams": num_beams, "max_tokens": 20});
+                let (path, rows) =
+                    if question.is_empty() { ("/v1/caption", "captions") } else { ("/v1/vqa", "answers") };
+                if !question.is_empty() {
+                    own["question"] = question.into();
+                }
+                assert_eq!(server.post(path, &own).ok()[rows][0]["text"], expected, "{path}");
+                let chat = json!({"num_beams": num_beams, "max_tokens": 20, "messages": [{"role": "user", "content":
+                    [{"type": "image_url", "image_url": image}, {"type": "text", "text": question}]}]});
+                let said = server.post("/v1/chat/completions", &chat).ok();
+                assert_eq!(support::text_of(&said), expected, "chat: {question}");
+                let generate = json!({"prompt": question, "images": [image], "stream": false,
+                    "options": {"num_beams": num_beams, "num_predict": 20}});
+                assert_eq!(server.post("/api/generate", &generate).ok()["response"], expected, "{question}");
+            }
+        }
+    }
+}
+
 #[test]
 fn pictures_and_texts_are_compared() {
     for model in [Some(support::model("blip2_itm")), default_model()].into_iter().flatten() {
@@ -374,6 +413,12 @@ fn compare(server: &TestServer) {
         ("/v1/match", json!({"image": data_url(1), "texts": [" "]}), "invalid_value"),
         ("/v1/classify", json!({"image": data_url(1), "labels": ["a"], "template": "none"}), "invalid_value"),
         ("/v1/classify", json!({"image": data_url(1), "labels": []}), "invalid_value"),
+        // Short each, a megabyte together.
+        (
+            "/v1/classify",
+            json!({"image": data_url(1), "labels": vec!["a".repeat(100); 60], "template": "{label}".repeat(200)}),
+            "invalid_value",
+        ),
         ("/v1/embeddings", json!({"input": []}), "invalid_value"),
         ("/v1/embeddings", json!({"input": [1, 2, 3]}), "invalid_body"),
         ("/v1/embeddings", json!({"input": "x", "dimensions": 5}), "invalid_value"),

@@ -99,11 +99,11 @@ pub(crate) async fn complete(
     let memory = body.understood();
     app.check_model(asked.model.as_deref())?;
     let limits = &app.config.limits;
-    let manner = fields.apply(GenerationFields::for_chat(app.own_answering()?, limits), limits)?;
-    let log_probs = LogProbs::new(&asked, manner.generation.num_beams)?;
     let messages = asked.messages.into_iter().map(|Object(message)| Message::try_from(message));
-    let messages = messages.collect::<Result<Vec<_>, _>>()?;
-    let mut accepted = app.converse(messages, manner, log_probs.top, memory).await?;
+    let dialogue = app.dialogue(messages.collect::<Result<Vec<_>, _>>()?)?;
+    let manner = fields.apply(GenerationFields::for_chat(app.own_manner(&dialogue)?, limits), limits)?;
+    let log_probs = LogProbs::new(asked.logprobs, asked.top_logprobs, manner.generation.num_beams)?;
+    let mut accepted = app.converse(dialogue, manner, log_probs.top, memory).await?;
     let head = Head {
         id: format!("chatcmpl-{}", context.id),
         created: unix_seconds(std::time::SystemTime::now()),
@@ -152,8 +152,8 @@ struct LogProbs {
 }
 
 impl LogProbs {
-    fn new(asked: &ChatRequest, num_beams: usize) -> Result<Self, ApiError> {
-        let (wanted, top) = (asked.logprobs == Some(true), asked.top_logprobs.unwrap_or(0));
+    fn new(wanted: Option<bool>, top: Option<usize>, num_beams: usize) -> Result<Self, ApiError> {
+        let (wanted, top) = (wanted == Some(true), top.unwrap_or(0));
         let invalid = |message: &str| Err(ApiError::invalid("top_logprobs", message));
         match top {
             0 => {}
