@@ -132,7 +132,8 @@ fn the_command_line_and_the_server_say_the_same() {
         .output()
         .expect("it ends");
     let written: serde_json::Value = serde_json::from_slice(&output.stdout).expect("JSON");
-    let expected = written[0]["caption"].as_str().unwrap_or_else(|| panic!("{written} {output:?}")).to_owned();
+    let expected =
+        written[0]["caption"].as_str().unwrap_or_else(|| panic!("{written} {output:?}")).to_owned();
     let server = Running::start(&[]);
     let settings = r#""num_beams": 3, "max_tokens": 9"#;
     for (path, place, body) in [

@@ -357,11 +357,15 @@ fn one_picture_and_the_same_settings_give_one_text() {
         let limits = blip2::image::Limits::default();
         let picture = blip2::image::decode(&file, &limits, blip2::image::Pixels::AsSeen).expect("a picture");
         let features = server.model.encode(&[picture]).expect("features").remove(0);
-        let stage2 = server.model.config().stage2.clone().expect("stage 2");
+        let stage2 = server.model.config().stage2.as_ref().expect("stage 2");
         let image = base64(&file);
         for num_beams in [1, 3] {
-            let settings =
-                |own: &GenerationConfig| GenerationConfig { num_beams, max_new_tokens: 20, ..own.clone() };
+            let settings = |own: &GenerationConfig| GenerationConfig {
+                num_beams,
+                max_new_tokens: 20,
+                max_length: None,
+                ..own.clone()
+            };
             let caption = server.model.caption(&[&features], &settings(&stage2.generation));
             let answer = server.model.ask(&[(&features, "what is it?")], &settings(stage2.answering()));
             for (question, expected) in [("", caption), ("what is it?", answer)] {

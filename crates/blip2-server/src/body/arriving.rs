@@ -160,7 +160,9 @@ mod tests {
         let at = wrong_sum.len() - 6;
         wrong_sum[at] ^= 1;
         let trailing = [&whole[..], b"more"].concat();
-        for sent in [&b"{}"[..], &whole[..whole.len() - 1], &whole[..5], &wrong_sum, &trailing, b""] {
+        for sent in
+            [&b"{}"[..], &whole[..whole.len() - 1], &whole[..5], &wrong_sum[..], &trailing[..], &b""[..]]
+        {
             let error = unpack(sent, 1 << 20, &budget).expect_err("no gzip");
             assert_eq!(error.code, "invalid_body", "{sent:?}");
         }
