@@ -118,6 +118,10 @@ impl GenerationFields {
         let filters = self.top_p.is_some_and(|p| p < 1.0)
             || self.top_k.is_some_and(|k| k > 0)
             || self.min_p.is_some_and(|p| p > 0.0);
+        if let Some(temperature) = self.temperature.filter(|given| !(given.is_finite() && *given >= 0.0)) {
+            let message = format!("temperature is {temperature}, expected 0 (the likeliest token) or more");
+            return Err(ApiError::invalid("temperature", message));
+        }
         // Of several answers that nobody said how to choose: as everywhere with this interface, by drawing.
         let draws = match self.temperature {
             Some(temperature) => temperature != 0.0,

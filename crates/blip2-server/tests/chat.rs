@@ -499,6 +499,7 @@ fn every_mistake_has_its_code() {
             "struct ",
             "enum ",
             "variant",
+            "do_sample",
             "Tiff",
             "ImageError",
             "/work",
