@@ -356,6 +356,7 @@ mod tests {
             assert_eq!(std::fs::read(&path).unwrap(), before);
             rows.push(&picture, vec!["new".into()], Vec::new()).unwrap();
             rows.save().unwrap();
+            drop(rows);
             let after = std::fs::read_to_string(&path).unwrap();
             assert_eq!(after, String::from_utf8(before).unwrap().replace("old", "new"));
             RowsFile::open(&path, true).unwrap().save().unwrap();

@@ -60,13 +60,14 @@ fn a_text_too_long_to_compare_is_known_before_the_weights() {
     }
     let (model, long) = (home.path().to_str().expect("UTF-8"), "a dog ".repeat(20));
     let template = format!("{long}{{label}}");
-    let refuse = |arguments: &[&str], words: &[&str]| {
-        refused(&blip2(home.path(), &[arguments, &["--model", model]].concat()), 1, words);
-    };
-    refuse(&["match", "a.png", "a cat", &long], &["17 tokens", "16"]);
-    refuse(&["classify", "a.png", "cat", "dog", "--template", &template], &["17 tokens", "16"]);
-    refuse(&["embed", "--text", &long], &["17 tokens", "16"]);
-    refuse(&["match", "a.png", " "], &["is empty"]);
+    for arguments in [
+        &["match", "a.png", "a cat", &long][..],
+        &["classify", "a.png", "cat", "dog", "--template", &template],
+        &["embed", "--text", &long],
+    ] {
+        let output = blip2(home.path(), &[arguments, &["--model", model]].concat());
+        refused(&output, 1, &["17 tokens", "16"]);
+    }
 }
 
 /// Standard output may be full, or closed by who reads it.

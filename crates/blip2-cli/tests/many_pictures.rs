@@ -148,8 +148,9 @@ fn a_name_of_several_lines_has_one_row() {
     let names: Vec<&str> = rows.lines().map(|row| row.split_once('\t').expect("two fields").0).collect();
     let folder = dir.path().display();
     assert_eq!(names, [format!(r#""{folder}/a\n\tb.png""#), format!("{folder}/b.PNG")]);
-    assert_eq!(said(&output).lines().count(), 1, "{}", said(&output));
-    assert!(said(&output).contains(r"c\n.png: is not a picture"), "{}", said(&output));
+    let messages = said(&output);
+    let of_pictures: Vec<&str> = messages.lines().filter(|line| line.contains(".png")).collect();
+    assert!(of_pictures.len() == 1 && of_pictures[0].contains(r"c\n.png: is not a picture"), "{messages}");
 }
 
 /// The matching model judges, and the other writes candidates; the rows are a manifest with the best first.
