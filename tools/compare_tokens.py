@@ -1,10 +1,12 @@
 #!/usr/bin/env python3
 """The tokens that transformers and this project write for one picture, with one checkpoint, both computing in f32.
 
-    python tools/compare_tokens.py FOLDER PICTURE [--blip2 target/release/blip2] [--max-new-tokens 20] [--num-beams 1]
+    python tools/compare_tokens.py FOLDER PICTURE [--blip2 target/release/blip2] [--max-new-tokens 20] [--num-beams 1 5]
 
 needs torch, transformers, pillow, and for transformers the whole model in f32 in memory (15 GB for blip2-opt-2.7b). Prints
-both lists, and the time and peak memory of each. `tools/random_checkpoint.py` makes a checkpoint of a published size.
+both lists for each number of beams, and the time and peak memory of each program. No token may come twice
+(`--no-repeat-ngram 1`): random weights, whose head is that of their embeddings, else write one token over and over, which
+compares little. `tools/random_checkpoint.py` makes a checkpoint of a published size.
 """
 
 from __future__ import annotations
@@ -19,9 +21,18 @@ from pathlib import Path
 
 
 def ours(args: argparse.Namespace) -> dict:
+    runs = [caption(args, num_beams) for num_beams in args.num_beams]
+    return {
+        "token_ids": [run["token_ids"] for run in runs], "seconds": sum(run["seconds"] for run in runs),
+        "peak_bytes": max(run["peak_bytes"] for run in runs),
+    }
+
+
+def caption(args: argparse.Namespace, num_beams: int) -> dict:
     command = [
-        args.blip2, "caption", str(args.picture), "--model", str(args.folder), "--json", "--dtype", "f32", "--beams",
-        str(args.num_beams), "--max-new-tokens", str(args.max_new_tokens),
+        args.blip2, "caption", str(args.picture), "--model", str(args.folder), "--json", "--dtype", "f32", "--preset", "hf",
+        "--beams", str(num_beams), "--max-new-tokens", str(args.max_new_tokens), "--no-repeat-ngram",
+        str(args.no_repeat_ngram),
     ]
     start = time.monotonic()
     process = subprocess.Popen(command, stdout=subprocess.PIPE)
@@ -55,17 +66,21 @@ def reference(args: argparse.Namespace) -> dict:
     ids = [config.image_token_index] * config.num_query_tokens + ([2] if is_opt else [1])
     ids = torch.tensor([ids])
     end = config.text_config.eos_token_id if is_opt else 1
-    with torch.inference_mode():
-        out = model.generate(
-            pixel_values=pixels, input_ids=ids, attention_mask=torch.ones_like(ids), do_sample=False,
-            num_beams=args.num_beams, max_new_tokens=args.max_new_tokens, eos_token_id=end,
-        )[0].tolist()
-    if is_opt and out[: ids.shape[1]] == ids[0].tolist():
-        out = out[ids.shape[1] :]
-    elif not is_opt:
-        out = out[1:]
+    texts = []
+    for num_beams in args.num_beams:
+        with torch.inference_mode():
+            out = model.generate(
+                pixel_values=pixels, input_ids=ids, attention_mask=torch.ones_like(ids), do_sample=False,
+                num_beams=num_beams, max_new_tokens=args.max_new_tokens, eos_token_id=end,
+                no_repeat_ngram_size=args.no_repeat_ngram,
+            )[0].tolist()
+        if is_opt and out[: ids.shape[1]] == ids[0].tolist():
+            out = out[ids.shape[1] :]
+        elif not is_opt:
+            out = out[1:]
+        texts.append(out)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    return {"token_ids": out, "seconds": time.monotonic() - start, "peak_bytes": peak}
+    return {"token_ids": texts, "seconds": time.monotonic() - start, "peak_bytes": peak}
 
 
 def main() -> None:
@@ -74,7 +89,8 @@ def main() -> None:
     parser.add_argument("picture", type=Path)
     parser.add_argument("--blip2", default="target/release/blip2")
     parser.add_argument("--max-new-tokens", type=int, default=20)
-    parser.add_argument("--num-beams", type=int, default=1)
+    parser.add_argument("--num-beams", type=int, nargs="+", default=[1, 5])
+    parser.add_argument("--no-repeat-ngram", type=int, default=1)
     args = parser.parse_args()
     files = sum(path.stat().st_size for path in args.folder.glob("*.safetensors"))
     print(f"weight files: {files / 2**30:.2f} GiB")
