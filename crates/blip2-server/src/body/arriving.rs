@@ -13,7 +13,8 @@ use crate::error::ApiError;
 /// A body of which pieces come.
 pub(super) enum Arriving {
     Plain(Room),
-    Packed(Box<GzDecoder<Room>>),
+    /// And how many packed bytes may still come: some unpack to nothing, without end.
+    Packed(Box<GzDecoder<Room>>, usize),
 }
 
 impl Arriving {
@@ -27,7 +28,7 @@ impl Arriving {
         };
         match encoding.as_str() {
             "" | "identity" => Ok(Self::Plain(room)),
-            "gzip" | "x-gzip" => Ok(Self::Packed(Box::new(GzDecoder::new(room)))),
+            "gzip" | "x-gzip" => Ok(Self::Packed(Box::new(GzDecoder::new(room)), limit)),
             _ => Err(ApiError::unknown_encoding()),
         }
     }
@@ -35,7 +36,13 @@ impl Arriving {
     pub(super) fn add(&mut self, data: &[u8]) -> Result<(), ApiError> {
         match self {
             Self::Plain(room) => room.add(data),
-            Self::Packed(packed) => packed.write_all(data).map_err(|_| packed.get_ref().why()),
+            Self::Packed(packed, n_left) => {
+                let Some(n) = n_left.checked_sub(data.len()) else {
+                    return Err(ApiError::body_too_large(packed.get_ref().limit));
+                };
+                *n_left = n;
+                packed.write_all(data).map_err(|_| packed.get_ref().why())
+            }
         }
     }
 
@@ -43,7 +50,7 @@ impl Arriving {
     pub(super) fn finish(self) -> Result<RequestBody, ApiError> {
         let Room { bytes, memory, .. } = match self {
             Self::Plain(room) => room,
-            Self::Packed(mut packed) => {
+            Self::Packed(mut packed, _) => {
                 packed.try_finish().map_err(|_| packed.get_ref().why())?;
                 packed.finish().map_err(|_| ApiError::internal())?
             }
@@ -144,12 +151,22 @@ mod tests {
         assert!(bomb.len() < 100_000);
         let mut arriving = arriving("gzip", 300_000, &budget).expect("gzip is known");
         assert_eq!(arriving.add(&bomb).expect_err("too large").code, "body_too_large");
-        let Arriving::Packed(packed) = &arriving else { panic!("it is packed") };
+        let Arriving::Packed(packed, _) = &arriving else { panic!("it is packed") };
         assert!(packed.get_ref().bytes.capacity() <= 600_000);
         drop(arriving);
         assert_eq!(unpack(&bomb, 64 << 20, &budget).expect_err("no memory").code, "server_overloaded");
         let n_free = budget.permits.available_permits();
         assert_eq!(n_free, budget.n_permits as usize, "all of it is given back");
+    }
+
+    #[test]
+    fn packed_bytes_that_unpack_to_nothing_do_not_come_without_end() {
+        let mut arriving = arriving("gzip", 1000, &Budget::new(1 << 20)).expect("gzip is known");
+        arriving.add(b"\x1f\x8b\x08\0\0\0\0\0\0\xff").expect("the header");
+        // A block that is stored as it is, of no bytes, and not the last.
+        let n_taken = (0..1000).take_while(|_| arriving.add(b"\0\0\0\xff\xff").is_ok()).count();
+        assert_eq!(n_taken, 198);
+        assert_eq!(arriving.add(b"\0\0\0\xff\xff").expect_err("too much").code, "body_too_large");
     }
 
     #[test]
