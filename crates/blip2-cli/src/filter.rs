@@ -66,8 +66,10 @@ pub(crate) fn run(args: &FilterArgs) -> anyhow::Result<Done> {
             bar.inc(1);
         }
         bar.finish_and_clear();
-        // Where no caption fits, what was there is replaced by nothing.
-        out.save()?;
+        // Pictures that could not be judged say nothing against what is there.
+        if n_empty > 0 {
+            out.replace_by_nothing()?;
+        }
     }
     eprintln!(
         "{n_written} written, {n_had} there already, {n_empty} without a caption that fits, {n_failed} failed"

@@ -63,7 +63,7 @@ pub(crate) struct RowsFile {
 
 impl RowsFile {
     /// Opens the file for adding to it, or makes sure that there can be one. A row that was cut short, by a crash or a full
-    /// disk, is taken out. With `overwrite` what is there is replaced, by the first [`save`](Self::save).
+    /// disk, is taken out. With `overwrite` what is there is replaced when the first rows are written.
     ///
     /// # Errors
     /// When the name ends in neither `.jsonl` nor `.csv`, the file holds something else, or another process writes it.
@@ -174,16 +174,16 @@ impl RowsFile {
         Ok(())
     }
 
-    /// Writes the rows that were added, to the disk; a file that has none yet is made when there is one.
+    /// Writes the rows that were added, to the disk; with the first of them the file is made, or what is in it replaced.
     ///
     /// # Errors
     /// When that fails; rows that did not fit are not begun.
     pub(crate) fn save(&mut self) -> anyhow::Result<()> {
+        if self.unsaved.is_empty() {
+            return Ok(());
+        }
         let is_new = self.file.is_none();
         if is_new {
-            if self.unsaved.is_empty() {
-                return Ok(());
-            }
             let file = OpenOptions::new().write(true).create(true).truncate(false).open(&self.path);
             let file = file.with_context(|| self.cannot())?;
             self.lock(&file)?;
@@ -200,7 +200,7 @@ impl RowsFile {
                 file.set_len(0)?;
             }
             let before = file.seek(SeekFrom::End(0))?;
-            let begun = if before == 0 && !rows.is_empty() { file.write_all(header) } else { Ok(()) };
+            let begun = if before == 0 { file.write_all(header) } else { Ok(()) };
             let written = begun.and_then(|()| file.write_all(&rows)).and_then(|()| file.sync_data());
             if written.is_err() {
                 // The reason is the one to report.
@@ -214,6 +214,16 @@ impl RowsFile {
             let _ = std::fs::remove_file(&self.path);
         }
         written.with_context(|| self.cannot())
+    }
+
+    /// Takes out what was to be replaced, where there is no row in its place.
+    ///
+    /// # Errors
+    /// When that fails.
+    pub(crate) fn replace_by_nothing(&mut self) -> anyhow::Result<()> {
+        let Some(file) = self.file.as_ref().filter(|_| self.replaces) else { return Ok(()) };
+        self.replaces = false;
+        file.set_len(0).and_then(|()| file.sync_data()).with_context(|| self.cannot())
     }
 
     /// How the file names a picture: relative to itself where the picture is below it.
@@ -359,8 +369,15 @@ mod tests {
             drop(rows);
             let after = std::fs::read_to_string(&path).unwrap();
             assert_eq!(after, String::from_utf8(before).unwrap().replace("old", "new"));
-            RowsFile::open(&path, true).unwrap().save().unwrap();
+            let mut rows = RowsFile::open(&path, true).unwrap();
+            rows.save().unwrap();
+            assert_eq!(std::fs::read_to_string(&path).unwrap(), after, "no row came");
+            rows.replace_by_nothing().unwrap();
             assert_eq!(std::fs::read(&path).unwrap(), b"");
+            rows.push(&picture, vec!["old".into()], Vec::new()).unwrap();
+            rows.save().unwrap();
+            rows.replace_by_nothing().unwrap();
+            assert_eq!(std::fs::read_to_string(&path).unwrap(), after.replace("new", "old"));
         }
     }
 }
