@@ -15,7 +15,7 @@ use serde::Serialize;
 
 use crate::Done;
 use crate::args::SourceArgs;
-use crate::model::{Part, open_with_format};
+use crate::model::{Part, check_quantize_qformer, open_with_format};
 use crate::{dtype, memory};
 
 #[derive(Debug, clap::Args)]
@@ -177,6 +177,7 @@ fn open(args: &BenchArgs, stages: &[Stage]) -> anyhow::Result<(Blip2, FrozenForm
     let model = RandomModel::named(shape)?;
     let mut options = OpenOptions {
         image_size: args.source.image_size,
+        quantize_qformer: args.source.quantize_qformer,
         stage1: matches,
         stage2: writes,
         ..OpenOptions::default()
@@ -188,6 +189,7 @@ fn open(args: &BenchArgs, stages: &[Stage]) -> anyhow::Result<(Blip2, FrozenForm
         None if shape == "default" => Precision::Bf16.into(),
         None => Precision::F32.into(),
     };
+    check_quantize_qformer(&args.source, format.quantization)?;
     (options.precision, options.quantization) = (format.precision, format.quantization);
     let needed = model.memory_needed(&options);
     say(&memory::check(needed, memory::available(), args.source.ignore_memory)?);

@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 use anyhow::{Context, bail};
 use blip2::generate::GenerationConfig;
 use blip2::image::{Limits, Pixels, RgbImage};
-use blip2::layers::{FrozenFormat, Precision};
+use blip2::layers::{FrozenFormat, Precision, Quantization};
 use blip2::model::{
     Blip2, Compared, FILE_NAME, Given, ImageFeatures, OpenOptions, Preset, check_prompt, check_texts,
     memory_needed,
@@ -123,6 +123,20 @@ fn locate(args: &SourceArgs) -> anyhow::Result<PathBuf> {
     }
 }
 
+/// Refuses to round the Q-Former alone.
+///
+/// # Errors
+/// [`WrongUsage`].
+pub(crate) fn check_quantize_qformer(
+    args: &SourceArgs,
+    quantization: Option<Quantization>,
+) -> anyhow::Result<()> {
+    if args.quantize_qformer && quantization.is_none() {
+        return WrongUsage::end("--quantize-qformer goes with --dtype int8 or int4");
+    }
+    Ok(())
+}
+
 fn open_folder(
     folder: PathBuf,
     args: &SourceArgs,
@@ -155,9 +169,7 @@ fn open_folder(
         None => Precision::Bf16.into(),
     };
     (options.precision, options.quantization) = (format.precision, format.quantization);
-    if args.quantize_qformer && format.quantization.or(stored).is_none() {
-        return Err(WrongUsage("--quantize-qformer goes with --dtype int8 or int4".into()).into());
-    }
+    check_quantize_qformer(args, format.quantization.or(stored))?;
     let said = memory::check(memory_needed(&folder, &options)?, memory::available(), args.ignore_memory)?;
     // Most of this project's own models are small: of those that fit nothing is said.
     if is_hugging_face {

@@ -112,6 +112,7 @@ fn the_table_names_the_stages_and_the_machine() {
 fn mistakes_are_told_with_what_would_do() {
     for (arguments, status, expected) in [
         (&["--shape", "blip3"][..], 1, "known ones are blip2-opt-2.7b"),
+        (&["--shape", "tiny", "--quantize-qformer"], 2, "goes with --dtype int8"),
         (&["--shape", "tiny", "--batch", "0"], 1, "must be at least 1"),
         (&["--shape", "tiny", "--threads", "0"], 2, "cannot be used multiple times"),
         (&["--shape", "tiny", "--model", "x"], 2, "cannot be used with"),

@@ -115,7 +115,8 @@ impl RandomModel {
         let vision = options.vision.then(|| self.vision(weights, &loader, options)).transpose()?;
         // As the folders of published models are opened.
         let bridge = if self.vit.is_some() { BRIDGE_PRECISION } else { options.precision };
-        let bridge = Loader::frozen(&weights, bridge);
+        let few_bits = options.of_qformer(options.quantization);
+        let bridge = Loader::frozen(&weights, bridge).quantizing_bridge(few_bits);
         let stage1 = (self.matches && options.stage1).then(|| self.stage1(&bridge)).transpose()?;
         let language = self.language.as_ref().filter(|_| options.stage2);
         let stage2 = language.map(|language| self.stage2(language, weights, &bridge, options)).transpose()?;
@@ -286,6 +287,19 @@ mod tests {
             let scores = model.match_texts(&features[0], &["10 11", "12"]).unwrap();
             assert!(scores[0].itm_probability != scores[1].itm_probability);
         }
+    }
+
+    #[test]
+    fn the_qformer_is_in_few_bits_where_that_is_asked_for() {
+        let embed = |quantization, quantize_qformer| {
+            let options = OpenOptions { quantization, quantize_qformer, ..OpenOptions::default() };
+            let model = RandomModel::named("tiny-itm").unwrap().draw(1, &options).unwrap();
+            let features = model.encode(&[picture()]).unwrap();
+            model.embed_images(&[&features[0]]).unwrap().concat()
+        };
+        let few = Some(Quantization::Int8);
+        assert_ne!(embed(few, true), embed(few, false));
+        assert_eq!(embed(None, true), embed(None, false));
     }
 
     /// A batch of files equals its pictures one by one, with few bits too, and one that cannot be read costs only itself.
