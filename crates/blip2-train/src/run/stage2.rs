@@ -320,7 +320,9 @@ impl Prompts<'_> {
             (0..sample.text.n_choices()).try_for_each(|choice| {
                 self.of((number, choice), longest.1, &mut random).map(drop).map_err(|error| {
                     let source = &self.dataset.images()[sample.image].source;
-                    Error::Training(format!("what is said about {source}: {error}, or raise `max_rows`"))
+                    let is_long = matches!(error, Error::Model(blip2::Error::TextTooLong { .. }));
+                    let remedy = if is_long { ", or raise `max_rows`" } else { "" };
+                    Error::Training(format!("what is said about {source}: {error}{remedy}"))
                 })
             })
         })
