@@ -23,6 +23,14 @@ pub(crate) fn run(args: &FilterArgs) -> anyhow::Result<Done> {
     if args.min_score.is_some_and(f32::is_nan) {
         return WrongUsage::end("--min-score is NaN, expected a number: nothing would be left");
     }
+    if let Some(beams) = args.generation.num_beams.filter(|beams| (2..args.generate).contains(beams))
+        && generation::draws(&args.generation)
+    {
+        let n = args.generate;
+        return WrongUsage::end(format!(
+            "--generate {n} is more than a search with --num-beams {beams} gives"
+        ));
+    }
     if args.out.extension().is_none_or(|extension| extension != "jsonl") {
         return WrongUsage::end(format!(
             "{} must end in .jsonl: it becomes a training manifest",
@@ -95,6 +103,9 @@ impl Models {
             if !config.do_sample {
                 // Beams differ in a word; captions that are drawn say different things.
                 config = GenerationConfig { do_sample: true, num_beams: 1, top_p: 0.9, ..config };
+            } else if config.num_beams < args.generate {
+                // A folder's own settings may draw among beams, of which these would be more.
+                config.num_beams = 1;
             }
             config.num_return_sequences = args.generate;
             Some((model, config))

@@ -115,10 +115,13 @@ fn in_flags(field: &str, reason: &str) -> WrongUsage {
     WrongUsage(FLAGS.iter().fold(of_library, |message, (field, flag)| message.replace(field, flag)))
 }
 
+/// Whether the arguments ask for draws.
+pub(crate) fn draws(args: &GenerationArgs) -> bool {
+    args.temperature.is_some() || args.top_k.is_some() || args.top_p.is_some() || args.min_p.is_some()
+}
+
 fn changed(mut config: GenerationConfig, args: &GenerationArgs) -> GenerationConfig {
-    let draws =
-        args.temperature.is_some() || args.top_k.is_some() || args.top_p.is_some() || args.min_p.is_some();
-    if draws {
+    if draws(args) {
         config.do_sample = true;
         config.num_beams = 1;
     }

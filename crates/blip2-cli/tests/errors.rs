@@ -180,6 +180,10 @@ fn what_the_arguments_alone_contradict_is_wrong_usage() {
         (&["data", "filter", "a.jsonl", "b.jsonl", "--keep", "0"], "--keep 0 would leave nothing"),
         (&["data", "filter", "a.jsonl", "b.jsonl", "--min-score", "nan"], "--min-score is NaN"),
         (&["data", "filter", "a.jsonl", "b.json"], "must end in .jsonl"),
+        (
+            &["data", "filter", "a.jsonl", "b.jsonl", "--generate", "4", "--num-beams", "3", "--top-k", "9"],
+            "--generate 4 is more than a search with --num-beams 3 gives",
+        ),
     ] {
         let output = blip2(home.path(), &[arguments, &["--model", "nowhere"]].concat());
         refused(&output, 2, &[said]);
