@@ -199,9 +199,13 @@ fn captions_that_fit_best_are_kept() {
     assert!(first["captions"].as_array().expect("captions").len() > 2, "{first}");
     let output = filter(&["--overwrite", "--min-score", "1.5"]);
     assert!(said(&output).contains("2 without a caption that fits"), "{}", said(&output));
+    assert_eq!(read(), "", "nothing is in the place of what was there");
+    filter(&[]);
+    assert_eq!(read(), before);
     fs::write(&manifest, "{\"image\": \"broken.jpg\", \"caption\": \"nothing\"}\n").expect("written");
     let output = filter(&["--overwrite"]);
     assert_eq!(output.status.code(), Some(1), "{}", said(&output));
+    assert_eq!(read(), before, "nothing was judged");
 }
 
 /// A picture on standard input is one among the others, in its place.
