@@ -148,7 +148,7 @@ impl Blip2 {
         stage1.itm_logits(features, &stage1.tokenize_cut(texts, LAVIS_RETRIEVAL_TOKENS)?)
     }
 
-    /// How well each text fits a picture; with [`Preset::Lavis`] its first 32 tokens.
+    /// How well each text fits a picture; with [`Preset::Lavis`](super::Preset::Lavis) its first 32 tokens.
     ///
     /// # Errors
     /// When the model has no stage-1 part, there is no text, or a text is empty or too long.
@@ -182,7 +182,7 @@ impl Blip2 {
         stage1.embed_batch(&stage1.tokenize(texts)?)
     }
 
-    /// As [`embed_texts`](Self::embed_texts), of texts among which retrieval finds a picture's: with [`Preset::Lavis`] their
+    /// As [`embed_texts`](Self::embed_texts), of texts among which retrieval finds a picture's: with [`Preset::Lavis`](super::Preset::Lavis) their
     /// first 35 tokens.
     ///
     /// # Errors
