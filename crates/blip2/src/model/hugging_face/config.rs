@@ -206,6 +206,13 @@ pub(super) fn processor(folder: &Path, image_size: usize) -> Result<ImageProcess
         processor.rescale_factor = json["rescale_factor"].as_f64().ok_or_else(refuse)?;
     }
     processor.geometry = Geometry::Squash;
+    let sides = json["size"].as_object();
+    let other = sides.and_then(|sides| sides.keys().find(|key| !["height", "width"].contains(&key.as_str())));
+    if let Some(other) = other {
+        return Err(refuse(format!(
+            "`size` has `{other}`, BLIP-2's pictures are squares of `height` and `width`"
+        )));
+    }
     for side in ["height", "width"] {
         let found = json["size"][side].as_u64();
         if found.is_some_and(|found| found != image_size as u64) {
@@ -246,6 +253,9 @@ mod tests {
         write("processor_config.json", r#"{"image_processor": {"size": {"height": 30, "width": 28}}}"#);
         let error = mean().unwrap_err().to_string();
         assert!(error.contains("processor_config.json: makes pictures of height 30"), "{error}");
+        write("processor_config.json", r#"{"image_processor": {"size": {"shortest_edge": 28}}}"#);
+        let error = mean().unwrap_err().to_string();
+        assert!(error.contains("`size` has `shortest_edge`"), "{error}");
         write("processor_config.json", r#"{"image_processor": {"rescale_factor": "1/255"}}"#);
         let error = mean().unwrap_err().to_string();
         assert!(error.contains("`rescale_factor` is \"1/255\", expected a number"), "{error}");
