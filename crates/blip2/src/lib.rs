@@ -50,6 +50,7 @@ pub mod layers;
 pub mod model;
 pub mod qformer;
 pub mod sampling;
+mod small_file;
 pub mod splitmix;
 pub mod text;
 pub mod vision;

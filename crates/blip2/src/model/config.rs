@@ -117,7 +117,8 @@ impl ModelConfig {
     /// When there is none, a field is unknown, missing or wrong.
     pub fn read(folder: &Path) -> Result<Self> {
         let path = folder.join(FILE_NAME);
-        let bytes = std::fs::read(&path).map_err(|source| Error::Io { path: path.clone(), source })?;
+        let bytes =
+            crate::small_file::read(&path).map_err(|source| Error::Io { path: path.clone(), source })?;
         let config: Self = serde_json::from_slice(&bytes)
             .map_err(|error| Error::File { path: path.clone(), reason: error.to_string() })?;
         config.validate().map_err(|error| error.in_folder(folder))?;

@@ -203,7 +203,7 @@ impl FolderGeneration {
     /// When it cannot be read, or asks for a rule that is not known here.
     pub(super) fn read(folder: &Path) -> Result<Self> {
         let path = folder.join(GENERATION_FILE);
-        let bytes = match std::fs::read(&path) {
+        let bytes = match crate::small_file::read(&path) {
             Ok(bytes) => bytes,
             Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(Self::default()),
             Err(source) => return Err(Error::Io { path, source }),

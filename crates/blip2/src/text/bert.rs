@@ -38,7 +38,8 @@ impl BertTokenizer {
     /// [`Error::Io`], or [`Error::File`] when this is not a BERT vocabulary.
     pub fn from_vocab(path: impl AsRef<Path>) -> Result<Self> {
         let path = path.as_ref();
-        let bytes = std::fs::read(path).map_err(|source| Error::Io { path: path.into(), source })?;
+        let bytes =
+            crate::small_file::read(path).map_err(|source| Error::Io { path: path.into(), source })?;
         Self::from_bytes(&bytes).map_err(|error| match error {
             Error::Tokenizer(reason) => Error::File { path: path.into(), reason },
             other => other,
@@ -60,7 +61,8 @@ impl BertTokenizer {
             return Err(Error::File { path: folder.as_ref().into(), reason });
         }
         let refuse = |reason: String| Error::File { path: json.clone(), reason };
-        let bytes = std::fs::read(&json).map_err(|source| Error::Io { path: json.clone(), source })?;
+        let bytes =
+            crate::small_file::read(&json).map_err(|source| Error::Io { path: json.clone(), source })?;
         let parsed: serde_json::Value =
             serde_json::from_slice(&bytes).map_err(|error| refuse(error.to_string()))?;
         let pieces = parsed["model"]["vocab"].as_object().filter(|_| parsed["model"]["type"] == "WordPiece");

@@ -170,7 +170,7 @@ pub(in crate::model) fn qformer_config(json: &Json) -> Result<QFormerConfig> {
 pub(in crate::model) fn image_processor(folder: &Path) -> Result<Option<(PathBuf, Json)>> {
     let read = |name: &str| -> Result<Option<(PathBuf, Json)>> {
         let path = folder.join(name);
-        let bytes = match std::fs::read(&path) {
+        let bytes = match crate::small_file::read(&path) {
             Ok(bytes) => bytes,
             Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(None),
             Err(source) => return Err(Error::Io { path, source }),

@@ -76,7 +76,8 @@ impl LanguageTokenizer {
     /// [`Error::Io`], or [`Error::File`] when it is not a tokenizer.
     pub fn from_json(path: impl AsRef<Path>) -> Result<Self> {
         let path = path.as_ref();
-        let bytes = std::fs::read(path).map_err(|source| Error::Io { path: path.into(), source })?;
+        let bytes =
+            crate::small_file::read(path).map_err(|source| Error::Io { path: path.into(), source })?;
         let config = read_config(path.parent().unwrap_or(Path::new("")))?;
         let refuse = |reason: String| Error::File { path: path.into(), reason };
         Self::from_json_bytes(&bytes, &config).map_err(refuse)
@@ -169,7 +170,7 @@ fn piece_bytes(plain: &Tokenizer, n_tokens: usize) -> Option<TokenBytes> {
 fn read_config(folder: &Path) -> Result<Json> {
     let read = |name: &str| -> Result<Json> {
         let path = folder.join(name);
-        match std::fs::read(&path) {
+        match crate::small_file::read(&path) {
             Ok(bytes) => serde_json::from_slice(&bytes)
                 .ok()
                 .filter(Json::is_object)
@@ -206,7 +207,8 @@ fn content(token: &Json) -> Option<&str> {
 
 /// `vocab.json` and `merges.txt`.
 fn byte_level(folder: &Path, config: &Json) -> std::result::Result<Tokenizer, String> {
-    let read = |name: &str| std::fs::read(folder.join(name)).map_err(|error| format!("{name}: {error}"));
+    let read =
+        |name: &str| crate::small_file::read(folder.join(name)).map_err(|error| format!("{name}: {error}"));
     let vocab: BTreeMap<String, u32> = serde_json::from_slice(&read("vocab.json")?)
         .map_err(|error| format!("is not a table of tokens and their numbers: {error}"))?;
     let longest = vocab.keys().map(String::len).max().unwrap_or(0);
@@ -235,7 +237,7 @@ fn byte_level(folder: &Path, config: &Json) -> std::result::Result<Tokenizer, St
 
 /// `spiece.model`, read as transformers reads T5's: white space only separates words, and every word begins with its mark.
 fn unigram(folder: &Path, config: &Json) -> std::result::Result<Tokenizer, String> {
-    let bytes = std::fs::read(folder.join("spiece.model")).map_err(|error| error.to_string())?;
+    let bytes = crate::small_file::read(folder.join("spiece.model")).map_err(|error| error.to_string())?;
     let Pieces { pieces, charsmap } = Pieces::parse(&bytes)?;
     let mut texts = HashSet::new();
     if let Some(twice) = pieces.iter().find(|piece| !texts.insert(&piece.text)) {
