@@ -5,7 +5,7 @@ use std::io::Write;
 use std::path::Path;
 
 use anyhow::Context;
-use blip2::model::Compared;
+use blip2::model::{Compared, LABEL, labelled};
 use blip2::weights::safetensors::{NamedTensor, Values, write_safetensors};
 use serde_json::json;
 
@@ -42,11 +42,11 @@ pub(crate) fn match_texts(args: &MatchArgs) -> anyhow::Result<Done> {
 
 pub(crate) fn classify(args: &ClassifyArgs) -> anyhow::Result<Done> {
     none_is_empty(&args.labels, "label")?;
-    if !args.template.contains("{label}") {
-        return WrongUsage::end(format!("--template {:?} has no {{label}}", args.template));
+    if !args.template.contains(LABEL) {
+        return WrongUsage::end(format!("--template {:?} has no {LABEL}", args.template));
     }
     let labels = distinct(&args.labels);
-    let texts: Vec<String> = labels.iter().map(|label| args.template.replace("{label}", label)).collect();
+    let texts = labelled(&args.template, &labels);
     let texts: Vec<&str> = texts.iter().map(String::as_str).collect();
     let model = open_to_compare(&args.model, Part::Stage1, args.preset, &texts, Compared::Embedded)?;
     let features = encode_picture(&model, &args.picture, args.preset)?;

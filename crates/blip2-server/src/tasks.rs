@@ -9,6 +9,7 @@ use axum::extract::{Extension, Request, State};
 use axum::http::HeaderMap;
 use axum::http::header::CONTENT_TYPE;
 use axum::response::{IntoResponse, Response};
+use blip2::model::LABEL;
 use blip2::text::Turn;
 use serde::Deserialize;
 use serde_json::{Value, json};
@@ -159,9 +160,8 @@ pub(crate) async fn match_texts(State(app): State<Arc<App>>, request: Request) -
 /// Whether the template with each label in it, which is what the model reads, is as short as all texts have to be: its places
 /// times the labels' lengths could be megabytes.
 fn check_filled(template: &str, labels: &[String], limit: usize) -> Result<(), ApiError> {
-    const PLACE: &str = "{label}";
-    let n_places = template.matches(PLACE).count();
-    let n_around = template.len() - n_places * PLACE.len();
+    let n_places = template.matches(LABEL).count();
+    let n_around = template.len() - n_places * LABEL.len();
     if labels.iter().map(|label| n_around + n_places * label.len()).sum::<usize>() > limit {
         let message = format!("the labels in their template have together more than {limit} bytes");
         return Err(ApiError::invalid("template", message));

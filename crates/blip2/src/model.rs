@@ -37,12 +37,12 @@ pub use preset::{GenerationDefaults, Preset};
 pub use quantize::{has_stored_blocks, quantize, stored_quantization};
 pub use random::{RandomModel, SHAPES};
 pub use read_text::ReadText;
-pub use stage1::{LabelScore, MatchScore};
+pub use stage1::{LABEL, LabelScore, MatchScore, labelled};
 pub use stage2::{Answer, Choice};
 pub use texts::{Compared, check_texts};
 
 use crate::image::{ImageError, Limits, Pixels, RgbImage};
-use crate::layers::{FrozenFormat, Precision, Quantization};
+use crate::layers::{FrozenFormat, Loader, Precision, Quantization, TensorSource};
 use crate::qformer::ImageKeys;
 use crate::vision::VisionEncoder;
 use crate::weights::{MappedFile, sha256};
@@ -81,9 +81,16 @@ impl OpenOptions {
         FrozenFormat { precision: self.precision, quantization: self.quantization }
     }
 
-    /// The few bits of the Q-Former, of a model whose large matrices are in `quantization`.
-    fn of_qformer(&self, quantization: Option<Quantization>) -> Option<Quantization> {
-        quantization.filter(|_| self.quantize_qformer)
+    /// What a Q-Former and the projections behind it load their tensors with; `stored` is what few bits the large matrices of
+    /// their file are in already.
+    fn bridge_loader<'a>(
+        &self,
+        source: &'a dyn TensorSource,
+        precision: Precision,
+        stored: Option<Quantization>,
+    ) -> Loader<'a> {
+        let quantization = self.quantization.or(stored).filter(|_| self.quantize_qformer);
+        Loader::frozen(source, precision).quantizing_bridge(quantization)
     }
 }
 

@@ -303,22 +303,11 @@ struct Prompts<'a> {
 impl Prompts<'_> {
     /// Refuses a text that is longer than a step takes, before there is a step that meets it.
     fn check(&self) -> Result<()> {
-        let n_queries = self.config.qformer.num_query_tokens;
-        let mut longest = (0, "");
-        for instruction in &self.config.instructions {
-            let turn = PromptTurn::answered(instruction, "a");
-            let prompt = self.render(self.config.caption_prompt(), &[turn]).map_err(|error| {
-                Error::config(
-                    "max_rows",
-                    format!("is too small for the instruction {instruction:?}: {error}"),
-                )
-            })?;
-            longest = longest.max((prompt.n_rows(n_queries), instruction.as_str()));
-        }
+        let instruction = self.longest_instruction()?;
         self.dataset.samples().par_iter().enumerate().try_for_each(|(number, sample)| {
             let mut random = Random::new(&[self.config.seed, TEXTS, number as u64]);
             (0..sample.text.n_choices()).try_for_each(|choice| {
-                self.of((number, choice), longest.1, &mut random).map(drop).map_err(|error| {
+                self.of((number, choice), instruction, &mut random).map(drop).map_err(|error| {
                     let source = &self.dataset.images()[sample.image].source;
                     let is_long = matches!(error, Error::Model(blip2::Error::TextTooLong { .. }));
                     let remedy = if is_long { ", or raise `max_rows`" } else { "" };
@@ -326,6 +315,26 @@ impl Prompts<'_> {
                 })
             })
         })
+    }
+
+    /// The instruction that takes most rows; none where no caption needs one.
+    fn longest_instruction(&self) -> Result<&str> {
+        let mut longest = (0, "");
+        if !self.dataset.samples().iter().any(|sample| matches!(sample.text, Text::Captions(_))) {
+            return Ok(longest.1);
+        }
+        for instruction in &self.config.instructions {
+            let turn = PromptTurn::answered(instruction, "a");
+            let prompt = self.render(self.config.caption_prompt(), &[turn]).map_err(|error| match error {
+                Error::Model(blip2::Error::TextTooLong { .. }) => {
+                    let reason = format!("is too small for the instruction {instruction:?}: {error}");
+                    Error::config("max_rows", reason)
+                }
+                error => Error::config("instructions", format!("has {instruction:?}: {error}")),
+            })?;
+            longest = longest.max((prompt.n_rows(self.config.qformer.num_query_tokens), instruction));
+        }
+        Ok(longest.1)
     }
 
     /// What is to be learned from a text: one prompt, or of a dialogue one for each answer, where the model learns one at a time.

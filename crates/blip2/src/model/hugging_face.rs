@@ -112,7 +112,8 @@ fn open_retrieval(folder: &Path, json: &Json, file: &Safetensors, options: &Open
     let source = Renamed(file);
     let loader = Loader::frozen(&source, options.precision);
     let encoder = load_vision(&vit, &pictures, &loader, options.quantization)?;
-    let bridge = QFormer::load(&qformer, &bridge_loader(&source, file, options), TextSide::Matching)?;
+    let bridge = options.bridge_loader(&source, BRIDGE_PRECISION, file.quantization());
+    let bridge = QFormer::load(&qformer, &bridge, TextSide::Matching)?;
     file.ignore(|name| name.ends_with(".position_ids"));
     file.finish()?;
     let name = model_name(folder, file);
@@ -252,12 +253,6 @@ fn vision(
     options.vision.then(|| VisionEncoder::vit(encoder, pictures.processor, fingerprint)).transpose()
 }
 
-/// What a Q-Former loads its tensors with.
-fn bridge_loader<'a>(source: &'a dyn TensorSource, file: &Safetensors, options: &OpenOptions) -> Loader<'a> {
-    let quantization = options.of_qformer(options.quantization.or(file.quantization()));
-    Loader::frozen(source, BRIDGE_PRECISION).quantizing_bridge(quantization)
-}
-
 /// Opens a model for captions and answers (`Blip2ForConditionalGeneration`).
 fn open_generation(folder: &Path, json: &Json, file: &Safetensors, options: &OpenOptions) -> Result<Blip2> {
     let (vit, qformer) = sizes(json, options.preset)?;
@@ -278,13 +273,18 @@ fn open_generation(folder: &Path, json: &Json, file: &Safetensors, options: &Ope
 
     // Every part is loaded, asked for or not: what is left over then is a mistake.
     let encoder = load_vision(&vit, &pictures, &loader, options.quantization)?;
-    let bridge = QFormer::load(&qformer, &bridge_loader(&source, file, options), TextSide::None)?;
+    let bridge = options.bridge_loader(&source, BRIDGE_PRECISION, file.quantization());
+    let bridge = QFormer::load(&qformer, &bridge, TextSide::None)?;
     let language_model =
         LanguageModel::from_safetensors(&text, file, LANGUAGE_MODEL, options.frozen_format())?;
     // Of an OPT with narrower embeddings than layers it may have either width, which was checked.
     let projected = loader.shape("language_projection.weight").and_then(|shape| shape.first().copied());
     let projected = projected.unwrap_or_else(|| language_model.hidden_size());
-    let language_projection = loader.linear("language_projection", qformer.hidden_size, projected)?;
+    let language_projection = options.bridge_loader(&source, options.precision, file.quantization()).linear(
+        "language_projection",
+        qformer.hidden_size,
+        projected,
+    )?;
     // Buffers of old revisions: positions count from 0.
     file.ignore(|name| name.ends_with(".position_ids"));
     file.finish()?;

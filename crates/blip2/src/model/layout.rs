@@ -504,7 +504,7 @@ fn json_of(folder: &Path) -> Result<Json> {
 }
 
 fn read_json(path: &Path) -> Result<Json> {
-    let bytes = std::fs::read(path).map_err(|source| Error::Io { path: path.into(), source })?;
+    let bytes = crate::small_file::read(path).map_err(|source| Error::Io { path: path.into(), source })?;
     serde_json::from_slice(&bytes)
         .map_err(|error| Error::File { path: path.into(), reason: format!("is not JSON: {error}") })
 }

@@ -59,7 +59,7 @@ pub fn quantize(from: impl AsRef<Path>, to: impl AsRef<Path>, quantization: Quan
     // The configuration last, so that a folder with one is a whole model.
     for file in COMPANIONS.into_iter().chain([super::FILE_NAME]) {
         let path = from.join(file);
-        let bytes = match std::fs::read(&path) {
+        let bytes = match crate::small_file::read(&path) {
             Ok(bytes) => bytes,
             Err(error) if error.kind() == std::io::ErrorKind::NotFound => continue,
             Err(source) => return Err(io(&path, source)),

@@ -115,8 +115,7 @@ impl RandomModel {
         let vision = options.vision.then(|| self.vision(weights, &loader, options)).transpose()?;
         // As the folders of published models are opened.
         let bridge = if self.vit.is_some() { BRIDGE_PRECISION } else { options.precision };
-        let few_bits = options.of_qformer(options.quantization);
-        let bridge = Loader::frozen(&weights, bridge).quantizing_bridge(few_bits);
+        let bridge = options.bridge_loader(&weights, bridge, None);
         let stage1 = (self.matches && options.stage1).then(|| self.stage1(&bridge)).transpose()?;
         let language = self.language.as_ref().filter(|_| options.stage2);
         let stage2 = language.map(|language| self.stage2(language, weights, &bridge, options)).transpose()?;

@@ -6,7 +6,7 @@ use candle_core::{D, Tensor};
 
 use super::texts::{LAVIS_MATCH_TOKENS, LAVIS_RETRIEVAL_TOKENS, TextReader, Texts};
 use super::{Blip2, ImageFeatures, ModelConfig, OpenOptions, Stage1Config, image_keys};
-use crate::layers::{DropoutRng, Loader};
+use crate::layers::DropoutRng;
 use crate::qformer::{QFormer, TextBatch, TextSide};
 use crate::text::BertTokenizer;
 use crate::weights::int8::TrainedWeights;
@@ -52,8 +52,7 @@ impl Stage1 {
     ) -> Result<Self> {
         let paths: Vec<PathBuf> = stage1.weights.iter().map(|file| folder.join(file)).collect();
         let weights = TrainedWeights::open(&paths)?;
-        let few_bits = options.of_qformer(options.quantization);
-        let loader = Loader::frozen(&weights, options.precision).quantizing_bridge(few_bits);
+        let loader = options.bridge_loader(&weights, options.precision, None);
         let qformer = QFormer::load(&config.qformer, &loader, TextSide::Whole)?;
         weights.finish()?;
         let vocabulary = folder.join(&stage1.vocabulary);
@@ -137,6 +136,14 @@ impl Stage1 {
     }
 }
 
+/// What stands for the label in a template of [`Blip2::classify`].
+pub const LABEL: &str = "{label}";
+
+/// The texts that [`Blip2::classify`] compares with a picture: the template with each label in it.
+pub fn labelled(template: &str, labels: &[&str]) -> Vec<String> {
+    labels.iter().map(|label| template.replace(LABEL, label)).collect()
+}
+
 impl Blip2 {
     /// The matching head's raw logits (no match, match) of a picture with each text, as re-ranking needs them. Texts are those
     /// of [`embed_candidates`](Self::embed_candidates).
@@ -148,7 +155,9 @@ impl Blip2 {
         stage1.itm_logits(features, &stage1.tokenize_cut(texts, LAVIS_RETRIEVAL_TOKENS)?)
     }
 
-    /// How well each text fits a picture; with [`Preset::Lavis`](super::Preset::Lavis) its first 32 tokens.
+    /// How well each text fits a picture; with [`Preset::Lavis`] its first 32 tokens.
+    ///
+    /// [`Preset::Lavis`]: super::Preset::Lavis
     ///
     /// # Errors
     /// When the model has no stage-1 part, there is no text, or a text is empty or too long.
@@ -182,8 +191,10 @@ impl Blip2 {
         stage1.embed_batch(&stage1.tokenize(texts)?)
     }
 
-    /// As [`embed_texts`](Self::embed_texts), of texts among which retrieval finds a picture's: with [`Preset::Lavis`](super::Preset::Lavis) their
+    /// As [`embed_texts`](Self::embed_texts), of texts among which retrieval finds a picture's: with [`Preset::Lavis`] their
     /// first 35 tokens.
+    ///
+    /// [`Preset::Lavis`]: super::Preset::Lavis
     ///
     /// # Errors
     /// As [`embed_texts`](Self::embed_texts).
@@ -250,10 +261,10 @@ impl Blip2 {
         if labels.iter().any(|label| label.trim().is_empty()) {
             return Err(Error::Request("a label is empty".into()));
         }
-        if !template.contains("{label}") {
-            return Err(Error::Request(format!("the template \"{template}\" has no {{label}}")));
+        if !template.contains(LABEL) {
+            return Err(Error::Request(format!("the template \"{template}\" has no {LABEL}")));
         }
-        let texts: Vec<String> = labels.iter().map(|label| template.replace("{label}", label)).collect();
+        let texts = labelled(template, labels);
         let texts: Vec<&str> = texts.iter().map(String::as_str).collect();
         let similarities = stage1.similarities(features, &stage1.tokenize(&texts)?)?;
         let temperature =

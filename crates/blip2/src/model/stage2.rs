@@ -13,7 +13,7 @@ use crate::generate::{
     score,
 };
 use crate::language::LanguageModel;
-use crate::layers::{DropoutRng, Linear, Loader};
+use crate::layers::{DropoutRng, Linear};
 use crate::qformer::{QFormer, TextSide};
 use crate::text::{AnswerForm, Grammar, Grammars, LanguageTokenizer, Prompt, PromptFormat, Turn};
 use crate::weights::int8::TrainedWeights;
@@ -82,8 +82,7 @@ impl Stage2 {
     ) -> Result<Self> {
         let paths: Vec<PathBuf> = stage2.weights.iter().map(|file| folder.join(file)).collect();
         let weights = TrainedWeights::open(&paths)?;
-        let few_bits = options.of_qformer(options.quantization);
-        let loader = Loader::frozen(&weights, options.precision).quantizing_bridge(few_bits);
+        let loader = options.bridge_loader(&weights, options.precision, None);
         let qformer = QFormer::load(&config.qformer, &loader, TextSide::None)?;
         let (language_model, tokenizer) = open_language_model(language_model, options.frozen_format())?;
         let language_projection =

@@ -56,7 +56,7 @@ impl NewFolder {
     pub(super) fn copy(&self, from: &Path) -> Result<()> {
         let io_error = |source| Error::Io { path: from.into(), source };
         let name = from.file_name().map(|name| name.to_string_lossy().into_owned()).unwrap_or_default();
-        let bytes = fs::read(from).map_err(io_error)?;
+        let bytes = crate::small_file::read(from).map_err(io_error)?;
         write_atomically(self.inside(&name), |file| file.write_all(&bytes))
     }
 

@@ -131,7 +131,8 @@ fn write_bert(new: &NewFolder, model: &Architecture, vocabulary: &PathBuf) -> Re
         );
         return Err(Error::File { path: vocabulary.clone(), reason });
     }
-    let bytes = std::fs::read(vocabulary).map_err(|source| Error::Io { path: vocabulary.clone(), source })?;
+    let bytes = crate::small_file::read(vocabulary)
+        .map_err(|source| Error::Io { path: vocabulary.clone(), source })?;
     crate::weights::write_atomically(new.inside("vocab.txt"), |file| {
         std::io::Write::write_all(file, &bytes)
     })?;
