@@ -14,7 +14,6 @@ mod avx2;
 mod avx512;
 #[cfg(target_arch = "x86_64")]
 mod avx_vnni;
-mod bytes;
 mod format;
 mod gguf;
 #[cfg(target_arch = "aarch64")]
@@ -31,8 +30,6 @@ use crate::gemm::{Output, Precision};
 use crate::isa::{Isa, with_isa};
 use crate::linear::{Epilogue, input_gradient};
 use crate::memory::WeightMemory;
-pub use bytes::StoredBytes;
-use bytes::WeightBytes;
 pub use format::{BLOCK, Format, SUPER_BLOCK};
 use format::{QUAD, WIDTH, f32_at};
 use rows::Rows;
@@ -41,10 +38,10 @@ use sums::{Activations, MAX_ROWS, Tile, block_sums, integer_sums};
 /// Tasks for each thread: enough to even out their times.
 const TASKS_A_THREAD: usize = 4;
 
-/// A frozen weight `[out, in]` in few bits. Its bytes are in memory, or wherever else a slice can come from, such as a mapped
-/// file; those that are multiplied again and again are then copied into memory.
+/// A frozen weight `[out, in]` in few bits. Its bytes are in memory, or wherever else a slice can come from, such as a
+/// mapped file.
 pub struct QuantizedWeight {
-    bytes: WeightBytes,
+    bytes: Box<dyn AsRef<[u8]> + Send + Sync>,
     format: Format,
     out_features: usize,
     in_features: usize,
@@ -124,11 +121,10 @@ impl QuantizedWeight {
         bytes.as_mut().par_chunks_exact_mut(panel_bytes).enumerate().for_each(|(i, panel)| {
             write(panel, i * WIDTH, WIDTH.min(out_features - i * WIDTH));
         });
-        Self::new(out_features, in_features, format, WeightBytes::Own(bytes))
+        Self::from_bytes(out_features, in_features, format, Box::new(bytes))
     }
 
-    /// A weight whose [`bytes`](Self::bytes) were stored. They are used where they are, and
-    /// copied where they are used often; any bytes are some weight.
+    /// A weight whose [`bytes`](Self::bytes) were stored. They are used where they are; any bytes are some weight.
     ///
     /// # Panics
     /// When a size is zero, the input is larger than the format allows or no multiple of what it takes, or the number of bytes is
@@ -137,12 +133,8 @@ impl QuantizedWeight {
         out_features: usize,
         in_features: usize,
         format: Format,
-        bytes: Box<dyn StoredBytes>,
+        bytes: Box<dyn AsRef<[u8]> + Send + Sync>,
     ) -> Self {
-        Self::new(out_features, in_features, format, WeightBytes::stored(bytes))
-    }
-
-    fn new(out_features: usize, in_features: usize, format: Format, bytes: WeightBytes) -> Self {
         assert!(out_features > 0 && in_features > 0, "an empty weight");
         assert!(in_features <= format.max_in_features(), "{format:?} of {in_features} inputs");
         assert!(
@@ -150,13 +142,13 @@ impl QuantizedWeight {
             "{format:?} of {in_features} inputs"
         );
         let expected = format.n_bytes(out_features, in_features);
-        assert_eq!(Some(bytes.as_ref().len()), expected, "the bytes of a weight");
+        assert_eq!(Some((*bytes).as_ref().len()), expected, "the bytes of a weight");
         Self { bytes, format, out_features, in_features }
     }
 
     /// Its panels, as [`Format`] describes them.
     pub fn bytes(&self) -> &[u8] {
-        self.bytes.as_ref()
+        (*self.bytes).as_ref()
     }
 
     /// Its format.
@@ -204,10 +196,7 @@ impl QuantizedWeight {
         if n_rows == 0 || !products.iter().all(|(weight, _)| alike(weight)) {
             return products.iter().map(|(weight, epilogue)| weight.forward(x, n_rows, *epilogue)).collect();
         }
-        for (weight, epilogue) in products {
-            weight.check(x, n_rows, *epilogue);
-            weight.bytes.count_product();
-        }
+        products.iter().for_each(|(weight, epilogue)| weight.check(x, n_rows, *epilogue));
         let mut results: Vec<Vec<f32>> =
             products.iter().map(|(weight, _)| Vec::with_capacity(n_rows * weight.out_features)).collect();
         let outputs: Vec<_> = results.iter_mut().map(|result| Output(result.as_mut_ptr())).collect();
@@ -251,7 +240,6 @@ impl QuantizedWeight {
         if n_rows == 0 {
             return;
         }
-        self.bytes.count_product();
         let block = self.format.scaled_together(self.in_features);
         Rows::with(isa, x, n_rows, block, self.format.zero_point(), |rows| {
             let tasks = self.tasks(n_rows, 1);

@@ -16,8 +16,8 @@ fn numbers(n: usize, seed: u32) -> Vec<f32> {
 /// A mapped file's bytes: at an odd address, with nothing behind them.
 struct Odd(Vec<u8>);
 
-impl StoredBytes for Odd {
-    fn bytes(&self) -> &[u8] {
+impl AsRef<[u8]> for Odd {
+    fn as_ref(&self) -> &[u8] {
         &self.0[1..]
     }
 }

@@ -9,7 +9,7 @@ use std::collections::BTreeMap;
 use std::ops::Range;
 use std::path::Path;
 
-use blip2_kernels::quantized::{Format, QuantizedWeight, StoredBytes};
+use blip2_kernels::quantized::{Format, QuantizedWeight};
 use serde::{Deserialize, Serialize};
 
 use super::MappedFile;
@@ -127,13 +127,9 @@ struct MappedPart {
     range: Range<usize>,
 }
 
-impl StoredBytes for MappedPart {
-    fn bytes(&self) -> &[u8] {
+impl AsRef<[u8]> for MappedPart {
+    fn as_ref(&self) -> &[u8] {
         &self.file.bytes()[self.range.clone()]
-    }
-
-    fn release(&self) {
-        self.file.release(self.bytes());
     }
 }
 
