@@ -1,12 +1,9 @@
-//! The memory of weights, and asking for it ahead.
+//! The memory of a weight.
 
 use memmap2::MmapMut;
 
 /// Fewest bytes that get pages of their own.
 const OWN_PAGES: usize = 1 << 20;
-
-/// Bytes of a large page of the common processors. Where they are others, nothing is lost but speed.
-const HUGE_PAGE: usize = 2 << 20;
 
 /// Bytes of a line of the cache.
 const LINE: usize = 64;
@@ -18,48 +15,25 @@ const LINE: usize = 64;
 #[derive(Debug)]
 pub(crate) enum WeightMemory {
     Lines(Vec<Line>, usize),
-    Pages { pages: MmapMut, start: usize, n_bytes: usize },
+    Pages(MmapMut),
 }
 
 #[derive(Debug, Clone, Copy)]
 #[repr(C, align(64))]
 pub(crate) struct Line([u8; LINE]);
 
-/// Asks for memory that is read soon.
-#[inline(always)]
-pub(crate) fn prefetch<T>(values: &[T]) {
-    #[cfg(target_arch = "x86_64")]
-    for at in (0..size_of_val(values)).step_by(LINE) {
-        use std::arch::x86_64::{_MM_HINT_T1, _mm_prefetch};
-        // SAFETY: a hint, which accesses nothing; the address is one of the slice.
-        unsafe { _mm_prefetch::<_MM_HINT_T1>(values.as_ptr().cast::<i8>().add(at)) };
-    }
-    #[cfg(not(target_arch = "x86_64"))]
-    let _ = values;
-}
-
 impl WeightMemory {
     /// So many bytes, all zero.
     pub(crate) fn zeroed(n_bytes: usize) -> Self {
-        let pages = if n_bytes >= OWN_PAGES { Self::in_pages(n_bytes) } else { None };
-        pages.unwrap_or_else(|| Self::Lines(vec![Line([0; LINE]); n_bytes.div_ceil(LINE)], n_bytes))
-    }
-
-    /// So many bytes in pages of their own, of which as many as fit are large: products read all of it again and again. The rest of
-    /// the mapping is never touched, and takes no memory.
-    fn in_pages(n_bytes: usize) -> Option<Self> {
-        let pages = MmapMut::map_anon(n_bytes.checked_add(HUGE_PAGE)?).ok()?;
-        let address = pages.as_ptr().addr();
-        let start = address.next_multiple_of(HUGE_PAGE) - address;
-        // It is as right without the advice.
-        #[cfg(target_os = "linux")]
+        if n_bytes >= OWN_PAGES
+            && let Ok(pages) = MmapMut::map_anon(n_bytes)
         {
-            let in_huge_pages = n_bytes / HUGE_PAGE * HUGE_PAGE;
-            let end = start + in_huge_pages;
-            let _ = pages.advise_range(memmap2::Advice::HugePage, start, in_huge_pages);
-            let _ = pages.advise_range(memmap2::Advice::NoHugePage, end, pages.len() - end);
+            // Products read all of it again and again. It is as right without.
+            #[cfg(target_os = "linux")]
+            let _ = pages.advise(memmap2::Advice::HugePage);
+            return Self::Pages(pages);
         }
-        Some(Self::Pages { pages, start, n_bytes })
+        Self::Lines(vec![Line([0; LINE]); n_bytes.div_ceil(LINE)], n_bytes)
     }
 
     /// Its bytes as words, whatever is left of the last word not among them.
@@ -84,7 +58,7 @@ impl AsRef<[u8]> for WeightMemory {
             Self::Lines(lines, n_bytes) => unsafe {
                 std::slice::from_raw_parts(lines.as_ptr().cast(), *n_bytes)
             },
-            Self::Pages { pages, start, n_bytes } => &pages[*start..][..*n_bytes],
+            Self::Pages(pages) => pages,
         }
     }
 }
@@ -96,7 +70,7 @@ impl AsMut<[u8]> for WeightMemory {
             Self::Lines(lines, n_bytes) => unsafe {
                 std::slice::from_raw_parts_mut(lines.as_mut_ptr().cast(), *n_bytes)
             },
-            Self::Pages { pages, start, n_bytes } => &mut pages[*start..][..*n_bytes],
+            Self::Pages(pages) => pages,
         }
     }
 }
@@ -107,9 +81,7 @@ mod tests {
 
     #[test]
     fn small_and_large_memory_is_zero_aligned_and_of_its_size() {
-        for n_bytes in
-            [0, 1, 63, 64, 130, OWN_PAGES - 4, OWN_PAGES, OWN_PAGES + 4, HUGE_PAGE, 3 * HUGE_PAGE + 100]
-        {
+        for n_bytes in [0, 1, 63, 64, 130, OWN_PAGES - 4, OWN_PAGES, OWN_PAGES + 4] {
             let mut memory = WeightMemory::zeroed(n_bytes);
             assert!(memory.as_ref().len() == n_bytes && memory.as_ref().iter().all(|byte| *byte == 0));
             assert!(memory.as_ref().as_ptr().addr().is_multiple_of(LINE));

@@ -11,13 +11,9 @@ use super::head::{Scratch, padded, resize, softmax};
 use super::{AttentionShape, RelativeBias, Rows, Sequence, count, rows};
 use crate::isa::Isa;
 use crate::lanes::{LANES, axpy};
-use crate::memory::prefetch;
 
 /// Keys whose scores are summed side by side.
 const KEYS: usize = 4 * LANES;
-
-/// How many rows of values are fetched before the one that is read.
-const VALUES_AHEAD: usize = 8;
 
 /// The results of `heads` for row `query`, the only one of `sequence`, into `scratch.out`, `[heads, d']`. For use inside `with_isa`.
 #[inline(always)]
@@ -36,10 +32,6 @@ pub(super) fn decode<E: Element>(
     let (d, n_keys) = (shape.head_dim, count(&sequence.keys));
     let (wide, m) = (padded(d), n_keys.next_multiple_of(KEYS));
     let key_head = |head: usize| head * shape.n_kv_heads / shape.n_heads;
-    let columns_of_heads = key_head(heads.start) * d..(key_head(heads.end - 1) + 1) * d;
-    let fetch = |from: Rows<'_, E>, row: usize| {
-        prefetch(&from.values[row * from.stride..][columns_of_heads.clone()]);
-    };
     resize(&mut scratch.q, heads.len() * d);
     for (to, x) in
         scratch.q.iter_mut().zip(&q.values[query * q.stride + heads.start * d..][..heads.len() * d])
@@ -52,22 +44,12 @@ pub(super) fn decode<E: Element>(
     }
     resize(&mut scratch.k_t, KEYS * d);
     let mut keys = rows(&sequence.keys);
-    let mut take_some = |first: usize| {
-        let mut some = [0; KEYS];
-        let n = KEYS.min(n_keys.saturating_sub(first));
-        some[..n].iter_mut().zip(&mut keys).for_each(|(to, key)| *to = key);
-        (some, n)
-    };
-    let (mut next, mut n_next) = take_some(0);
     for first in (0..n_keys).step_by(KEYS) {
-        let (some, n) = (next, n_next);
-        (next, n_next) = take_some(first + KEYS);
+        let mut some = [0; KEYS];
+        let n = KEYS.min(n_keys - first);
+        some[..n].iter_mut().zip(&mut keys).for_each(|(to, key)| *to = key);
         let mut read = None;
         for (h, head) in heads.clone().enumerate() {
-            // Rows lie far apart, where no processor guesses them; each head fetches a share of those that come next.
-            for &row in &next[n_next * h / heads.len()..n_next * (h + 1) / heads.len()] {
-                fetch(k, row);
-            }
             if read != Some(key_head(head)) {
                 read = Some(key_head(head));
                 keys_as_columns(isa, &some[..n], k, key_head(head) * d, d, &mut scratch.k, &mut scratch.k_t);
@@ -92,11 +74,7 @@ pub(super) fn decode<E: Element>(
     }
     resize(&mut scratch.out, heads.len() * wide);
     scratch.out[..heads.len() * wide].fill(0.0);
-    let mut ahead = rows(&sequence.keys).skip(VALUES_AHEAD);
     for (j, row) in rows(&sequence.keys).enumerate() {
-        if let Some(row) = ahead.next() {
-            fetch(v, row);
-        }
         for (h, head) in heads.clone().enumerate() {
             let p = scratch.p[h * m + j];
             let values = &v.values[row * v.stride + key_head(head) * d..][..d];
