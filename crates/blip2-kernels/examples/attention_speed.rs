@@ -1,4 +1,4 @@
-//! Times attention and its gradient on the training shapes of the default model.
+//! Times attention and its gradient on the training shapes of the default model, and the steps of OPT-2.7B's generation.
 //!
 //! `cargo run --release -p blip2-kernels --example attention_speed`
 
@@ -6,6 +6,7 @@ use std::time::Instant;
 
 use blip2_kernels::attention::{AttentionShape, Sequence, Span, attention, attention_backward};
 use blip2_kernels::dropout::Dropout;
+use half::bf16;
 
 fn main() {
     // Picture-text matching in stage 1: 32 queries and 24 tokens.
@@ -29,6 +30,38 @@ fn main() {
         })
         .collect();
     measure("language model, 32 x (40 + 3 x 24)", llama, &branched, None);
+    for (n_texts, n_shared, n_own) in [(1, 40, 20), (5, 40, 20), (5, 0, 60), (1, 40, 500)] {
+        measure_steps(n_texts, n_shared, n_own);
+    }
+}
+
+/// A step of texts with some keys in common and some of their own through the 32 layers of OPT-2.7B, whose keys and values lie
+/// in bf16 at different places.
+fn measure_steps(n_texts: usize, n_shared: usize, n_own: usize) {
+    let shape = AttentionShape::multi_head(32, 80);
+    let width = shape.n_heads * shape.head_dim;
+    let n_rows = n_shared + n_texts * n_own;
+    let texts: Vec<Sequence> = (0..n_texts)
+        .map(|i| Sequence {
+            queries: vec![Span { start: i, len: 1 }],
+            keys: vec![Span { start: 0, len: n_shared }, Span { start: n_shared + i * n_own, len: n_own }],
+            causal: true,
+        })
+        .collect();
+    let rows: Vec<bf16> = (0..n_rows * width).map(|i| bf16::from_f32((i as f32 * 0.37).sin())).collect();
+    let layers: Vec<[Vec<bf16>; 2]> = (0..32).map(|_| [rows.clone(), rows.clone()]).collect();
+    let q: Vec<f32> = (0..n_texts * width).map(|i| (i as f32 * 0.37).sin()).collect();
+    let mut out = vec![0.0; q.len()];
+    let time = median(|| {
+        for [k, v] in &layers {
+            attention(&q, k, v, &texts, shape, None, None, &mut out);
+        }
+    });
+    let name = format!("32 layers, {n_texts} x ({n_shared} + {n_own}) keys");
+    #[allow(clippy::print_stdout, reason = "an example prints")]
+    {
+        println!("{name:40} forward {time:6.2} ms");
+    }
 }
 
 fn whole(query: usize, n_queries: usize, key: usize, n_keys: usize, causal: bool) -> Sequence {

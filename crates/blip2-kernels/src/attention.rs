@@ -9,13 +9,15 @@ mod decode;
 mod element;
 mod head;
 mod product;
+#[cfg(target_arch = "x86_64")]
+mod rounded;
 
 use std::ops::Range;
 
 use rayon::prelude::*;
 
 use crate::dropout::Dropout;
-use crate::gemm::Output;
+use crate::gemm::{Output, Precision};
 use crate::isa::{Isa, with_isa};
 use crate::lanes::axpy;
 use decode::decode;
@@ -125,15 +127,23 @@ pub fn attention<E: Element>(
     assert_eq!(out.len(), q.len(), "out must have the shape of q");
     let (width, kv_width) = (shape.n_heads * shape.head_dim, shape.n_kv_heads * shape.head_dim);
     let [k, v] = [k, v].map(|values| Rows { values, stride: kv_width });
-    mix(Rows { values: q, stride: width }, [k, v], sequences, &offsets, shape, bias, dropout, out);
+    let (isa, q) = (Isa::detect(), Rows { values: q, stride: width });
+    mix(isa, Precision::F32, q, [k, v], sequences, &offsets, shape, bias, dropout, out);
 }
 
 /// [`attention`] of queries, keys and values that stand side by side in each row, as one product gives them:
-/// `qkv` is `[N, 3 * n_heads * head_dim]`, `out` `[N, n_heads * head_dim]`. Without bias and dropout.
+/// `qkv` is `[N, 3 * n_heads * head_dim]`, `out` `[N, n_heads * head_dim]`. Without bias and dropout. With [`Precision::Bf16`]
+/// what is multiplied may be rounded to bf16 first, and is where the machine multiplies that faster; sums are f32.
 ///
 /// # Panics
 /// As [`attention`], and when queries and keys have not the same heads.
-pub fn attention_joint(qkv: &[f32], sequences: &[Sequence], shape: AttentionShape, out: &mut [f32]) {
+pub fn attention_joint(
+    qkv: &[f32],
+    sequences: &[Sequence],
+    shape: AttentionShape,
+    precision: Precision,
+    out: &mut [f32],
+) {
     let width = shape.n_heads * shape.head_dim;
     assert!(
         shape.n_kv_heads == shape.n_heads,
@@ -142,12 +152,15 @@ pub fn attention_joint(qkv: &[f32], sequences: &[Sequence], shape: AttentionShap
     let offsets = check(out.len(), out.len(), out.len(), sequences, shape);
     assert_eq!(qkv.len(), 3 * out.len(), "qkv must be [N, 3 * width]");
     let part = |i: usize| Rows { values: &qkv[(i * width).min(qkv.len())..], stride: 3 * width };
-    mix(part(0), [part(1), part(2)], sequences, &offsets, shape, None, None, out);
+    let isa = Isa::detect();
+    mix(isa, precision, part(0), [part(1), part(2)], sequences, &offsets, shape, None, None, out);
 }
 
 /// The result of sequences that were checked against the rows.
 #[allow(clippy::too_many_arguments, reason = "the operands of attention")]
 fn mix<E: Element>(
+    isa: Isa,
+    precision: Precision,
     q: Rows<'_, f32>,
     [k, v]: [Rows<'_, E>; 2],
     sequences: &[Sequence],
@@ -160,20 +173,23 @@ fn mix<E: Element>(
     if let Some(bias) = bias {
         bias.check(sequences, shape.n_heads);
     }
-    let isa = Isa::detect();
     let d = shape.head_dim;
     let width = shape.n_heads * d;
     let out = Output(out.as_mut_ptr());
     let is_step = |sequence: &Sequence| count(&sequence.queries) == 1 && dropout.is_none();
     // A step reads the keys of several heads in one go, where there are tasks enough for the threads.
     let groups_of_a_step = head_groups(sequences.len(), shape, rayon::current_num_threads());
-    let tasks: Vec<(usize, Range<usize>)> = sequences
-        .iter()
-        .enumerate()
-        .filter(|(_, sequence)| count(&sequence.queries) > 0)
-        .flat_map(|(number, sequence)| {
-            let n = if is_step(sequence) { groups_of_a_step } else { shape.n_heads };
-            (0..n).map(move |i| (number, i * shape.n_heads / n..(i + 1) * shape.n_heads / n))
+    let n_groups = |sequence: &Sequence| match count(&sequence.queries) {
+        0 => 0,
+        _ if is_step(sequence) => groups_of_a_step,
+        _ => shape.n_heads,
+    };
+    // The same heads of neighbouring sequences follow each other: beams share most of their keys, which are then read again from
+    // the cache of one core.
+    let tasks: Vec<(usize, Range<usize>)> = (0..shape.n_heads)
+        .flat_map(|i| {
+            let some = sequences.iter().map(n_groups).enumerate().filter(move |&(_, n)| i < n);
+            some.map(move |(number, n)| (number, i * shape.n_heads / n..(i + 1) * shape.n_heads / n))
         })
         .collect();
     tasks.into_par_iter().for_each(|(number, heads)| {
@@ -199,7 +215,7 @@ fn mix<E: Element>(
                 }
                 for head in heads {
                     let work = Head::new(isa, sequence, shape, head, bias, offsets[number], dropout);
-                    work.forward(q, [k, v], &mut scratch);
+                    work.forward(precision, q, [k, v], &mut scratch);
                     for (row, query) in scratch.out.chunks_exact(padded(d)).zip(rows(&sequence.queries)) {
                         put(query, head, row);
                     }

@@ -15,6 +15,7 @@ use rayon::prelude::*;
 
 use crate::buffer::keep;
 use crate::isa::Isa;
+pub(crate) use micro::{Tile, tile};
 pub(crate) use pack::{Panels, bf16_bits, pack_panels};
 
 /// Precision of the products; sums are always f32.
@@ -261,24 +262,23 @@ pub(crate) unsafe fn multiply(
         for panel in some_panels {
             let words = panels.panel(isa, panel, &mut wide);
             let columns = panel * NR..n.min((panel + 1) * NR);
-            for tile in (0..rows.len()).step_by(MR) {
-                let n_rows = MR.min(rows.len() - tile);
-                // SAFETY: rows `rows.start + tile ..+ n_rows` and these columns lie in `c`, which is m * n; no other task has
+            for first in (0..rows.len()).step_by(MR) {
+                let n_rows = MR.min(rows.len() - first);
+                // SAFETY: rows `rows.start + first ..+ n_rows` and these columns lie in `c`, which is m * n; no other task has
                 // this row block and panel.
-                let c = unsafe { out.at((rows.start + tile) * n + columns.start) };
+                let c = unsafe { out.at((rows.start + first) * n + columns.start) };
                 let (from, from_stride) = match start {
                     Start::Zero => (ZEROS.as_ptr(), 0),
                     Start::Row(row) => (row[columns.start..].as_ptr(), 0),
                     Start::Result => (c.cast_const(), n),
                 };
-                let a = &packed[tile * A_STRIDE..];
+                let a = &packed[first * A_STRIDE..];
                 // SAFETY: as above; `a` holds `n_rows` rows of A_STRIDE words and `words` is a whole panel; `from` has as many
                 // elements as there are columns, in the same row again or in the rows of `c`, which hold something where
                 // `start` is `Result`.
                 unsafe {
-                    let tile =
-                        micro::Tile { n_rows, width: columns.len(), from, from_stride, c, c_stride: n };
-                    micro::tile(isa, precision, a, A_STRIDE, words, tile);
+                    let sums = Tile { n_rows, width: columns.len(), from, from_stride, c, c_stride: n };
+                    tile(isa, precision, a, A_STRIDE, words, sums);
                 }
             }
             if let Some(finish) = finish {

@@ -209,6 +209,11 @@ impl PackedWeight {
         self.in_features
     }
 
+    /// The precision of its products.
+    pub fn precision(&self) -> Precision {
+        self.format.precision()
+    }
+
     /// Memory of the packed weight.
     pub fn n_bytes(&self) -> usize {
         self.memory.as_ref().len()

@@ -1,5 +1,6 @@
 //! Rows as columns: keys are read row by row and multiplied column by column.
 
+use super::element::Element;
 use crate::isa::Isa;
 use crate::lanes::LANES;
 
@@ -8,79 +9,122 @@ use crate::lanes::LANES;
 ///
 /// # Panics
 /// When a row that is not empty has less than `d` numbers, or `to` does not hold the columns.
-pub(super) fn columns(isa: Isa, rows: &[&[f32]; LANES], d: usize, to: &mut [f32], stride: usize) {
+pub(super) fn columns<E: Element>(isa: Isa, rows: &[&[E]; LANES], d: usize, to: &mut [f32], stride: usize) {
     assert!(rows.iter().all(|row| row.is_empty() || row.len() >= d), "a row of `d` numbers");
     assert!(d == 0 || to.len() >= (d - 1) * stride + LANES, "`to` must hold the columns");
     assert!(isa.is_available());
     #[cfg(target_arch = "x86_64")]
-    if isa == Isa::Avx512 {
+    if isa == Isa::Avx512 && d.is_multiple_of(E::PER_WORD) {
+        let to = to.as_mut_ptr();
         // SAFETY: the instruction set is available; the rest was checked above.
-        return unsafe { avx512_columns(rows, d, to.as_mut_ptr(), stride) };
+        return unsafe {
+            if rows.iter().any(|row| row.is_empty()) {
+                avx512_columns::<_, false>(rows, d, to, stride);
+            } else {
+                avx512_columns::<_, true>(rows, d, to, stride);
+            }
+        };
     }
     for (c, to) in to.chunks_mut(stride).take(d).enumerate() {
         for (to, row) in to.iter_mut().zip(rows) {
-            *to = row.get(c).copied().unwrap_or(0.0);
+            *to = row.get(c).map_or(0.0, |x| x.widen());
         }
     }
 }
 
 /// # Safety
-/// Rows that are not empty must have `d` numbers, and `to` must take 16 at each of the first `d` multiples of `stride`.
+/// Rows that are not empty, all of them where `ALL`, must have `d` numbers, which are whole words, and `to` must take 16 at each
+/// of the first `d` multiples of `stride`.
 #[cfg(target_arch = "x86_64")]
 #[target_feature(enable = "avx512f")]
-unsafe fn avx512_columns(rows: &[&[f32]; LANES], d: usize, to: *mut f32, stride: usize) {
+unsafe fn avx512_columns<E: Element, const ALL: bool>(
+    rows: &[&[E]; LANES],
+    d: usize,
+    to: *mut f32,
+    stride: usize,
+) {
     use std::arch::x86_64::*;
-    let pair = |x, y| (_mm512_castps_pd(x), _mm512_castps_pd(y));
-    for first in (0..d).step_by(LANES) {
-        let n = LANES.min(d - first);
+    const { assert!(size_of::<E>() * E::PER_WORD == 4) };
+    let n_words = d / E::PER_WORD;
+    for first in (0..n_words).step_by(LANES) {
+        let n = LANES.min(n_words - first);
         let mask = ((1u32 << n) - 1) as u16;
-        let mut r = [_mm512_setzero_ps(); LANES];
-        for (r, row) in r.iter_mut().zip(rows).filter(|(_, row)| !row.is_empty()) {
-            // SAFETY: numbers `first` to `first + n` of the row are there; the others are not read.
-            *r = unsafe { _mm512_maskz_loadu_ps(mask, row.as_ptr().add(first)) };
+        let mut words = [_mm512_setzero_ps(); LANES];
+        for (words, row) in words.iter_mut().zip(rows) {
+            let from = row.as_ptr().cast::<f32>().wrapping_add(first);
+            // SAFETY: words `first` to `first + n` of a row that is not empty are there; no others are read.
+            *words = unsafe {
+                match n {
+                    LANES if ALL => _mm512_loadu_ps(from),
+                    _ if ALL || !row.is_empty() => _mm512_maskz_loadu_ps(mask, from),
+                    _ => _mm512_setzero_ps(),
+                }
+            };
         }
-        // Two neighbours, then four, become columns within the quarters of a register; then quarters change places.
-        let mut two = r;
-        for i in (0..LANES).step_by(2) {
-            two[i] = _mm512_unpacklo_ps(r[i], r[i + 1]);
-            two[i + 1] = _mm512_unpackhi_ps(r[i], r[i + 1]);
-        }
-        let mut four = two;
-        for i in (0..LANES).step_by(4) {
-            for half in 0..2 {
-                let (x, y) = pair(two[i + half], two[i + half + 2]);
-                four[i + 2 * half] = _mm512_castpd_ps(_mm512_unpacklo_pd(x, y));
-                four[i + 2 * half + 1] = _mm512_castpd_ps(_mm512_unpackhi_pd(x, y));
+        for (i, column) in transposed(words).into_iter().enumerate().take(n) {
+            // SAFETY: numbers of word `first + i` are below `d`: 16 numbers are there, as the caller promised.
+            unsafe {
+                let to = to.add((first + i) * E::PER_WORD * stride);
+                if E::PER_WORD == 1 {
+                    _mm512_storeu_ps(to, column);
+                } else {
+                    let words = _mm512_castps_si512(column);
+                    let upper = _mm512_and_si512(words, _mm512_set1_epi32(0xffff_0000_u32 as i32));
+                    _mm512_storeu_ps(to, _mm512_castsi512_ps(_mm512_slli_epi32::<16>(words)));
+                    _mm512_storeu_ps(to.add(stride), _mm512_castsi512_ps(upper));
+                }
             }
-        }
-        let mut columns = four;
-        for k in 0..4 {
-            let even = |a: usize| _mm512_shuffle_f32x4::<0x88>(four[a + k], four[a + 4 + k]);
-            let odd = |a: usize| _mm512_shuffle_f32x4::<0xdd>(four[a + k], four[a + 4 + k]);
-            columns[k] = _mm512_shuffle_f32x4::<0x88>(even(0), even(8));
-            columns[8 + k] = _mm512_shuffle_f32x4::<0xdd>(even(0), even(8));
-            columns[4 + k] = _mm512_shuffle_f32x4::<0x88>(odd(0), odd(8));
-            columns[12 + k] = _mm512_shuffle_f32x4::<0xdd>(odd(0), odd(8));
-        }
-        for (i, column) in columns.iter().enumerate().take(n) {
-            // SAFETY: `first + i` is below `d`: 16 numbers are there, as the caller promised.
-            unsafe { _mm512_storeu_ps(to.add((first + i) * stride), *column) };
         }
     }
 }
 
+/// Sixteen rows of sixteen words as columns.
+#[cfg(target_arch = "x86_64")]
+#[inline]
+#[target_feature(enable = "avx512f")]
+pub(super) fn transposed(r: [std::arch::x86_64::__m512; LANES]) -> [std::arch::x86_64::__m512; LANES] {
+    use std::arch::x86_64::*;
+    let pair = |x, y| (_mm512_castps_pd(x), _mm512_castps_pd(y));
+    // Two neighbours, then four, become columns within the quarters of a register; then quarters change places.
+    let mut two = r;
+    for i in (0..LANES).step_by(2) {
+        two[i] = _mm512_unpacklo_ps(r[i], r[i + 1]);
+        two[i + 1] = _mm512_unpackhi_ps(r[i], r[i + 1]);
+    }
+    let mut four = two;
+    for i in (0..LANES).step_by(4) {
+        for half in 0..2 {
+            let (x, y) = pair(two[i + half], two[i + half + 2]);
+            four[i + 2 * half] = _mm512_castpd_ps(_mm512_unpacklo_pd(x, y));
+            four[i + 2 * half + 1] = _mm512_castpd_ps(_mm512_unpackhi_pd(x, y));
+        }
+    }
+    let mut columns = four;
+    for k in 0..4 {
+        let even = |a: usize| _mm512_shuffle_f32x4::<0x88>(four[a + k], four[a + 4 + k]);
+        let odd = |a: usize| _mm512_shuffle_f32x4::<0xdd>(four[a + k], four[a + 4 + k]);
+        columns[k] = _mm512_shuffle_f32x4::<0x88>(even(0), even(8));
+        columns[8 + k] = _mm512_shuffle_f32x4::<0xdd>(even(0), even(8));
+        columns[4 + k] = _mm512_shuffle_f32x4::<0x88>(odd(0), odd(8));
+        columns[12 + k] = _mm512_shuffle_f32x4::<0xdd>(odd(0), odd(8));
+    }
+    columns
+}
+
 #[cfg(test)]
 mod tests {
+    use half::bf16;
+
     use super::*;
 
     #[test]
     fn every_number_of_a_row_stands_in_its_column() {
-        let values: Vec<f32> = (0..LANES * 100).map(|i| i as f32 + 1.0).collect();
-        for (d, n_rows, stride) in
-            [(1, 16, 16), (16, 16, 16), (17, 3, 32), (80, 16, 48), (88, 9, 16), (5, 0, 16)]
-        {
-            let rows: [&[f32]; LANES] =
-                std::array::from_fn(|j| if j < n_rows { &values[100 * j..][..d] } else { &[][..] });
+        fn check<E: Element>(d: usize, n_rows: usize, stride: usize) {
+            // Numbers that bf16 holds too.
+            let values: Vec<f32> = (0..LANES * 100).map(|i| (i % 256) as f32 + 1.0).collect();
+            let stored: Vec<E> = values.iter().map(|&x| E::narrow(x)).collect();
+            let rows: [&[E]; LANES] =
+                std::array::from_fn(|j| if j < n_rows { &stored[100 * j..][..d] } else { &[][..] });
             for isa in Isa::all_available() {
                 let mut to = vec![-1.0; d * stride];
                 columns(isa, &rows, d, &mut to, stride);
@@ -95,6 +139,12 @@ mod tests {
                     }
                 }
             }
+        }
+        for (d, n_rows, stride) in
+            [(1, 16, 16), (16, 16, 16), (17, 3, 32), (80, 16, 48), (88, 9, 16), (5, 0, 16), (34, 2, 64)]
+        {
+            check::<f32>(d, n_rows, stride);
+            check::<bf16>(d, n_rows, stride);
         }
     }
 }

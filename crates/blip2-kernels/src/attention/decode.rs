@@ -8,12 +8,17 @@ use std::ops::Range;
 use super::columns::columns;
 use super::element::Element;
 use super::head::{Scratch, padded, resize, softmax};
+use super::product::{Strided, panel};
 use super::{AttentionShape, RelativeBias, Rows, Sequence, count, rows};
 use crate::isa::Isa;
 use crate::lanes::{LANES, axpy};
+use crate::memory::prefetch;
 
 /// Keys whose scores are summed side by side.
 const KEYS: usize = 4 * LANES;
+
+/// Rows of values that are mixed in one go.
+const VALUES: usize = 4;
 
 /// The results of `heads` for row `query`, the only one of `sequence`, into `scratch.out`, `[heads, d']`. For use inside `with_isa`.
 #[inline(always)]
@@ -39,9 +44,6 @@ pub(super) fn decode<E: Element>(
         *to = x * shape.scale;
     }
     resize(&mut scratch.p, heads.len() * m);
-    if !E::IS_F32 {
-        resize(&mut scratch.k, LANES * d);
-    }
     resize(&mut scratch.k_t, KEYS * d);
     let mut keys = rows(&sequence.keys);
     for first in (0..n_keys).step_by(KEYS) {
@@ -52,15 +54,10 @@ pub(super) fn decode<E: Element>(
         for (h, head) in heads.clone().enumerate() {
             if read != Some(key_head(head)) {
                 read = Some(key_head(head));
-                keys_as_columns(isa, &some[..n], k, key_head(head) * d, d, &mut scratch.k, &mut scratch.k_t);
+                keys_as_columns(isa, &some[..n], k, key_head(head) * d, d, &mut scratch.k_t);
             }
-            let mut sums = [0.0f32; KEYS];
-            for (column, &x) in scratch.k_t.as_chunks::<KEYS>().0.iter().zip(&scratch.q[h * d..][..d]) {
-                for (sum, key) in sums.iter_mut().zip(column) {
-                    *sum = key.mul_add(x, *sum);
-                }
-            }
-            scratch.p[h * m + first..][..KEYS].copy_from_slice(&sums);
+            let query = Strided { values: &scratch.q[h * d..], row: 0, column: 1 };
+            panel::<1, KEYS>(0, d, KEYS, 0, query, &scratch.k_t, &mut scratch.p[h * m + first..]);
         }
     }
     for (h, head) in heads.clone().enumerate() {
@@ -74,18 +71,48 @@ pub(super) fn decode<E: Element>(
     }
     resize(&mut scratch.out, heads.len() * wide);
     scratch.out[..heads.len() * wide].fill(0.0);
-    for (j, row) in rows(&sequence.keys).enumerate() {
+    let mut keys = rows(&sequence.keys);
+    let mut keys_ahead = rows(&sequence.keys).skip(2 * VALUES);
+    for first in (0..n_keys).step_by(VALUES) {
+        let (mut some, mut ahead) = ([0; VALUES], [None; VALUES]);
+        some.iter_mut().zip(&mut keys).for_each(|(to, row)| *to = row);
+        ahead.iter_mut().zip(&mut keys_ahead).for_each(|(to, row)| *to = Some(row));
+        let n = VALUES.min(n_keys - first);
         for (h, head) in heads.clone().enumerate() {
-            let p = scratch.p[h * m + j];
-            let values = &v.values[row * v.stride + key_head(head) * d..][..d];
-            for (out, value) in scratch.out[h * wide..].iter_mut().zip(values) {
-                *out = value.widen().mul_add(p, *out);
+            let part = |row: usize| &v.values[row * v.stride + key_head(head) * d..][..d];
+            let (p, out) = (&scratch.p[h * m + first..][..n], &mut scratch.out[h * wide..][..d]);
+            ahead.iter().flatten().for_each(|&row| prefetch(part(row)));
+            match p.first_chunk() {
+                Some(p) => mix([part(some[0]), part(some[1]), part(some[2]), part(some[3])], p, out),
+                None => p.iter().zip(some).for_each(|(&p, row)| mix([part(row)], &[p], out)),
             }
         }
     }
 }
 
-/// Numbers `at` to `at + d` of up to 64 rows as columns of `to`, `[d, 64]`; `wide` is for the rows on their way.
+/// Adds each of some rows of values times its probability to `out`, one after the other.
+#[inline(always)]
+fn mix<E: Element, const N: usize>(values: [&[E]; N], p: &[f32; N], out: &mut [f32]) {
+    let (chunks, rest) = out.as_chunks_mut::<LANES>();
+    for (i, out) in chunks.iter_mut().enumerate() {
+        let mut sums = *out;
+        for (values, p) in values.iter().zip(p) {
+            let values: &[E; LANES] = values[i * LANES..].first_chunk().expect("as many values as results");
+            for (sum, value) in sums.iter_mut().zip(values) {
+                *sum = value.widen().mul_add(*p, *sum);
+            }
+        }
+        *out = sums;
+    }
+    let n_whole = chunks.len() * LANES;
+    for (values, p) in values.iter().zip(p) {
+        for (out, value) in rest.iter_mut().zip(&values[n_whole..]) {
+            *out = value.widen().mul_add(*p, *out);
+        }
+    }
+}
+
+/// Numbers `at` to `at + d` of up to 64 rows as columns of `to`, `[d, 64]`. Those of the next heads are asked for meanwhile.
 #[inline(always)]
 fn keys_as_columns<E: Element>(
     isa: Isa,
@@ -93,24 +120,17 @@ fn keys_as_columns<E: Element>(
     keys: Rows<'_, E>,
     at: usize,
     d: usize,
-    wide: &mut [f32],
     to: &mut [f32],
 ) {
     for (first, rows) in rows.chunks(LANES).enumerate() {
-        let part = |row: usize| &keys.values[row * keys.stride + at..][..d];
-        if !E::IS_F32 {
-            for (wide, &row) in wide.chunks_exact_mut(d).zip(rows) {
-                wide.iter_mut().zip(part(row)).for_each(|(wide, key)| *wide = key.widen());
-            }
-        }
-        let wide = &*wide;
-        let some: [&[f32]; LANES] = std::array::from_fn(
+        let some: [&[E]; LANES] = std::array::from_fn(
             #[inline(always)]
-            |j| match rows.get(j) {
-                Some(&row) => E::as_f32(part(row)).unwrap_or_else(|| &wide[j * d..][..d]),
-                None => &[],
-            },
+            |j| rows.get(j).map_or(&[][..], |row| &keys.values[row * keys.stride + at..][..d]),
         );
+        for &row in rows {
+            let next_heads = &keys.values[row * keys.stride + at + d..];
+            prefetch(&next_heads[..next_heads.len().min(2 * d)]);
+        }
         columns(isa, &some, d, &mut to[first * LANES..], KEYS);
     }
 }

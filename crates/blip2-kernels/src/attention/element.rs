@@ -10,15 +10,15 @@ pub trait Element: Copy + Send + Sync + 'static {
     /// The nearest number to `x`.
     fn narrow(x: f32) -> Self;
 
-    /// Whether they are f32, and need not be copied to be read.
-    const IS_F32: bool;
+    /// How many of them a word of 32 bits holds, the first in its lowest bits.
+    const PER_WORD: usize;
 
     /// The same numbers where they are f32.
     fn as_f32(values: &[Self]) -> Option<&[f32]>;
 }
 
 impl Element for f32 {
-    const IS_F32: bool = true;
+    const PER_WORD: usize = 1;
 
     #[inline(always)]
     fn widen(self) -> f32 {
@@ -37,7 +37,7 @@ impl Element for f32 {
 }
 
 impl Element for bf16 {
-    const IS_F32: bool = false;
+    const PER_WORD: usize = 2;
 
     #[inline(always)]
     fn widen(self) -> f32 {

@@ -7,9 +7,12 @@ use std::cell::RefCell;
 use super::columns::columns;
 use super::element::Element;
 use super::product::{Strided, product};
+#[cfg(target_arch = "x86_64")]
+use super::rounded;
 use super::{AttentionShape, RelativeBias, Rows, Sequence, count, rows};
 use crate::buffer::keep;
 use crate::dropout::Dropout;
+use crate::gemm::Precision;
 use crate::isa::Isa;
 use crate::lanes::{LANES, axpy, dot, exp_of_negative, max, sum};
 
@@ -36,8 +39,8 @@ pub(super) struct Scratch {
     pub q: Vec<f32>,
     /// `[d, m']`: keys as columns.
     pub k_t: Vec<f32>,
-    /// `[m, d']`; or rows of keys in f32 on their way to `k_t`.
-    pub k: Vec<f32>,
+    /// `[m, d']`.
+    k: Vec<f32>,
     /// `[m, d']`.
     v: Vec<f32>,
     /// `[d, m']`.
@@ -58,6 +61,8 @@ pub(super) struct Scratch {
     pub d_k: Vec<f32>,
     /// `[m, d']`.
     pub d_v: Vec<f32>,
+    #[cfg(target_arch = "x86_64")]
+    words: rounded::Words,
 }
 
 thread_local!(static SCRATCH: RefCell<Scratch> = RefCell::default());
@@ -155,9 +160,9 @@ impl<'a> Head<'a> {
         }
     }
 
-    /// Rows of keys or values as columns into `to`, `[d, m']`; `wide` is for rows on their way that are not f32.
+    /// Rows of keys or values as columns into `to`, `[d, m']`.
     #[inline(always)]
-    fn gather_columns<E: Element>(&self, values: Rows<'_, E>, wide: &mut Vec<f32>, to: &mut Vec<f32>) {
+    fn gather_columns<E: Element>(&self, values: Rows<'_, E>, to: &mut Vec<f32>) {
         let (d, m) = (self.shape.head_dim, padded(self.n_keys));
         resize(to, d * m);
         let mut rows = rows(&self.sequence.keys).map(|row| self.of_key(values, row));
@@ -166,32 +171,54 @@ impl<'a> Head<'a> {
                 #[inline(always)]
                 |_| rows.next().unwrap_or_default(),
             );
-            if !E::IS_F32 {
-                resize(wide, LANES * d);
-                for (wide, row) in wide.chunks_exact_mut(d).zip(some) {
-                    wide.iter_mut().zip(row).for_each(|(wide, x)| *wide = x.widen());
-                }
-            }
-            let some: [&[f32]; LANES] = std::array::from_fn(
-                #[inline(always)]
-                |j| match E::as_f32(some[j]) {
-                    Some(row) => row,
-                    None => &wide[j * d..][..some[j].len()],
-                },
-            );
             columns(self.isa, &some, d, &mut to[first..], m);
         }
     }
 
-    /// The probabilities into `p`, and after dropout into `dropped` where there is dropout.
+    /// The scores into `p`.
     #[inline(always)]
-    fn probabilities<E: Element>(&self, q: Rows<'_, f32>, k: Rows<'_, E>, scratch: &mut Scratch) {
+    fn scores<E: Element>(
+        &self,
+        precision: Precision,
+        q: Rows<'_, f32>,
+        k: Rows<'_, E>,
+        scratch: &mut Scratch,
+    ) {
         let (d, m) = (self.shape.head_dim, padded(self.n_keys));
         self.gather_queries(q, self.shape.scale, &mut scratch.q);
-        self.gather_columns(k, &mut scratch.k, &mut scratch.k_t);
         resize(&mut scratch.p, self.n_queries * m);
+        #[cfg(target_arch = "x86_64")]
+        if E::PER_WORD == 1 && rounded::is_faster(self.isa, precision) {
+            let keys = rows(&self.sequence.keys).filter_map(|row| E::as_f32(self.of_key(k, row)));
+            let sizes = [self.n_queries, self.n_keys, d];
+            let a = &scratch.q;
+            return rounded::rows_by_rows(
+                self.isa,
+                sizes,
+                a,
+                padded(d),
+                keys,
+                &mut scratch.words,
+                &mut scratch.p,
+            );
+        }
+        let _ = precision;
+        self.gather_columns(k, &mut scratch.k_t);
         let a = Strided { values: &scratch.q, row: padded(d), column: 1 };
         product(self.n_queries, |_| d, m, a, &scratch.k_t, &mut scratch.p);
+    }
+
+    /// The probabilities into `p`, and after dropout into `dropped` where there is dropout.
+    #[inline(always)]
+    fn probabilities<E: Element>(
+        &self,
+        precision: Precision,
+        q: Rows<'_, f32>,
+        k: Rows<'_, E>,
+        scratch: &mut Scratch,
+    ) {
+        self.scores(precision, q, k, scratch);
+        let m = padded(self.n_keys);
         for (i, row) in scratch.p.chunks_exact_mut(m).take(self.n_queries).enumerate() {
             let (seen, unseen) = row.split_at_mut(self.n_visible(i));
             if let Some(bias) = &self.bias {
@@ -220,19 +247,34 @@ impl<'a> Head<'a> {
         (self.offset + ((self.head * self.n_queries + i) * self.n_keys) as u64) as u32
     }
 
-    /// The result into `scratch.out`.
+    /// The result into `scratch.out`. Products are in f32, or in bf16 where the machine multiplies that faster.
     #[inline(always)]
     pub(super) fn forward<E: Element>(
         &self,
+        precision: Precision,
         q: Rows<'_, f32>,
         [k, v]: [Rows<'_, E>; 2],
         scratch: &mut Scratch,
     ) {
-        self.probabilities(q, k, scratch);
-        self.gather_keys(v, &mut scratch.v);
+        self.probabilities(precision, q, k, scratch);
         let (d, m) = (padded(self.shape.head_dim), padded(self.n_keys));
         resize(&mut scratch.out, self.n_queries * d);
         let p = if self.dropout.is_some() { &scratch.dropped } else { &scratch.p };
+        #[cfg(target_arch = "x86_64")]
+        if E::PER_WORD == 1 && rounded::is_faster(self.isa, precision) {
+            let values = rows(&self.sequence.keys).filter_map(|row| E::as_f32(self.of_key(v, row)));
+            let sizes = [self.n_queries, self.n_keys, self.shape.head_dim];
+            return rounded::rows_by_columns(
+                self.isa,
+                sizes,
+                p,
+                m,
+                values,
+                &mut scratch.words,
+                &mut scratch.out,
+            );
+        }
+        self.gather_keys(v, &mut scratch.v);
         let a = Strided { values: p, row: m, column: 1 };
         product(self.n_queries, |i| self.n_visible(i), d, a, &scratch.v, &mut scratch.out);
     }
@@ -240,9 +282,9 @@ impl<'a> Head<'a> {
     /// The gradients into `d_q`, `d_k` and `d_v` of the scratch.
     #[inline(always)]
     pub(super) fn backward(&self, [q, k, v, d_out]: [Rows<'_, f32>; 4], scratch: &mut Scratch) {
-        self.probabilities(q, k, scratch);
+        self.probabilities(Precision::F32, q, k, scratch);
         self.gather_keys(k, &mut scratch.k);
-        self.gather_columns(v, &mut scratch.v, &mut scratch.v_t);
+        self.gather_columns(v, &mut scratch.v_t);
         self.gather_queries(d_out, 1.0, &mut scratch.d_out);
         let (n, d, m) = (self.n_queries, padded(self.shape.head_dim), padded(self.n_keys));
         for (buffer, len) in [(&mut scratch.d_p, n * m), (&mut scratch.d_q, n * d)] {

@@ -52,8 +52,9 @@ fn block<const R: usize>(first: usize, inner: usize, width: usize, a: Strided<'_
     }
 }
 
+/// [`product`] of `R` rows from `first` on and `W` columns from `column` on.
 #[inline(always)]
-fn panel<const R: usize, const W: usize>(
+pub(super) fn panel<const R: usize, const W: usize>(
     first: usize,
     inner: usize,
     width: usize,

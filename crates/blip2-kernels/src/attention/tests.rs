@@ -408,8 +408,31 @@ fn what_stands_side_by_side_is_what_stands_apart() {
     };
     for sequences in plans() {
         let (mut joint, mut apart) = (vec![0.5; n * width], vec![0.5; n * width]);
-        attention_joint(&qkv, &sequences, shape, &mut joint);
+        attention_joint(&qkv, &sequences, shape, Precision::F32, &mut joint);
         attention(&part(0), &part(1), &part(2), &sequences, shape, None, None, &mut apart);
         assert_eq!(joint, apart);
+    }
+}
+
+/// ViT-g's heads and tokens: what bf16 costs, and that a picture does not depend on the one beside it.
+#[test]
+fn products_may_be_rounded() {
+    let (shape, n) = (AttentionShape::multi_head(2, 88), 257);
+    let width = 2 * 88;
+    let qkv = random(2 * n * 3 * width, 5).times(2.0);
+    let picture = |i: usize| Sequence::mutual(vec![span(i * n, n)]);
+    let run = |isa: Isa, precision: Precision, sequences: &[Sequence]| {
+        let mut out = vec![0.0; 2 * n * width];
+        let part = |i: usize| Rows { values: &qkv[i * width..], stride: 3 * width };
+        let offsets = vec![0; sequences.len()];
+        mix(isa, precision, part(0), [part(1), part(2)], sequences, &offsets, shape, None, None, &mut out);
+        out
+    };
+    let exact: Vec<f64> =
+        run(Isa::Scalar, Precision::F32, &[picture(0), picture(1)]).into_iter().map(f64::from).collect();
+    for isa in Isa::all_available() {
+        let rounded = run(isa, Precision::Bf16, &[picture(0), picture(1)]);
+        assert_near(&rounded, &exact, 8e-3, isa);
+        assert_eq!(run(isa, Precision::Bf16, &[picture(1)])[n * width..], rounded[n * width..], "{isa:?}");
     }
 }

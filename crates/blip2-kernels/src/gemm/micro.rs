@@ -11,17 +11,17 @@ use crate::isa::Isa;
 
 /// Where a tile's result goes, and what it is added to.
 #[derive(Clone, Copy)]
-pub(super) struct Tile {
+pub(crate) struct Tile {
     /// 1 to 12.
-    pub(super) n_rows: usize,
+    pub(crate) n_rows: usize,
     /// Columns, 1 to 32.
-    pub(super) width: usize,
+    pub(crate) width: usize,
     /// The sums that the tile begins with: rows of `width` elements, `from_stride` apart.
-    pub(super) from: *const f32,
-    pub(super) from_stride: usize,
+    pub(crate) from: *const f32,
+    pub(crate) from_stride: usize,
     /// Rows of `width` elements, `c_stride` apart; `from` may point here.
-    pub(super) c: *mut f32,
-    pub(super) c_stride: usize,
+    pub(crate) c: *mut f32,
+    pub(crate) c_stride: usize,
 }
 
 /// `c = from + a * panel`.
@@ -29,7 +29,7 @@ pub(super) struct Tile {
 /// # Safety
 /// `from` must be readable and `c` writable as [`Tile`] says; `a` must hold `n_rows` rows of `panel.len() / NR` words,
 /// `a_stride` apart.
-pub(super) unsafe fn tile(
+pub(crate) unsafe fn tile(
     isa: Isa,
     precision: Precision,
     a: &[u32],

@@ -6,6 +6,7 @@ use blip2_kernels::attention as kernels;
 pub(crate) use blip2_kernels::attention::Element;
 pub use blip2_kernels::attention::{AttentionShape, Sequence, Span};
 use blip2_kernels::dropout::Dropout;
+use blip2_kernels::gemm::Precision;
 use candle_core::{CpuStorage, CustomOp3, Layout, Result, Shape, Tensor};
 
 use super::view::{slice, tensor, with_slices};
@@ -37,15 +38,20 @@ pub fn attention(
 }
 
 /// [`attention`] of frozen rows in which queries, keys and values stand side by side, `[N, 3 * n_heads * head_dim]`, as one
-/// linear layer gives them: the same without copies. No gradient.
+/// linear layer gives them: the same without copies. No gradient. With [`Precision::Bf16`] products may be rounded.
 ///
 /// # Errors
 /// Those of the tensor engine.
-pub(crate) fn attention_joint(qkv: &Tensor, plan: &Plan, shape: AttentionShape) -> Result<Tensor> {
+pub(crate) fn attention_joint(
+    qkv: &Tensor,
+    plan: &Plan,
+    shape: AttentionShape,
+    precision: Precision,
+) -> Result<Tensor> {
     let (n_rows, width) = (qkv.dim(0)?, shape.n_heads * shape.head_dim);
     let out = with_slices([&qkv.contiguous()?], |[qkv]| {
         let mut out = vec![0.0; n_rows * width];
-        kernels::attention_joint(qkv, plan, shape, &mut out);
+        kernels::attention_joint(qkv, plan, shape, precision, &mut out);
         out
     })?;
     Tensor::from_vec(out, (n_rows, width), qkv.device())

@@ -188,6 +188,15 @@ impl FrozenWeight {
         }
     }
 
+    /// The precision that suffices for what goes with its products: theirs, and bf16 for few bits, which round activations to
+    /// eight.
+    pub fn precision(&self) -> Precision {
+        match self {
+            Self::Packed(w) => w.precision(),
+            Self::Quantized(_) => Precision::Bf16,
+        }
+    }
+
     /// Memory of the matrix, in bytes.
     pub fn n_bytes(&self) -> usize {
         match self {

@@ -151,6 +151,14 @@ impl Linear {
         Ok(FrozenLinear { weight: weight.clone(), bias, activation })
     }
 
+    /// The precision that suffices for what goes with its products; see [`FrozenWeight::precision`].
+    pub(crate) fn precision(&self) -> Precision {
+        match &self.weight {
+            Weight::Dense(_, precision) => *precision,
+            Weight::Frozen(weight) => weight.precision(),
+        }
+    }
+
     /// The numbers of its matrix.
     pub fn matrix(&self) -> MatrixSize {
         match &self.weight {

@@ -303,7 +303,7 @@ impl Vit {
         };
         for block in self.layers.iter() {
             let qkv = block.qkv.forward(&block.layer_norm1.forward(&x)?)?;
-            let attended = attention_joint(&qkv, &plan, shape)?;
+            let attended = attention_joint(&qkv, &plan, shape, block.qkv.precision())?;
             x = block.projection.forward_then(&attended, Activation::Identity, Some(&x))?;
             let inner = block.fc1.forward_then(&block.layer_norm2.forward(&x)?, activation, None)?;
             x = block.fc2.forward_then(&inner, Activation::Identity, Some(&x))?;

@@ -1,0 +1,235 @@
+//! The products of attention in bf16, where the machine multiplies these faster: operands are rounded on their way into the
+//! register tiles of [`gemm`](crate::gemm), sums are f32.
+
+use std::arch::x86_64::*;
+
+use super::columns::transposed;
+use crate::gemm::{NR, Precision, Tile, tile};
+use crate::isa::Isa;
+use crate::lanes::LANES;
+
+/// Rows that one register tile takes.
+const ROWS: usize = 12;
+
+/// Operands as words of two neighbouring bf16, kept by each thread with the rest of its scratch.
+#[derive(Default)]
+pub(super) struct Words {
+    /// `[n, words]`.
+    a: Vec<u32>,
+    /// `[panels, words, 32]`.
+    b: Vec<u32>,
+}
+
+/// Whether products that may be in bf16 are: where the machine multiplies that faster than f32.
+pub(super) fn is_faster(isa: Isa, precision: Precision) -> bool {
+    precision == Precision::Bf16 && isa == Isa::Avx512
+}
+
+/// `c[i, j] = a[i] · b[j]` for `i < n` and `j < m`, of rows of `d` numbers; those of `a` are `width` apart, `c` is `[n, m']` with
+/// `m'` of whole lanes. Columns of `c` from `m` on are zero.
+///
+/// # Panics
+/// When the instruction set is not there, `b` has not `m` rows of `d` numbers, or the others are too small.
+pub(super) fn rows_by_rows<'b>(
+    isa: Isa,
+    [n, m, d]: [usize; 3],
+    a: &[f32],
+    width: usize,
+    b: impl Iterator<Item = &'b [f32]>,
+    words: &mut Words,
+    c: &mut [f32],
+) {
+    assert!(isa == Isa::Avx512 && isa.is_available());
+    let n_words = d.div_ceil(2);
+    resize(&mut words.a, n * n_words);
+    for (to, row) in words.a.chunks_exact_mut(n_words).zip(a.chunks(width)).take(n) {
+        // SAFETY: the instruction set is available.
+        unsafe { rounded(&row[..d], to) };
+    }
+    let n_panels = m.div_ceil(NR);
+    resize(&mut words.b, n_panels * n_words * NR);
+    let mut b = b.map(|row| &row[..d]).fuse();
+    for (p, panel) in words.b.chunks_exact_mut(n_words * NR).take(n_panels).enumerate() {
+        for half in 0..NR / LANES {
+            let first = p * NR + half * LANES;
+            let some: [&[f32]; LANES] = std::array::from_fn(|_| b.next().unwrap_or_default());
+            assert!(some.iter().filter(|row| !row.is_empty()).count() == LANES.min(m.saturating_sub(first)));
+            // SAFETY: the instruction set is available.
+            unsafe { columns(&some, d, &mut panel[half * LANES..]) };
+        }
+    }
+    multiply(isa, [n, m.next_multiple_of(LANES), n_words], &words.a, &words.b, c);
+}
+
+/// `c[i] = sum over k of a[i, k] * b[k]` for `i < n` and `k < m`, of rows of `b` of `d` numbers; those of `a` are `width` apart,
+/// `c` is `[n, d']` with `d'` of whole lanes. Columns of `c` from `d` on are zero.
+///
+/// # Panics
+/// When the instruction set is not there, `b` has not `m` rows of `d` numbers, or the others are too small.
+pub(super) fn rows_by_columns<'b>(
+    isa: Isa,
+    [n, m, d]: [usize; 3],
+    a: &[f32],
+    width: usize,
+    b: impl Iterator<Item = &'b [f32]>,
+    words: &mut Words,
+    c: &mut [f32],
+) {
+    assert!(isa == Isa::Avx512 && isa.is_available());
+    let n_words = m.div_ceil(2);
+    resize(&mut words.a, n * n_words);
+    for (to, row) in words.a.chunks_exact_mut(n_words).zip(a.chunks(width)).take(n) {
+        // SAFETY: the instruction set is available.
+        unsafe { rounded(&row[..m], to) };
+    }
+    let n_panels = d.div_ceil(NR);
+    resize(&mut words.b, n_panels * n_words * NR);
+    let mut b = b.map(|row| &row[..d]);
+    for k in 0..n_words {
+        let low = b.next().expect("`m` rows");
+        let high = if 2 * k + 1 < m { b.next().expect("`m` rows") } else { &[] };
+        for (p, panel) in words.b.chunks_exact_mut(n_words * NR).take(n_panels).enumerate() {
+            let to = panel[k * NR..].first_chunk_mut().expect("a panel's row");
+            // SAFETY: the instruction set is available.
+            unsafe { neighbours(low, high, p * NR, to) };
+        }
+    }
+    multiply(isa, [n, d.next_multiple_of(LANES), n_words], &words.a, &words.b, c);
+}
+
+/// `c = a b` on register tiles; `c` is `[n, width]`.
+fn multiply(isa: Isa, [n, width, n_words]: [usize; 3], a: &[u32], b: &[u32], c: &mut [f32]) {
+    static ZEROS: [f32; NR] = [0.0; NR];
+    assert!(a.len() >= n * n_words && b.len() >= width.div_ceil(NR) * n_words * NR && c.len() >= n * width);
+    for (p, panel) in b.chunks_exact(n_words * NR).take(width.div_ceil(NR)).enumerate() {
+        let columns = NR.min(width - p * NR);
+        for first in (0..n).step_by(ROWS) {
+            let tile_of = Tile {
+                n_rows: ROWS.min(n - first),
+                width: columns,
+                from: ZEROS.as_ptr(),
+                from_stride: 0,
+                c: c[first * width + p * NR..].as_mut_ptr(),
+                c_stride: width,
+            };
+            // SAFETY: `from` is 32 zeros for every row; rows `first` to `first + n_rows` of `c` and these columns lie in it, as was
+            // checked above, and so do the rows of `a`.
+            unsafe { tile(isa, Precision::Bf16, &a[first * n_words..], n_words, panel, tile_of) };
+        }
+    }
+}
+
+fn resize(words: &mut Vec<u32>, len: usize) {
+    if words.len() < len {
+        words.resize(len, 0);
+    }
+}
+
+/// 16 numbers of `row` from `first` on, zero beyond its end.
+#[inline]
+#[target_feature(enable = "avx512f")]
+fn load(row: &[f32], first: usize) -> __m512 {
+    let n = row.len().saturating_sub(first);
+    let from = row.as_ptr().wrapping_add(first);
+    if n >= LANES {
+        // SAFETY: 16 numbers are there.
+        unsafe { _mm512_loadu_ps(from) }
+    } else {
+        // SAFETY: `n` numbers are there; no others are read.
+        unsafe { _mm512_maskz_loadu_ps(((1u32 << n) - 1) as u16, from) }
+    }
+}
+
+/// Numbers `first` to `first + 32` of a row in 16 words, zero beyond its end.
+#[inline]
+#[target_feature(enable = "avx512f,avx512bf16")]
+fn pairs(row: &[f32], first: usize) -> __m512i {
+    let words = _mm512_cvtne2ps_pbh(load(row, first + LANES), load(row, first));
+    // SAFETY: both are 512 bits.
+    unsafe { std::mem::transmute::<__m512bh, __m512i>(words) }
+}
+
+/// A row in words of two.
+#[target_feature(enable = "avx512f,avx512bf16")]
+fn rounded(row: &[f32], to: &mut [u32]) {
+    for (i, to) in to[..row.len().div_ceil(2)].chunks_mut(LANES).enumerate() {
+        let mask = ((1u32 << to.len()) - 1) as u16;
+        // SAFETY: as many words as `to` has are written.
+        unsafe { _mm512_mask_storeu_epi32(to.as_mut_ptr().cast(), mask, pairs(row, 2 * LANES * i)) };
+    }
+}
+
+/// Up to 16 rows of `d` numbers as columns of words, 32 words from one word of a row to the next.
+#[target_feature(enable = "avx512f,avx512bf16")]
+fn columns(rows: &[&[f32]; LANES], d: usize, to: &mut [u32]) {
+    for (first, to) in to.chunks_mut(LANES * NR).enumerate() {
+        let mut words = [_mm512_setzero_ps(); LANES];
+        for (words, row) in words.iter_mut().zip(rows) {
+            *words = _mm512_castsi512_ps(pairs(row, 2 * LANES * first));
+        }
+        let n = LANES.min(d.div_ceil(2) - first * LANES);
+        for (column, to) in transposed(words).into_iter().take(n).zip(to.chunks_mut(NR)) {
+            let to: &mut [u32; LANES] = to.first_chunk_mut().expect("half a row of a panel");
+            // SAFETY: 16 words are there.
+            unsafe { _mm512_storeu_si512(to.as_mut_ptr().cast(), _mm512_castps_si512(column)) };
+        }
+    }
+}
+
+/// Numbers `first` to `first + 32` of two rows, one pair a word; zero beyond their end.
+#[inline]
+#[target_feature(enable = "avx512f,avx512bf16")]
+fn neighbours(low: &[f32], high: &[f32], first: usize, to: &mut [u32; NR]) {
+    for (half, to) in to.chunks_exact_mut(LANES).enumerate() {
+        let at = first + half * LANES;
+        let [low, high] = [low, high].map(|row| {
+            let narrow = _mm512_cvtneps_pbh(load(row, at));
+            // SAFETY: both are 256 bits.
+            _mm512_cvtepu16_epi32(unsafe { std::mem::transmute::<__m256bh, __m256i>(narrow) })
+        });
+        let words = _mm512_or_si512(low, _mm512_slli_epi32::<16>(high));
+        // SAFETY: 16 words are there.
+        unsafe { _mm512_storeu_si512(to.as_mut_ptr().cast(), words) };
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use half::bf16;
+
+    use super::*;
+    use crate::testing::numbers;
+
+    #[test]
+    fn products_are_those_of_the_rounded_numbers() {
+        if !Isa::all_available().contains(&Isa::Avx512) {
+            return;
+        }
+        let round = |x: f32| bf16::from_f32(x).to_f64();
+        for [n, m, d] in [[1, 1, 1], [12, 32, 64], [13, 33, 88], [25, 257, 80], [5, 17, 7], [257, 70, 128]] {
+            let (a, b, p) = (numbers(n * (d + 3), 1), numbers(m * d, 2), numbers(n * (m + 5), 3));
+            let row = |j: usize| &b[j * d..][..d];
+            let rows = || (0..m).map(row);
+            let (mut words, m_whole, d_whole) =
+                (Words::default(), m.next_multiple_of(LANES), d.next_multiple_of(LANES));
+            let mut c = vec![7.0; n * m_whole];
+            rows_by_rows(Isa::Avx512, [n, m, d], &a, d + 3, rows(), &mut words, &mut c);
+            for (i, c) in c.chunks(m_whole).enumerate() {
+                for (j, &found) in c.iter().enumerate() {
+                    let term = |l: usize| round(a[i * (d + 3) + l]) * round(row(j)[l]);
+                    let sum: f64 = if j < m { (0..d).map(term).sum() } else { 0.0 };
+                    assert!((f64::from(found) - sum).abs() < 2e-5, "{n} {m} {d} ({i}, {j}): {found} {sum}");
+                }
+            }
+            let mut c = vec![7.0; n * d_whole];
+            rows_by_columns(Isa::Avx512, [n, m, d], &p, m + 5, rows(), &mut words, &mut c);
+            for (i, c) in c.chunks(d_whole).enumerate() {
+                for (l, &found) in c.iter().enumerate() {
+                    let term = |j: usize| round(p[i * (m + 5) + j]) * round(row(j)[l]);
+                    let sum: f64 = if l < d { (0..m).map(term).sum() } else { 0.0 };
+                    assert!((f64::from(found) - sum).abs() < 4e-5, "{n} {m} {d} ({i}, {l}): {found} {sum}");
+                }
+            }
+        }
+    }
+}
