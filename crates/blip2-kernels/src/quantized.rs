@@ -295,13 +295,14 @@ impl QuantizedWeight {
         let rows_a_tile = self.format.rows_a_tile();
         let (group, row_group) = (task / n_row_groups, task % n_row_groups);
         let last_row = n_rows.min((row_group + 1) * rows_a_task);
+        let mut sums = Sums { tile: [[0.0; WIDTH]; MAX_ROWS], integers: [[0; WIDTH]; MAX_ROWS] };
         for p in group * n_panels / n_groups..(group + 1) * n_panels / n_groups {
             let panel = &bytes[p * panel_bytes..(p + 1) * panel_bytes];
             for first in (row_group * rows_a_task..last_row).step_by(rows_a_tile) {
                 let x = Activations::of(rows, first, rows_a_tile.min(last_row - first));
-                let tile = self.tile(isa, x, panel, epilogue, first, p * WIDTH);
+                self.tile(isa, x, panel, epilogue, first, p * WIDTH, &mut sums);
                 let width = WIDTH.min(n_out - p * WIDTH);
-                for (r, row) in tile.iter().enumerate().take(x.n_rows) {
+                for (r, row) in sums.tile.iter().enumerate().take(x.n_rows) {
                     // SAFETY: row `first + r` and columns `p * WIDTH ..+ width` lie in `y`; no other task has them.
                     unsafe {
                         let y = y.at((first + r) * n_out + p * WIDTH);
@@ -317,7 +318,9 @@ impl QuantizedWeight {
         }
     }
 
-    /// The results of the rows `x`, which begin at row `first_row`, for the panel of the outputs from `first_out`.
+    /// The results of the rows `x`, which begin at row `first_row`, for the panel of the outputs from `first_out`, into
+    /// `sums.tile`.
+    #[allow(clippy::too_many_arguments, reason = "a part of a product")]
     fn tile(
         &self,
         isa: Isa,
@@ -326,14 +329,14 @@ impl QuantizedWeight {
         epilogue: Epilogue<'_>,
         first_row: usize,
         first_out: usize,
-    ) -> Tile<f32> {
+        sums: &mut Sums,
+    ) {
         let n_out = self.out_features;
-        let mut tile: Tile<f32> = [[0.0; WIDTH]; MAX_ROWS];
-        let mut integers: Tile<i32> = [[0; WIDTH]; MAX_ROWS];
+        let Sums { tile, integers } = sums;
         if self.format == Format::Int8 {
-            integer_sums(isa, x, panel[4 * WIDTH..].as_chunks::<QUAD>().0, &mut integers);
+            integer_sums(isa, x, panel[4 * WIDTH..].as_chunks::<QUAD>().0, integers);
         } else {
-            block_sums(isa, self.format, x, panel, &mut tile);
+            block_sums(isa, self.format, x, panel, tile);
         }
         with_isa(
             isa,
@@ -344,7 +347,7 @@ impl QuantizedWeight {
                         #[inline(always)]
                         |o| f32_at(panel, o),
                     );
-                    for (r, (row, integers)) in tile.iter_mut().zip(&integers).enumerate().take(x.n_rows) {
+                    for (r, (row, integers)) in tile.iter_mut().zip(&*integers).enumerate().take(x.n_rows) {
                         for (o, y) in row.iter_mut().enumerate() {
                             *y = integers[o] as f32 * (x.scales[r] * scales[o]);
                         }
@@ -358,7 +361,6 @@ impl QuantizedWeight {
                 }
             },
         );
-        tile
     }
 
     /// `d_x = d_y W`; `d_y` is `[n_rows, out]`, `d_x` `[n_rows, in]`. The weights are widened some rows at a time, and the
@@ -382,6 +384,12 @@ impl QuantizedWeight {
         let panel = &self.bytes()[output / WIDTH * panel_bytes..][..panel_bytes];
         format::read_row(self.format, panel, output % WIDTH, into);
     }
+}
+
+/// What a task sums in, made once for all of its tiles.
+struct Sums {
+    tile: Tile<f32>,
+    integers: Tile<i32>,
 }
 
 /// How a product is divided: groups of panels times groups of rows.
