@@ -6,14 +6,15 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Mutex, PoisonError};
 
 use blip2_kernels::quantized::QuantizedWeight;
-use safetensors::{Dtype, SafeTensorError, SafeTensors};
+use safetensors::Dtype;
 
 use super::checkpoint::TORCH_FILES;
 use super::quantized::{Index, Matrix};
-use super::{Encoding, MappedFile, TensorRows, recognise, refuse};
+use super::{Encoding, MappedFile, TensorRows, refuse};
 use crate::layers::{FrozenWeight, Quantization, TensorSource};
 use crate::{Error, Result};
 
+mod header;
 mod write;
 
 pub use write::{NamedTensor, TensorAbout, Values, stream_safetensors, write_safetensors};
@@ -77,7 +78,7 @@ impl Safetensors {
     ///
     /// # Errors
     /// [`Error::Io`] or [`Error::File`] with the file's name and what is wrong with it: cut short, a header that
-    /// does not match the data, another format, a tensor that two files hold.
+    /// does not match the data, another format, a tensor that two files hold or one holds twice, tensors that overlap.
     pub fn open_files(paths: &[impl AsRef<Path>]) -> Result<Self> {
         let mut checkpoint = Self {
             files: Vec::new(),
@@ -133,17 +134,7 @@ impl Safetensors {
     }
 
     fn add(&mut self, file: MappedFile) -> Result<()> {
-        let bytes = file.bytes();
-        let header_len = bytes.first_chunk().map_or(0, |len| u64::from_le_bytes(*len));
-        if bytes.get(8) == Some(&b'{') && header_len > MAX_HEADER_BYTES {
-            let reason = format!(
-                "the header claims {header_len} bytes, more than any checkpoint has: the file is damaged"
-            );
-            return Err(refuse(file.path(), reason));
-        }
-        let (header_len, header) =
-            SafeTensors::read_metadata(bytes).map_err(|error| refuse(file.path(), explain(&error, bytes)))?;
-        let data = 8 + header_len;
+        let (data, header) = header::read(file.bytes()).map_err(|reason| refuse(file.path(), reason))?;
         for (name, info) in header.tensors() {
             let (start, end) = info.data_offsets;
             let entry = Entry {
@@ -395,30 +386,6 @@ fn shards_of(index: &Path, weight_map: &BTreeMap<String, String>) -> Result<Vec<
 
 fn file_name(path: &Path) -> String {
     path.file_name().map_or_else(String::new, |name| name.to_string_lossy().into_owned())
-}
-
-/// What is wrong with a file that the format's own crate refused, in terms of what to do.
-fn explain(error: &SafeTensorError, bytes: &[u8]) -> String {
-    let looks_right = bytes.get(8) == Some(&b'{');
-    if !looks_right && let Some(what) = recognise(bytes) {
-        return what.into();
-    }
-    match error {
-        SafeTensorError::HeaderTooSmall => "not a safetensors file, or cut short: fetch it again".into(),
-        SafeTensorError::InvalidHeaderLength if looks_right => {
-            format!("cut short inside the header ({} bytes in all): fetch it again", bytes.len())
-        }
-        SafeTensorError::HeaderTooLarge | SafeTensorError::InvalidHeaderLength => {
-            "this is not a safetensors file".into()
-        }
-        SafeTensorError::MetadataIncompleteBuffer => {
-            format!(
-                "its {} bytes are not what the header describes: cut short or overlong, fetch it again",
-                bytes.len()
-            )
-        }
-        error => format!("not a valid safetensors file ({error}): fetch it again"),
-    }
 }
 
 impl TensorSource for Safetensors {

@@ -1,6 +1,7 @@
 use std::fs;
 
 use half::f16;
+use safetensors::SafeTensors;
 
 use super::*;
 
@@ -171,7 +172,6 @@ fn what_is_not_a_sound_file_is_refused_by_name_and_reason() {
     let path = folder.path().join("model.bin");
     let mut huge = u64::MAX.to_le_bytes().to_vec();
     huge.extend(b"{\"a\":1}");
-    let overlap = r#"{"a":{"dtype":"F32","shape":[2],"data_offsets":[0,8]},"b":{"dtype":"F32","shape":[2],"data_offsets":[4,12]}}"#;
     let overflow = r#"{"a":{"dtype":"F32","shape":[4294967296,4294967296,4],"data_offsets":[0,8]}}"#;
     let misfit = r#"{"a":{"dtype":"F32","shape":[3],"data_offsets":[0,8]}}"#;
     for (bytes, expected) in [
@@ -186,11 +186,13 @@ fn what_is_not_a_sound_file_is_refused_by_name_and_reason() {
         (huge, "the header claims"),
         // Large enough for its header, which no model needs: parsing it would take a hundred times the memory.
         (header(&format!("{{{}", " ".repeat(17 << 20)), 0), "the header claims 17825793 bytes"),
-        (header(r#"{"a":{"dtype":"F32","shape":[2],"data_offsets":[8,16]}}"#, 16), "offset"),
+        (
+            header(r#"{"a":{"dtype":"F32","shape":[2],"data_offsets":[8,16]}}"#, 16),
+            "before its first tensor, `a`",
+        ),
         (header(r#"{"a":{"dtype":"F32","shape":[2],"data_offsets":[0,4000000000]}}"#, 8), "invalid shape"),
         (header(misfit, 8)[..20].to_vec(), "cut short inside the header"),
         (header(misfit, 8), "invalid shape"),
-        (header(overlap, 12), "offset"),
         (header(overflow, 8), "overflow"),
         (header("{nonsense", 8), "JSON"),
         (header(r#"{"a":{"dtype":"F32","shape":[2],"data_offsets":[0,8]}}"#, 7), "cut short or overlong"),
@@ -203,6 +205,44 @@ fn what_is_not_a_sound_file_is_refused_by_name_and_reason() {
     fs::write(&path, header(r#"{"a":{"dtype":"F8_E4M3","shape":[2],"data_offsets":[0,2]}}"#, 2)).unwrap();
     let error = Safetensors::open(&path).unwrap().read_f32("a").unwrap_err().to_string();
     assert!(error.contains("tensor `a` holds F8_E4M3"), "{error}");
+}
+
+/// The format: "Duplicate keys are disallowed", and "The byte buffer needs to be entirely indexed, and cannot contain holes".
+#[test]
+fn tensors_of_one_name_and_bytes_of_two_or_of_none_are_refused_by_name() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("model.safetensors");
+    let of = |tensors: &[(&str, u64, u64)]| {
+        let entry = |(name, start, end): &(&str, u64, u64)| {
+            format!(r#""{name}":{{"dtype":"U8","shape":[{}],"data_offsets":[{start},{end}]}}"#, end - start)
+        };
+        let json = tensors.iter().map(entry).collect::<Vec<_>>().join(",");
+        let n_data = tensors.iter().map(|(_, _, end)| *end).max().unwrap_or(0);
+        fs::write(&path, header(&format!("{{{json}}}"), n_data as usize)).unwrap();
+        Safetensors::open(&path).map(|_| ()).map_err(|error| error.to_string())
+    };
+    of(&[("b", 4, 8), ("empty", 4, 4), ("a", 0, 4)]).unwrap();
+    for (tensors, expected) in [
+        // The second would be read in the place of the first, whose bytes are those of `b`.
+        (
+            &[("a", 0, 4), ("b", 4, 8), ("a", 4, 8)][..],
+            "two tensors of one name: `a` (bytes 0 to 4) and `a` (bytes 4",
+        ),
+        (
+            &[("a", 0, 4), ("\\u0061", 0, 4)],
+            "two tensors of one name: `a` (bytes 0 to 4) and `a` (bytes 0 to 4)",
+        ),
+        (&[("a", 0, 4), ("b", 0, 4)], "`a` (bytes 0 to 4) and `b` (bytes 0 to 4) overlap"),
+        (&[("c", 6, 10), ("a", 0, 4), ("b", 2, 6)], "`a` (bytes 0 to 4) and `b` (bytes 2 to 6) overlap"),
+        (
+            &[("a", 0, 4), ("b", 6, 8)],
+            "between the tensors `a` (bytes 0 to 4) and `b` (bytes 6 to 8) are of none",
+        ),
+    ] {
+        let error = of(tensors).unwrap_err();
+        let names_file = error.contains("model.safetensors: ");
+        assert!(names_file && error.contains(expected), "expected {expected:?}: {error}");
+    }
 }
 
 #[test]
