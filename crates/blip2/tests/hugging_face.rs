@@ -744,7 +744,8 @@ fn token_ids_that_the_vocabulary_does_not_have_are_refused_by_name() {
         for (name, value) in [
             ("eos_token_id", serde_json::json!([2, n])),
             ("bos_token_id", n.into()),
-            ("pad_token_id", (-1).into()),
+            ("pad_token_id", (-2).into()),
+            ("bos_token_id", (-1).into()),
             ("decoder_start_token_id", n.into()),
             ("forced_bos_token_id", n.into()),
             ("forced_eos_token_id", n.into()),
@@ -754,7 +755,7 @@ fn token_ids_that_the_vocabulary_does_not_have_are_refused_by_name() {
             let path = dir.path().join("generation_config.json");
             std::fs::write(&path, serde_json::json!({name: value}).to_string()).expect("written");
             let error = Blip2::open(dir.path(), &OpenOptions::default()).expect_err("refused").to_string();
-            let id = if value == -1 { "-1".to_owned() } else { n.to_string() };
+            let id = value.as_i64().filter(|id| *id < 0).map_or_else(|| n.to_string(), |id| id.to_string());
             let said =
                 error.contains("generation_config.json") && error.contains(name) && error.contains(&id);
             assert!(said, "{name}: {error}");
@@ -764,6 +765,24 @@ fn token_ids_that_the_vocabulary_does_not_have_are_refused_by_name() {
         let path = dir.path().join("generation_config.json");
         std::fs::write(path, serde_json::json!({"suppress_tokens": [n]}).to_string()).expect("written");
         Blip2::open(dir.path(), &OpenOptions::default()).expect("a model");
+    }
+}
+
+/// As folders of the llama family are published; nothing is padded here.
+#[test]
+fn a_model_without_a_padding_token_opens_whichever_way_it_says_so() {
+    for family in FAMILIES {
+        for none in [Json::Null, (-1).into()] {
+            let dir = changed(family, |json| json["text_config"]["pad_token_id"] = none.clone());
+            let path = dir.path().join("generation_config.json");
+            std::fs::write(path, serde_json::json!({"pad_token_id": none}).to_string()).expect("written");
+            Blip2::open(dir.path(), &OpenOptions::default()).expect("a model");
+        }
+        for (field, value) in [("pad_token_id", -2), ("eos_token_id", -1)] {
+            let dir = changed(family, |json| json["text_config"][field] = value.into());
+            let error = Blip2::open(dir.path(), &OpenOptions::default()).expect_err("refused").to_string();
+            assert!(error.contains(&format!("text_config.{field}` is {value}")), "{error}");
+        }
     }
 }
 

@@ -174,6 +174,12 @@ enum Strings {
     More(Vec<String>),
 }
 
+/// The field for the token that fills short texts of a batch up. Nothing is filled up here.
+pub(super) const PAD_TOKEN: &str = "pad_token_id";
+
+/// By this, too, published configurations say that there is none.
+pub(super) const NO_PAD_TOKEN: i64 = -1;
+
 /// Fields that change no token here: bookkeeping, output, speed, token ids that the model's own configuration has, and
 /// rules about an encoder's tokens, which transformers passes over as well since BLIP-2's encoder reads embeddings.
 const WITHOUT_EFFECT: [&str; 17] = [
@@ -181,7 +187,7 @@ const WITHOUT_EFFECT: [&str; 17] = [
     "_commit_hash",
     "transformers_version",
     "bos_token_id",
-    "pad_token_id",
+    PAD_TOKEN,
     "decoder_start_token_id",
     "encoder_no_repeat_ngram_size",
     "encoder_repetition_penalty",
@@ -245,8 +251,9 @@ impl FolderGeneration {
     /// [`Error::File`] with the field and the id.
     pub(super) fn check_tokens(&self, folder: &Path, n_tokens: usize) -> Result<()> {
         let ids = |named: &Option<OneOrMore>| named.as_ref().map(OneOrMore::list).unwrap_or_default();
-        let others = ["bos_token_id", "pad_token_id", "decoder_start_token_id"];
-        let others = others.map(|field| (field, self.others.get(field).map(numbers).unwrap_or_default()));
+        let named = |field: &str| self.others.get(field).map(numbers).unwrap_or_default();
+        let others = ["bos_token_id", "decoder_start_token_id"].map(|field| (field, named(field)));
+        let pad = named(PAD_TOKEN).into_iter().filter(|id| *id != NO_PAD_TOKEN).collect();
         let bad_words = self.bad_words_ids.iter().flatten().flatten().copied().map(i64::from).collect();
         let fields = [
             ("eos_token_id", ids(&self.eos_token_id)),
@@ -254,7 +261,7 @@ impl FolderGeneration {
             ("forced_eos_token_id", ids(&self.forced_eos_token_id)),
         ];
         let fields = fields.map(|(field, ids)| (field, ids.into_iter().map(i64::from).collect::<Vec<_>>()));
-        let fields = fields.into_iter().chain(others).chain([("bad_words_ids", bad_words)]);
+        let fields = fields.into_iter().chain(others).chain([(PAD_TOKEN, pad), ("bad_words_ids", bad_words)]);
         for (field, ids) in fields {
             let is_known = |id: &i64| usize::try_from(*id).is_ok_and(|id| id < n_tokens);
             if let Some(id) = ids.iter().find(|id| !is_known(id)) {

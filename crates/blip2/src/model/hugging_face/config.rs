@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 use serde_json::Value as Json;
 
 use crate::image::{Geometry, ImageProcessor};
-use crate::model::preset::OneOrMore;
+use crate::model::preset::{NO_PAD_TOKEN, OneOrMore, PAD_TOKEN};
 use crate::qformer::QFormerConfig;
 use crate::vision::vit::{VitActivation, VitConfig};
 use crate::{Error, Result};
@@ -74,7 +74,7 @@ pub(super) fn size(json: &Json, part: &str, field: &str, default: usize) -> Resu
 
 /// Token ids of `part`, if it names any.
 pub(super) fn tokens(json: &Json, part: &str, field: &str) -> Result<Option<Vec<u32>>> {
-    if json[field].is_null() {
+    if json[field].is_null() || (field == PAD_TOKEN && json[field] == NO_PAD_TOKEN) {
         return Ok(None);
     }
     let read: std::result::Result<OneOrMore, _> = serde_json::from_value(json[field].clone());
