@@ -184,6 +184,10 @@ impl Observer for Terminal {
             computed.n_computed,
             computed.n_reused,
         );
+        if !computed.copies.is_empty() {
+            let n = computed.copies.len();
+            eprintln!("{n} of them have the bytes of another and are one group with it");
+        }
         let skipped = dataset.skipped();
         self.n_skipped = skipped.len();
         if !skipped.is_empty() {

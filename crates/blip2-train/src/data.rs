@@ -243,6 +243,29 @@ impl Dataset {
         }
     }
 
+    /// Makes one group of the groups of each of these pairs of pictures: copies under two names show the same thing.
+    pub fn join_groups(&mut self, pairs: &[(usize, usize)]) {
+        fn root(joined_to: &[u32], mut group: u32) -> u32 {
+            while joined_to[group as usize] != group {
+                group = joined_to[group as usize];
+            }
+            group
+        }
+        let n_groups = self.images.iter().map(|image| image.group + 1).max().unwrap_or(0);
+        let mut joined_to: Vec<u32> = (0..n_groups).collect();
+        for (one, other) in pairs {
+            let [one, other] = [one, other].map(|index| root(&joined_to, self.images[*index].group));
+            joined_to[one.max(other) as usize] = one.min(other);
+        }
+        // A group is joined to a smaller one only, whose root is known by then.
+        for group in 0..joined_to.len() {
+            joined_to[group] = joined_to[joined_to[group] as usize];
+        }
+        for image in &mut self.images {
+            image.group = joined_to[image.group as usize];
+        }
+    }
+
     /// SHA-256 (hex) over the samples' texts, pictures' names and entries' dealing rules: two datasets with the same
     /// fingerprint are dealt in the same order.
     pub fn fingerprint(&self) -> String {

@@ -10,7 +10,7 @@
 mod augment;
 mod store;
 
-use std::collections::HashSet;
+use std::collections::{HashMap, HashSet};
 use std::ops::ControlFlow;
 use std::path::Path;
 
@@ -84,6 +84,8 @@ pub struct Computed {
     pub n_damaged: usize,
     /// Pictures that cannot be used, with reasons, for [`Dataset::skip_images`].
     pub unusable: Vec<(usize, String)>,
+    /// Pictures whose files have the bytes of an earlier one, each with that one, for [`Dataset::join_groups`].
+    pub copies: Vec<(usize, usize)>,
 }
 
 impl FeatureCache {
@@ -105,6 +107,7 @@ impl FeatureCache {
         let mut store = Store::open(dir, &encoder.key(), n_tokens * width)?;
         let mut report = Computed::default();
         let views = Views::of(dataset.images(), &mut report);
+        report.copies = views.copies();
         let needed: Vec<Key> = views.keys.iter().flatten().copied().collect();
         report.n_damaged = store.drop_damaged(&needed)?;
         let work = views.missing_in(&store);
@@ -236,6 +239,18 @@ impl<'a> Views<'a> {
             }
         });
         Self { images, keys: keys.collect() }
+    }
+
+    /// Pictures that are in the data under another name already: the key of the plain view is that of the bytes.
+    fn copies(&self) -> Vec<(usize, usize)> {
+        let mut first = HashMap::new();
+        let plain = self.keys.iter().enumerate().filter_map(|(index, keys)| Some((index, keys.first()?)));
+        plain
+            .filter_map(|(index, key)| {
+                let original = *first.entry(key).or_insert(index);
+                (original != index).then_some((index, original))
+            })
+            .collect()
     }
 
     /// What has to be computed. A picture may be in the data under two names: its features are computed once.

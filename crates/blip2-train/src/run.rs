@@ -208,7 +208,7 @@ fn open_output(output: &Path, resume: bool) -> Result<Option<PathBuf>> {
 pub const SKIPPED_FILE: &str = "skipped.txt";
 
 /// Reads the data, lets `check` refuse it, and makes sure that the frozen encoder's features of all pictures are on disk. What
-/// cannot be used is listed in the run's folder, `output`.
+/// cannot be used is listed in the run's folder, `output`; copies of a picture are of one group.
 fn open_data(
     output: &Path,
     data: &[DataConfig],
@@ -223,6 +223,7 @@ fn open_data(
     let (features, computed) =
         FeatureCache::compute(features, &dataset, encoder, |progress| observer.on_features(progress))?;
     dataset.skip_images(&computed.unusable);
+    dataset.join_groups(&computed.copies);
     write_skipped(&output.join(SKIPPED_FILE), &dataset)?;
     observer.on_data(&dataset, &computed);
     Ok((dataset, features))

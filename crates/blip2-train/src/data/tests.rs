@@ -120,6 +120,29 @@ fn groups_are_shared_by_name_and_across_entries() {
 }
 
 #[test]
+fn joined_groups_are_one_whatever_the_order() {
+    let dir = tempfile::tempdir().unwrap();
+    let rows: Vec<String> = ["a", "b", "a", "b", "c", "d"]
+        .iter()
+        .enumerate()
+        .map(|(number, group)| {
+            write(dir.path(), &format!("{number}.jpg"), "p");
+            format!(r#"{{"image":"{number}.jpg","caption":"x","group":"{group}"}}"#)
+        })
+        .collect();
+    write(dir.path(), "rows.jsonl", rows.join("\n"));
+    let joined = |pairs: &[(usize, usize)]| {
+        let mut dataset = load(dir.path(), "rows.jsonl").unwrap();
+        dataset.join_groups(pairs);
+        dataset.images().iter().map(|image| image.group).collect::<Vec<_>>()
+    };
+    assert_eq!(joined(&[]), [0, 1, 0, 1, 2, 3]);
+    assert_eq!(joined(&[(3, 2)]), [0, 0, 0, 0, 2, 3]);
+    assert_eq!(joined(&[(5, 4), (4, 1), (2, 0)]), [0, 1, 0, 1, 1, 1]);
+    assert_eq!(joined(&[(5, 4), (3, 2), (4, 1)]), [0; 6]);
+}
+
+#[test]
 fn skipping_pictures_removes_their_samples_and_changes_the_fingerprint() {
     let dir = tempfile::tempdir().unwrap();
     write(dir.path(), "a.jpg", "a");

@@ -179,6 +179,12 @@ fn equal_pictures_share_and_unusable_ones_are_reported() {
     dataset.skip_images(&report.unusable);
     assert_eq!(dataset.samples().len(), 3);
     assert_eq!(dataset.skipped().len(), 2);
+    // One picture's texts are no negatives of each other, whatever its files are called.
+    assert_eq!(report.copies, [(2, 0), (4, 1)]);
+    dataset.join_groups(&report.copies);
+    let groups: Vec<u32> = dataset.images().iter().map(|image| image.group).collect();
+    assert_eq!(groups, [0, 1, 0, 3, 1]);
+    assert_eq!(setup.compute(2, &encoder).1.copies, report.copies, "with more views and from disk");
 }
 
 #[test]
