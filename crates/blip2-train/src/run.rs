@@ -241,6 +241,11 @@ fn write_skipped(path: &Path, dataset: &Dataset) -> Result<()> {
     }
 }
 
+/// How either stage is dealt its samples: in whole batches, two of one group apart where possible.
+fn loader_config(batch_size: usize, seed: u64) -> LoaderConfig {
+    LoaderConfig { batch_size, seed, drop_last: true, distinct_groups: true }
+}
+
 /// A run whose parts are ready.
 struct Run<'a> {
     output: &'a Path,

@@ -11,10 +11,10 @@ use candle_core::{Device, Tensor, Var};
 use serde::{Deserialize, Serialize};
 
 use super::{
-    IMAGE_TOKENS, Observer, Run, RunPrecision, check_width, open_data, open_output, resolve_data,
-    validate_kept, validate_step,
+    IMAGE_TOKENS, Observer, Run, RunPrecision, check_width, loader_config, open_data, open_output,
+    resolve_data, validate_kept, validate_step,
 };
-use crate::data::{Batch, DataConfig, Dataset, Loader, LoaderConfig, Sample, Text};
+use crate::data::{Batch, DataConfig, Dataset, Loader, Sample, Text};
 use crate::features::{FeatureCache, FeatureEncoder};
 use crate::gradients::Gradients;
 use crate::initialize::{from_bert, is_berts};
@@ -160,12 +160,7 @@ pub fn train_stage1(
     observer: &mut dyn Observer,
 ) -> Result<Outcome> {
     let checkpoint = open_output(&config.output, resume)?;
-    let loader = LoaderConfig {
-        batch_size: config.batch_size,
-        seed: config.seed,
-        drop_last: true,
-        distinct_groups: true,
-    };
+    let loader = loader_config(config.batch_size, config.seed);
     let (qformer, variables) = start(config, init, encoder.width())?;
     let check = |dataset: &Dataset| {
         let is_captioned = |sample: &Sample| matches!(sample.text, Text::Captions(_));

@@ -14,10 +14,10 @@ use rayon::prelude::*;
 use serde::{Deserialize, Serialize};
 
 use super::{
-    IMAGE_TOKENS, Observer, Run, RunPrecision, check_width, open_data, open_output, resolve_data,
-    validate_step,
+    IMAGE_TOKENS, Observer, Run, RunPrecision, check_width, loader_config, open_data, open_output,
+    resolve_data, validate_step,
 };
-use crate::data::{Batch, DataConfig, Dataset, Loader, LoaderConfig, Text};
+use crate::data::{Batch, DataConfig, Dataset, Loader, Text};
 use crate::features::{FeatureCache, FeatureEncoder};
 use crate::frozen::FrozenProof;
 use crate::gradients::Gradients;
@@ -161,12 +161,7 @@ pub fn train_stage2(
     let checkpoint = open_output(&config.output, resume)?;
     let mut frozen_files = vec![config.encoder.as_path(), config.language_model.as_path()];
     frozen_files.dedup(); // a whole model's folder is both
-    let loader = LoaderConfig {
-        batch_size: config.batch_size,
-        seed: config.seed,
-        drop_last: true,
-        distinct_groups: true,
-    };
+    let loader = loader_config(config.batch_size, config.seed);
     let start = Start::new(config, language, init, encoder.width())?;
     let check = |dataset: &Dataset| {
         Loader::new(dataset, loader.clone())?;
