@@ -361,6 +361,17 @@ fn a_checkpoint_that_cannot_be_packed_leaves_no_folder() {
     let said = refused(&[&"pack", &"--stage2", &checkpoint, &"--out", &out]);
     assert!(said.contains("is a checkpoint of stage 1: give it as --stage1"), "{said}");
     assert!(!out.exists());
+    // The folder of the run is what one has at hand.
+    let run_dir = checkpoint.parent().expect("a run's folder").to_owned();
+    for layout in [&[][..], &["--hugging-face"]] {
+        let mut arguments: Vec<&dyn AsRef<std::ffi::OsStr>> =
+            vec![&"pack", &"--stage1", &run_dir, &"--out", &out];
+        arguments.extend(layout.iter().map(|flag| flag as &dyn AsRef<std::ffi::OsStr>));
+        let said = refused(&arguments);
+        let names = said.contains(&format!("give {}", checkpoint.display()));
+        assert!(names && said.contains("is the folder of a run"), "{said}");
+        assert!(!out.exists());
+    }
     let gone = work.path("step-00000001");
     refused(&[&"pack", &"--stage1", &checkpoint, &"--stage2", &gone, &"--out", &out]);
     assert!(!out.exists());

@@ -28,6 +28,9 @@ pub struct State {
     pub config: String,
 }
 
+/// The file by which a folder is known as a checkpoint.
+const STATE_NAME: &str = "state.json";
+
 /// How many checkpoints a run keeps: the newest, and one to fall back on.
 const N_KEPT: usize = 2;
 
@@ -96,7 +99,7 @@ fn write_parts(
         moments.insert(format!("v.{name}"), (vec![v.len()], v.clone()));
     }
     write_tensors(&dir.join("optimizer.safetensors"), &moments)?;
-    let path = dir.join("state.json");
+    let path = dir.join(STATE_NAME);
     let json = serde_json::to_vec_pretty(state).map_err(|e| invalid(&path, &e))?;
     fs::write(&path, json).map_err(Error::io(&path))?;
     sync(&path)?;
@@ -116,7 +119,7 @@ fn list(run_dir: &Path) -> Result<Vec<PathBuf>> {
     for entry in fs::read_dir(run_dir).map_err(Error::io(run_dir))? {
         let path = entry.map_err(Error::io(run_dir))?.path();
         let is_checkpoint = path.file_name().and_then(|n| n.to_str()).is_some_and(|n| n.starts_with("step-"));
-        if is_checkpoint && path.join("state.json").is_file() {
+        if is_checkpoint && path.join(STATE_NAME).is_file() {
             found.push(path);
         }
     }
@@ -127,9 +130,14 @@ fn list(run_dir: &Path) -> Result<Vec<PathBuf>> {
 /// Reads a checkpoint: its state, the model's tensors, and the optimiser's moments.
 ///
 /// # Errors
-/// When a file is missing or is not what [`save`] wrote.
+/// When a file is missing or is not what [`save`] wrote. Of a run's folder and of a model's it is said what they are.
 pub fn load(path: &Path) -> Result<(State, Tensors, BTreeMap<String, Moments>)> {
-    let state_path = path.join("state.json");
+    let state_path = path.join(STATE_NAME);
+    if !state_path.exists()
+        && let Some(what) = no_checkpoint(path)?
+    {
+        return Err(Error::file(path, what));
+    }
     let json = fs::read(&state_path).map_err(Error::io(&state_path))?;
     let state = serde_json::from_slice(&json).map_err(|e| invalid(&state_path, &e))?;
     let model = read_tensors(&path.join("model.safetensors"))?;
@@ -143,6 +151,27 @@ pub fn load(path: &Path) -> Result<(State, Tensors, BTreeMap<String, Moments>)> 
         };
     }
     Ok((state, model, moments))
+}
+
+/// What people hold that is no checkpoint; nothing where that cannot be told.
+fn no_checkpoint(path: &Path) -> Result<Option<String>> {
+    const IS: &str = "a checkpoint is a folder `step-…` in the folder of a run";
+    if !path.exists() {
+        return Ok(Some(format!("there is no such folder: {IS}")));
+    }
+    if !path.is_dir() {
+        return Ok(Some(format!("is a file: {IS}, which holds weights, optimiser and settings")));
+    }
+    let inside = list(path)?;
+    if !inside.is_empty() {
+        let inside: Vec<_> = inside.iter().map(|checkpoint| checkpoint.display().to_string()).collect();
+        return Ok(Some(format!(
+            "is the folder of a run, not one of its checkpoints: give {}",
+            inside.join(" or ")
+        )));
+    }
+    let is_model = path.join(blip2::model::FILE_NAME).is_file();
+    Ok(is_model.then(|| format!("is the folder of a model that is packed already, not a checkpoint: {IS}")))
 }
 
 fn write_tensors(path: &Path, tensors: &Tensors) -> Result<()> {
@@ -163,4 +192,34 @@ fn sync(path: &Path) -> Result<()> {
 
 fn invalid(path: &Path, reason: &dyn std::fmt::Display) -> Error {
     Error::file(path, reason.to_string())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_is_no_checkpoint_is_told_what_it_is() {
+        let dir = tempfile::tempdir().expect("a folder");
+        let refused = |path: &Path| load(path).expect_err("no checkpoint").to_string();
+        let [run, model, file] = ["run", "model", "weights.safetensors"].map(|name| dir.path().join(name));
+        assert!(refused(&run).contains("run: there is no such folder"), "{}", refused(&run));
+        let steps = ["step-00000100", "step-00000200"].map(|name| run.join(name));
+        for step in &steps {
+            fs::create_dir_all(step).expect("made");
+            fs::write(step.join(STATE_NAME), "{}").expect("written");
+        }
+        fs::create_dir(run.join("step-00000300")).expect("made");
+        let [one, other] = steps.map(|step| step.display().to_string());
+        let expected =
+            format!("run: is the folder of a run, not one of its checkpoints: give {one} or {other}");
+        assert!(refused(&run).ends_with(&expected), "{}", refused(&run));
+        fs::create_dir(&model).expect("made");
+        // Nothing can be told of an empty folder but what is not in it.
+        assert!(refused(&model).contains(STATE_NAME), "{}", refused(&model));
+        fs::write(model.join(blip2::model::FILE_NAME), "{}").expect("written");
+        assert!(refused(&model).contains("model: is the folder of a model"), "{}", refused(&model));
+        fs::write(&file, "x").expect("written");
+        assert!(refused(&file).contains("weights.safetensors: is a file"), "{}", refused(&file));
+    }
 }
