@@ -19,6 +19,9 @@ use crate::{Error, Result};
 /// A text member longer than this is not a caption.
 const MAX_TEXT_BYTES: u64 = 1 << 20;
 
+/// The parts that an archive is made of.
+const BLOCK_BYTES: u64 = 512;
+
 /// The tar files of a folder, in the order of names.
 pub(super) fn shards(folder: &Path) -> Result<Vec<PathBuf>> {
     let mut shards = Vec::new();
@@ -66,21 +69,16 @@ fn read_shard(path: &Path, builder: &mut Builder) -> Result<()> {
             error.to_string().chars().filter(|c| c.is_ascii() && !c.is_control()).collect();
         Error::file(path, format!("is not a whole tar archive: {printable}"))
     };
-    let mut file = File::open(path).map_err(Error::io(path))?;
-    let mut magic = [0; 2];
-    if file.read(&mut magic).map_err(Error::io(path))? == 2 && magic == [0x1f, 0x8b] {
-        return Err(Error::file(
-            path,
-            "is compressed, and pictures are read from where they are: unpack it with gunzip",
-        ));
-    }
-    file.rewind().map_err(Error::io(path))?;
-    let n_bytes = file.metadata().map_err(Error::io(path))?.len();
+    let (file, n_bytes) = open_shard(path)?;
     let archive_path: Arc<Path> = Arc::from(path);
     let mut archive = tar::Archive::new(BufReader::new(file));
     let mut pending = Pending::default();
+    let mut end = 0;
     for entry in archive.entries_with_seek().map_err(damaged)? {
         let mut entry = entry.map_err(damaged)?;
+        // A sparse file is larger than what is stored of it.
+        let n_stored = entry.header().entry_size().map_err(damaged)?.min(entry.size());
+        end = entry.raw_file_position().saturating_add(n_stored);
         if !entry.header().entry_type().is_file() {
             continue; // folders, links and sparse files hold no picture
         }
@@ -113,8 +111,32 @@ fn read_shard(path: &Path, builder: &mut Builder) -> Result<()> {
             }
         }
     }
+    // The reader takes any whole block behind a member for another one, or for the end if it is empty. Where the first of the two
+    // empty ones is there nothing is lost.
+    if n_bytes < end.saturating_add(BLOCK_BYTES) {
+        return Err(Error::file(
+            path,
+            "ends without the two empty blocks that end a tar archive, so members may be missing: copy the archive again; if it \
+             was never ended, `tar --append` or `truncate --size=+1024` ends it",
+        ));
+    }
     finish(pending, path, builder);
     Ok(())
+}
+
+/// An archive and its length; one that is compressed is refused.
+fn open_shard(path: &Path) -> Result<(File, u64)> {
+    let mut file = File::open(path).map_err(Error::io(path))?;
+    let mut magic = [0; 2];
+    if file.read(&mut magic).map_err(Error::io(path))? == 2 && magic == [0x1f, 0x8b] {
+        return Err(Error::file(
+            path,
+            "is compressed, and pictures are read from where they are: unpack it with gunzip",
+        ));
+    }
+    file.rewind().map_err(Error::io(path))?;
+    let n_bytes = file.metadata().map_err(Error::io(path))?.len();
+    Ok((file, n_bytes))
 }
 
 /// `"a/b.c.jpg"` → (`"a/b"`, `"jpg"`): the key ends at the first dot of the last part.
@@ -339,6 +361,35 @@ mod tests {
             let message = Dataset::load(&[DataConfig::new("t.tar")], dir.path()).unwrap_err().to_string();
             assert!(message.contains("t.tar") && message.contains(says), "{message}");
         }
+    }
+
+    /// What is missing leaves no other trace: the members that are there are whole.
+    #[test]
+    fn a_shard_that_was_cut_between_members_is_refused() {
+        let dir = tempfile::tempdir().unwrap();
+        let whole = tar_of(&[("1.jpg", &[7; 512]), ("1.txt", b"one"), ("2.jpg", b"p"), ("2.txt", b"two")]);
+        let load = |content: &[u8]| {
+            fs::write(dir.path().join("t.tar"), content).unwrap();
+            let dataset = Dataset::load(&[DataConfig::new("t.tar")], dir.path());
+            dataset.map(|dataset| dataset.samples().len()).map_err(|error| error.to_string())
+        };
+        assert_eq!(load(&whole), Ok(2));
+        assert_eq!(load(&whole[..whole.len() - 512]), Ok(2), "one of the two empty blocks");
+        for n_blocks in [0, 2, 4, 6, 8] {
+            let error = load(&whole[..512 * n_blocks]).unwrap_err();
+            let says = error.contains("t.tar: ") && error.contains("two empty blocks");
+            assert!(says && error.contains("copy the archive again"), "{n_blocks}: {error}");
+        }
+        // A folder and its name in an extension have no picture, but are members.
+        let mut builder = tar::Builder::new(Vec::new());
+        let mut header = tar::Header::new_gnu();
+        header.set_entry_type(tar::EntryType::Directory);
+        header.set_size(0);
+        builder.append_data(&mut header, "x".repeat(120), &b""[..]).unwrap();
+        let mut ended = whole[..whole.len() - 1024].to_vec();
+        ended.extend(builder.into_inner().unwrap());
+        assert_eq!(load(&ended), Ok(2));
+        assert!(load(&ended[..ended.len() - 1024]).unwrap_err().contains("two empty blocks"));
     }
 
     #[test]
