@@ -11,7 +11,9 @@
 mod check;
 mod encoder;
 mod folder;
+mod from_lavis;
 mod language;
+mod language_folder;
 mod output;
 mod sizes;
 mod small_files;
@@ -26,12 +28,12 @@ use serde_json::Value as Json;
 use self::check::Check;
 pub(super) use self::encoder::LavisEncoder;
 use self::folder::NewFolder;
-use self::language::{Family, Language, check_layers};
+use self::language::{Language, check_layers};
 use self::output::Output;
 use self::state::State;
 use self::table::{Architecture, Head, Table};
 pub use self::trained::{Trained, TrainedPrompts, trained_to_hugging_face};
-use super::hugging_face::{self, TrainedWith};
+use super::hugging_face;
 use crate::weights::Checkpoint;
 use crate::weights::safetensors::Safetensors;
 use crate::{Error, Result};
@@ -118,7 +120,7 @@ pub fn to_hugging_face(
     let (from, out) = (from.as_ref(), out.as_ref());
     let checkpoint = Checkpoint::open(from)?;
     match Layout::of(&checkpoint) {
-        Some(Layout::Lavis) => lavis_to_hugging_face(&checkpoint, out, parts, options),
+        Some(Layout::Lavis) => from_lavis::to_hugging_face(&checkpoint, out, parts, options),
         Some(Layout::HuggingFace) => repack_hugging_face(&checkpoint, from, out, options),
         Some(Layout::ImageEncoder) => Err(Error::Request(format!(
             "{} is an image encoder alone: convert the LAVIS checkpoint that was trained with it, and give this one as its \
@@ -175,96 +177,6 @@ pub fn copy_tensors(from: impl AsRef<Path>, out: impl AsRef<Path>) -> Result<Con
     };
     output::write_safetensors_file(out.as_ref(), &outputs, &state, layout)?;
     Ok(Converted { n_tensors: outputs.len(), ..Converted::default() })
-}
-
-fn lavis_to_hugging_face(
-    checkpoint: &Checkpoint,
-    out: &Path,
-    parts: &FrozenParts,
-    options: &ConvertOptions,
-) -> Result<Converted> {
-    let request = |reason: String| Err(Error::Request(reason));
-    let path = checkpoint.path().display();
-    let mut state = State::of(checkpoint, lavis_name)?;
-    let mut left_out = Vec::new();
-
-    // The image encoder: in the checkpoint where it was trained, else a file of its own.
-    let own_vision = state.names().any(|name| name.starts_with("visual_encoder."));
-    let vision = parts.vision.as_ref().map(Checkpoint::open).transpose()?;
-    match (&vision, own_vision) {
-        (Some(_), true) => {
-            return request(format!(
-                "{path} holds the image encoder that was trained with it: give no other"
-            ));
-        }
-        (None, false) => {
-            return request(format!(
-                "{path} holds no image encoder, since it was frozen: give the file it was trained with (eva_vit_g.pth for \
-                 ViT-g, clip_vit_L.pth for ViT-L)"
-            ));
-        }
-        (Some(vision), false) => left_out = add_vision(&mut state, vision)?,
-        (None, true) => {}
-    }
-
-    // The language model.
-    let family = family(checkpoint, &state)?;
-    let mut text = None;
-    let language_model;
-    let head = match (family, &parts.language_model) {
-        (None, _) => Head::Matching,
-        (Some(_), None) => {
-            return request(format!(
-                "{path} holds no tokenizer and no configuration of its language model: give the model's Hugging Face folder"
-            ));
-        }
-        (Some(family), Some(folder)) => {
-            let mut json = json_of(folder)?;
-            // The folder of a whole model has a language model, too, with all that BLIP-2 makes of it.
-            let is_whole = json["model_type"] == "blip-2";
-            if is_whole {
-                json = hugging_face::text_config(&json);
-            }
-            let in_folder = |error: Error| error.in_folder(folder);
-            if Family::of(&json).map_err(in_folder)? != family {
-                return request(format!(
-                    "{path} was trained with a model of the family {family:?}, {} is another",
-                    folder.display()
-                ));
-            }
-            let named = |name: &str| format!("{}_model.{name}", family.lavis_prefix());
-            if !state.contains(&named(family.telling_tensor())) {
-                language_model = Checkpoint::open(folder)?;
-                let own_name = |name: &str| -> Option<String> {
-                    let own = if is_whole { name.strip_prefix(hugging_face::LANGUAGE_MODEL)? } else { name };
-                    Some(named(&family.own_name(own)?))
-                };
-                state.add(&language_model, own_name)?;
-            }
-            let language = Language::of(&json, state.names().count(), |name| state.contains(&named(name)))
-                .map_err(in_folder)?;
-            check_projection(checkpoint, &state, &language, folder)?;
-            if !is_whole {
-                small_files::adapt_text_config(&mut json, folder, &language)?;
-            }
-            text = Some(json);
-            Head::Language(language)
-        }
-    };
-
-    let model = architecture(&state, head, parts.config.as_deref())?;
-    let table = Table::of(&model);
-    left_out.extend(allowed(&mut state, options, |state| state.check_lavis(&table))?);
-    let outputs = output::hugging_face(&table, &state)?;
-
-    let trained_with =
-        TrainedWith { instruction: caption_instruction(&model).map(Into::into), ..TrainedWith::default() };
-    let new = NewFolder::create(out)?;
-    let dtype = output::widest_dtype(&outputs);
-    small_files::write(&new, &model, text.as_ref(), parts, dtype, &trained_with)?;
-    new.write_tensors(&outputs, &state, options.max_shard_bytes)?;
-    new.finish()?;
-    Ok(converted(&model, &table, &state, outputs.len(), left_out))
 }
 
 fn repack_hugging_face(
@@ -353,28 +265,6 @@ fn is_lavis(checkpoint: &Checkpoint) -> bool {
             .any(|name| has(name))
 }
 
-/// A LAVIS tensor's name without the dictionary it may be in. A training checkpoint has nothing else to carry over.
-fn lavis_name(name: &str) -> Option<String> {
-    match name.split_once('.') {
-        Some(("model", rest)) => Some(rest.to_owned()),
-        Some(("optimizer" | "scaler" | "config", _)) => None,
-        _ => Some(name.to_owned()),
-    }
-}
-
-fn family(checkpoint: &Checkpoint, state: &State<'_>) -> Result<Option<Family>> {
-    let [opt, t5] = ["opt_proj.weight", "t5_proj.weight"].map(|name| state.contains(name));
-    match (opt, t5) {
-        (true, true) => {
-            let reason = "it has projections for OPT and for T5: no model has both".into();
-            Err(Error::File { path: checkpoint.path().into(), reason })
-        }
-        (true, false) => Ok(Some(Family::Opt)),
-        (false, true) => Ok(Some(Family::T5)),
-        (false, false) => Ok(None),
-    }
-}
-
 /// Adds an image encoder's own checkpoint; what BLIP-2 does not have of it (its last block, its head) is named.
 fn add_vision<'a>(state: &mut State<'a>, checkpoint: &'a Checkpoint) -> Result<Vec<String>> {
     if Layout::of(checkpoint) != Some(Layout::ImageEncoder) {
@@ -397,18 +287,6 @@ fn add_vision<'a>(state: &mut State<'a>, checkpoint: &'a Checkpoint) -> Result<V
     };
     state.add(checkpoint, |name| is_kept(name).then(|| format!("visual_encoder.{name}")))?;
     Ok(checkpoint.names().into_iter().filter(|name| !is_kept(name)).map(str::to_owned).collect())
-}
-
-/// A model's sizes: from its tensors, or from a `config.json` that is given.
-fn architecture(state: &State<'_>, head: Head, config: Option<&Path>) -> Result<Architecture> {
-    let json = config.map(read_json).transpose()?;
-    let heads = |part: &str| json.as_ref().and_then(|json| json[part]["num_attention_heads"].as_u64());
-    let heads = |part: &str| heads(part).and_then(|n| usize::try_from(n).ok());
-    Ok(Architecture {
-        vision: sizes::vision(state, heads("vision_config"))?,
-        qformer: sizes::qformer(state, heads("qformer_config"))?,
-        head,
-    })
 }
 
 /// Whether the tensors of a Hugging Face folder have the names and shapes of the model that its configuration describes, one that
@@ -470,33 +348,6 @@ fn architecture_of(
         Head::Matching
     };
     Ok(Architecture { vision, qformer, head })
-}
-
-/// How the models that LAVIS fine-tuned on COCO's captions were taught to begin one. Nothing in a checkpoint says it; of those
-/// that write they alone see pictures of 364 pixels.
-fn caption_instruction(model: &Architecture) -> Option<&'static str> {
-    let is_tuned = matches!(model.head, Head::Language(_)) && model.vision.image_size == 364;
-    is_tuned.then_some(hugging_face::COCO_INSTRUCTION)
-}
-
-/// The width of the projection is the language model's: another size of the same family shows here.
-fn check_projection(
-    checkpoint: &Checkpoint,
-    state: &State<'_>,
-    language: &Language,
-    folder: &Path,
-) -> Result<()> {
-    let found = state.shape(&format!("{}_proj.weight", language.family.lavis_prefix()))?;
-    if found.first() == Some(&language.width) {
-        return Ok(());
-    }
-    Err(Error::Request(format!(
-        "{} projects to a language model of width {}, that in {} has {}: give the one it was trained with",
-        checkpoint.path().display(),
-        found.first().unwrap_or(&0),
-        folder.display(),
-        language.width
-    )))
 }
 
 fn json_of(folder: &Path) -> Result<Json> {

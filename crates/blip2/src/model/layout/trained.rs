@@ -6,7 +6,8 @@ use serde_json::Value as Json;
 
 use super::encoder::LavisEncoder;
 use super::folder::NewFolder;
-use super::language::{Family, Language};
+use super::language::Language;
+use super::language_folder::LanguageFolder;
 use super::output::Output;
 use super::state::State;
 use super::table::{Architecture, Head, Table};
@@ -84,15 +85,16 @@ pub fn trained_to_hugging_face(
     let (mut head, mut text) = (Head::Matching, None);
     if let Some(opened) = &language {
         state.add(&opened.checkpoint, |name| opened.name(name))?;
-        let has = |name: &str| state.contains(&format!("language_model.{name}"));
-        let language = Language::of(&opened.text, state.names().count(), has)
-            .map_err(|error| error.in_folder(opened.folder))?;
-        text = Some(opened.adapted(&language)?);
+        let folder = &opened.folder;
+        let has = |name: &str| state.contains(&format!("{}{name}", hugging_face::LANGUAGE_MODEL));
+        let language = Language::of(&folder.text, state.names().count(), has)
+            .map_err(|error| error.in_folder(folder.path))?;
+        text = Some(folder.adapted(&language)?);
         head = Head::Language(language);
     }
     let (vision, vision_table) = encoder.sizes(trained.encoder_options.num_attention_heads)?;
     let spoken = trained.prompts.zip(language.as_ref());
-    let spoken = spoken.map(|(prompts, language)| prompts.trained_with(&language.text)).transpose()?;
+    let spoken = spoken.map(|(prompts, language)| prompts.trained_with(&language.folder.text)).transpose()?;
     let trained_with = TrainedWith {
         image_size: encoder.image_size(trained.encoder_options)?.filter(|side| *side != vision.image_size),
         ..spoken.unwrap_or_default()
@@ -119,7 +121,7 @@ pub fn trained_to_hugging_face(
         new.write_json("preprocessor_config.json", &pictures)?;
     }
     if let Some(folder) =
-        trained.language_model.filter(|_| language.as_ref().is_some_and(|opened| opened.is_inside))
+        trained.language_model.filter(|_| language.as_ref().is_some_and(|opened| opened.folder.is_whole))
     {
         small_files::copy_existing(&new, folder, &["generation_config.json"])?;
     }
@@ -190,44 +192,27 @@ fn inside(name: &str) -> Option<String> {
     is_encoder.then(|| name.to_owned())
 }
 
-/// A language model's checkpoint, its own or one of a whole BLIP-2 model.
+/// A language model's folder and the weights in it.
 struct OpenedLanguage<'a> {
-    folder: &'a Path,
+    folder: LanguageFolder<'a>,
     checkpoint: Checkpoint,
-    /// Its own configuration.
-    text: Json,
-    family: Family,
-    /// Whether it is inside a BLIP-2 model.
-    is_inside: bool,
 }
 
 impl<'a> OpenedLanguage<'a> {
-    fn open(folder: &'a Path) -> Result<Self> {
-        if !folder.is_dir() {
+    fn open(path: &'a Path) -> Result<Self> {
+        if !path.is_dir() {
             return Err(Error::Request(format!(
                 "{} is no folder: Hugging Face's BLIP-2 has a language model of the family OPT or T5, in a folder",
-                folder.display()
+                path.display()
             )));
         }
-        let json = hugging_face::read_json(folder)?;
-        let is_inside = json["model_type"] == "blip-2";
-        let text = if is_inside { hugging_face::text_config(&json) } else { json };
-        let family = Family::of(&text).map_err(|error| error.in_folder(folder))?;
-        Ok(Self { folder, checkpoint: Checkpoint::open(folder)?, text, family, is_inside })
+        Ok(Self { folder: LanguageFolder::read(path)?, checkpoint: Checkpoint::open(path)? })
     }
 
     fn name(&self, name: &str) -> Option<String> {
-        if self.is_inside {
-            return name.starts_with("language_model.").then(|| name.to_owned());
+        if self.folder.is_whole {
+            return name.starts_with(hugging_face::LANGUAGE_MODEL).then(|| name.to_owned());
         }
-        self.family.own_name(name).map(|name| format!("language_model.{name}"))
-    }
-
-    fn adapted(&self, language: &Language) -> Result<Json> {
-        let mut text = self.text.clone();
-        if !self.is_inside {
-            small_files::adapt_text_config(&mut text, self.folder, language)?;
-        }
-        Ok(text)
+        self.folder.family.own_name(name).map(|name| format!("{}{name}", hugging_face::LANGUAGE_MODEL))
     }
 }
