@@ -4,6 +4,7 @@
 //! queries replace. Here the queries are rows between words in either case, so both are the same model.
 
 mod config;
+mod generation;
 mod trained_with;
 
 use std::borrow::Borrow;
@@ -12,16 +13,15 @@ use std::path::{Path, PathBuf};
 use blip2_kernels::quantized::QuantizedWeight;
 use serde_json::Value as Json;
 
-use self::config::{check_tokens, processor, size, token, tokens, wrong};
 pub(super) use self::config::{image_processor, qformer_config, read_json, vit_config};
+use self::config::{processor, size, token, wrong};
 pub(super) use self::trained_with::TrainedWith;
-use super::config::{ModelConfig, Stage1Config, Stage2Config, VisionConfig};
+use super::config::{ModelConfig, Stage1Config, VisionConfig};
 use super::given::{Given, Reader};
 use super::layout;
 use super::parts;
-use super::preset::{FolderGeneration, Preset};
+use super::preset::Preset;
 use super::stage1::Stage1;
-use super::stage2::{Source, Stage2};
 use super::texts::{TextReader, Texts};
 use super::{Blip2, OpenOptions};
 use crate::image::ImageProcessor;
@@ -79,7 +79,7 @@ pub(super) fn load(folder: &Path, json: &Json, file: &Safetensors, options: &Ope
     let field = "architectures";
     let opened = match json[field][0].as_str() {
         // A configuration that was made by hand may not say; captions are what most models are for.
-        None | Some("Blip2ForConditionalGeneration") => open_generation(folder, json, file, options),
+        None | Some("Blip2ForConditionalGeneration") => generation::open(folder, json, file, options),
         Some("Blip2ForImageTextRetrieval") => open_retrieval(folder, json, file, options),
         Some(other) => Err(wrong(
             field,
@@ -251,89 +251,6 @@ fn vision(
 ) -> Result<Option<VisionEncoder>> {
     let fingerprint = format!("{name}, {} pixels", pictures.vit.image_size);
     options.vision.then(|| VisionEncoder::vit(encoder, pictures.processor, fingerprint)).transpose()
-}
-
-/// Opens a model for captions and answers (`Blip2ForConditionalGeneration`).
-fn open_generation(folder: &Path, json: &Json, file: &Safetensors, options: &OpenOptions) -> Result<Blip2> {
-    let (vit, qformer) = sizes(json, options.preset)?;
-    let text = text_config(json);
-    let family = Family::of(&text)?;
-    let n_tokens = vocab_size(&text, family)?;
-    check_tokens(json, "config", &["image_token_index", "image_token_id"], n_tokens)?;
-    let marks = ["bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_token_id"];
-    check_tokens(&text, "text_config", &marks, n_tokens)?;
-    let trained_with = TrainedWith::read(json)?;
-    let tokenizer = tokenizer(folder, &text, family)?;
-    let folder_generation = FolderGeneration::read(folder)?;
-    folder_generation.check_tokens(folder, n_tokens)?;
-    let pictures = Pictures::of(folder, json, &vit, options.image_size)?;
-    check_tensors(file, json, true)?;
-    let source = Renamed(file);
-    let loader = Loader::frozen(&source, options.precision);
-
-    // Every part is loaded, asked for or not: what is left over then is a mistake.
-    let encoder = load_vision(&vit, &pictures, &loader, options.quantization)?;
-    let bridge = options.bridge_loader(&source, BRIDGE_PRECISION, file.quantization());
-    let bridge = QFormer::load(&qformer, &bridge, TextSide::None)?;
-    let language_model =
-        LanguageModel::from_safetensors(&text, file, LANGUAGE_MODEL, options.frozen_format())?;
-    // Of an OPT with narrower embeddings than layers it may have either width, which was checked.
-    let projected = loader.shape("language_projection.weight").and_then(|shape| shape.first().copied());
-    let projected = projected.unwrap_or_else(|| language_model.hidden_size());
-    let language_projection = options.bridge_loader(&source, options.precision, file.quantization()).linear(
-        "language_projection",
-        qformer.hidden_size,
-        projected,
-    )?;
-    // Buffers of old revisions: positions count from 0.
-    file.ignore(|name| name.ends_with(".position_ids"));
-    file.finish()?;
-
-    let name = model_name(folder, file);
-    // Of published folders the name alone says it.
-    let instruction = trained_with
-        .instruction
-        .unwrap_or_else(|| if name.contains("coco") { COCO_INSTRUCTION.into() } else { String::new() });
-    let generation = folder_generation.own();
-    let prompt = trained_with.prompt.unwrap_or_else(|| family.question());
-    let source = Source {
-        image_token: token(json, "config", "image_token_index")?.or(token(json, "config", "image_token_id")?),
-        end_tokens: match folder_generation.end_tokens() {
-            // The configurations of the language model know how the family's answers end.
-            _ if !prompt.ends_answers_as(&family.question()) => None,
-            Some(tokens) => Some(tokens),
-            None => tokens(&text, "text_config", "eos_token_id")?,
-        },
-        generation: folder_generation,
-    };
-    let stage2 = Stage2Config {
-        weights: file_names(file),
-        language_model: folder.into(),
-        language_model_sha256: None,
-        // Who was taught another way to ask was not taught the authors' way to talk.
-        chat_prompt: (prompt == family.question()).then(|| family.turn()),
-        prompt,
-        caption_prompt: Some(trained_with.caption_prompt.unwrap_or_else(|| family.caption())),
-        instruction,
-        generation,
-        answering: None,
-    };
-    let loaded = options
-        .stage2
-        .then(|| {
-            let (projection, config) = (language_projection, &stage2);
-            Stage2::new(bridge, projection, language_model, tokenizer, config, source)
-        })
-        .transpose()?;
-    let config = ModelConfig {
-        vision: VisionConfig::Vit(pictures.vit.clone()),
-        name,
-        qformer,
-        stage1: None,
-        stage2: Some(stage2),
-    };
-    let vision = vision(options, encoder, pictures, &config.name)?;
-    Ok(Blip2 { config, vision, stage1: None, stage2: loaded })
 }
 
 /// Refuses what the model in a folder could not read.
