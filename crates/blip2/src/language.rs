@@ -120,8 +120,8 @@ impl LanguageModel {
             return Ok((Self::from_gguf(&file, format)?, LanguageTokenizer::from_gguf(&file)?));
         }
         let config_path = path.join("config.json");
-        let config =
-            std::fs::read(&config_path).map_err(|source| Error::Io { path: config_path.clone(), source })?;
+        let config = crate::small_file::read(&config_path)
+            .map_err(|source| Error::Io { path: config_path.clone(), source })?;
         let config = serde_json::from_slice(&config)
             .map_err(|e| Error::File { path: config_path.clone(), reason: format!("is not JSON: {e}") })?;
         let file = Safetensors::open_files(&weight_files(path)?)?;

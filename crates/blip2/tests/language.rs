@@ -307,6 +307,16 @@ fn texts_longer_than_the_context_are_refused() {
     assert_eq!((text.token_ids.len(), text.finish), (4, blip2::generate::FinishReason::ContextFull));
 }
 
+/// Reading it would never end.
+#[cfg(unix)]
+#[test]
+fn a_device_in_the_place_of_a_folders_configuration_is_refused() {
+    let folder = tempfile::tempdir().unwrap();
+    std::os::unix::fs::symlink("/dev/zero", folder.path().join("config.json")).unwrap();
+    let error = LanguageModel::open(folder.path(), Precision::F32).expect_err("refused").to_string();
+    assert!(error.contains("config.json: this is not a regular file"), "{error}");
+}
+
 #[test]
 fn processors_and_filters_are_those_of_transformers() {
     let golden = json("sampling.json");
