@@ -28,6 +28,11 @@ pub fn similarities(image_feats: &Tensor, text_feats: &Tensor, n_queries: usize)
 ///
 /// `image_ids` name the pictures: all captions of one picture are its positives and share the target mass.
 ///
+/// # Shapes
+/// - `similarities`: `[B, B]`, picture by text, of [`similarities`]
+/// - `temperature`: a scalar, which divides them
+/// - returns a scalar
+///
 /// # Errors
 /// Those of the tensor engine.
 pub fn contrastive_loss(similarities: &Tensor, temperature: &Tensor, image_ids: &[u64]) -> Result<Tensor> {

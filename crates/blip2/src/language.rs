@@ -222,7 +222,8 @@ impl LanguageModel {
     }
 
     /// As [`forward`](Self::forward), for rows that continue texts of a cache: `sequences[i]` is lengthened by
-    /// `lengths[i]` rows. A model in few bits attends to keys and values in bf16 here. No gradient.
+    /// `lengths[i]` rows of `embeds`, `[sum of lengths, hidden_size]`, of which the hidden states come back in the same shape. A
+    /// model in few bits attends to keys and values in bf16 here. No gradient.
     ///
     /// # Errors
     /// As [`forward`](Self::forward), and when a sequence is not of this cache; then nothing has changed.

@@ -115,8 +115,8 @@ impl QFormer {
         &self.config
     }
 
-    /// A picture's tokens as the queries attend to them: the encoder's output after its last norm (LAVIS's `ln_vision`), in the
-    /// same shape.
+    /// A picture's tokens as the queries attend to them: the encoder's output, `[B * P, encoder_hidden_size]`, after its last norm
+    /// (LAVIS's `ln_vision`), in the same shape.
     ///
     /// # Errors
     /// Those of the tensor engine.
@@ -250,7 +250,7 @@ impl QFormer {
     }
 
     /// Runs texts causally on top of a query pass: each token sees all queries of its picture and the tokens up
-    /// to itself. Text `i` belongs to picture `i` of that pass.
+    /// to itself. Text `i` belongs to picture `i` of that pass. Gives the texts' rows, `[tokens of all texts, hidden_size]`.
     ///
     /// # Errors
     /// When the model was loaded without its text side, or a text is too long.

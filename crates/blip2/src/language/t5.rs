@@ -280,8 +280,9 @@ impl T5 {
         })
     }
 
-    /// Reads prompts: encodes them into the cache's memory and begins an answer to each. `sequences` must be empty; the
-    /// decoder's hidden states after the start token come back, one row a prompt.
+    /// Reads prompts: encodes them, `lengths[i]` rows of `embeds` `[sum of lengths, d_model]` for `sequences[i]`, into the cache's
+    /// memory and begins an answer to each. `sequences` must be empty; the decoder's hidden states after the start token come
+    /// back, `[prompts, d_model]`.
     ///
     /// # Errors
     /// As [`encode`](Self::encode), and when a sequence is not empty.
@@ -303,7 +304,8 @@ impl T5 {
         self.forward_cached(&self.embed(&starts)?, cache, sequences, &vec![1; sequences.len()])
     }
 
-    /// The decoder: reads packed rows that continue answers of a cache, `lengths[i]` rows for `sequences[i]`.
+    /// The decoder: reads packed rows that continue answers of a cache, `lengths[i]` rows of `embeds` for `sequences[i]`; its
+    /// hidden states come back in their shape, `[sum of lengths, d_model]`.
     ///
     /// # Errors
     /// When the shapes do not agree, an answer is too long or a sequence is not of this cache; then nothing has changed.

@@ -72,7 +72,7 @@ impl RelativeBias {
     }
 }
 
-/// [`attention`] with a frozen bias on the scores, without dropout.
+/// [`attention`], of the same shapes, with a frozen bias on the scores and without dropout.
 ///
 /// # Errors
 /// Those of the tensor engine.

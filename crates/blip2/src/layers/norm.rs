@@ -37,7 +37,7 @@ impl LayerNorm {
         x.contiguous()?.apply_op2(&self.weight_and_bias()?, Norm { eps: self.eps })
     }
 
-    /// Normalises `x + residual` in one pass: the post-norm residual connection of BERT.
+    /// Normalises the rows of `x + residual`, both `[N, D]`, in one pass: the post-norm residual connection of BERT.
     ///
     /// # Errors
     /// Those of the tensor engine.

@@ -92,7 +92,8 @@ impl QFormer {
         normalize(&self.text_parts()?.text_projection.forward(&cls)?)
     }
 
-    /// Image-text matching logits `[pairs, 2]` (no match, match): the mean over the queries' logits.
+    /// Image-text matching logits `[pairs, 2]` (no match, match): the mean over the logits of each pair's queries, whose rows are
+    /// `[pairs * Q, hidden_size]`, from [`Self::encode_pairs`].
     ///
     /// # Errors
     /// When the model was loaded without its text side.
@@ -102,7 +103,8 @@ impl QFormer {
         Ok(logits.reshape((logits.dim(0)? / n_queries, n_queries, 2))?.mean(1)?)
     }
 
-    /// The language-modelling head up to its vocabulary projection: rows to classify, and the projection.
+    /// The language-modelling head up to its vocabulary projection: `text_rows`, `[N, hidden_size]`, as rows of the same shape that
+    /// are to be classified, and the projection to the vocabulary.
     ///
     /// # Errors
     /// When the model was loaded without its text side, or its checkpoint has no such head.
