@@ -13,8 +13,8 @@ use blip2::model::{Blip2, ImageFeatures};
 
 use crate::data::{Row, Skipped, Text};
 use crate::metrics::{
-    Candidates, CaptionPair, CaptionScores, Rescoring, RetrievalScores, VqaRule, answer_matches, names_any,
-    rerank, retrieval, vqa_accuracy,
+    Candidates, CaptionPair, CaptionScores, Rescoring, RetrievalScores, answer_score, names_any,
+    percent_by_kind, rerank, retrieval,
 };
 use crate::{Error, Result};
 
@@ -66,16 +66,9 @@ pub struct Evaluated {
 impl Evaluated {
     /// The mean score in percent, over all and by kind; not a number where nothing has a score.
     pub fn accuracy(&self) -> (f64, BTreeMap<String, (f64, usize)>) {
-        let scored = || self.predictions.iter().filter_map(|p| p.score.map(|score| (p, score)));
-        let mut kinds: BTreeMap<String, (f64, usize)> = BTreeMap::new();
-        for (prediction, score) in scored() {
-            let (sum, n) = kinds.entry(prediction.kind.clone().unwrap_or_default()).or_default();
-            *sum += score;
-            *n += 1;
-        }
-        let (sum, n) = kinds.values().fold((0.0, 0), |(sum, n), (s, m)| (sum + s, n + m));
-        kinds.values_mut().for_each(|(sum, n)| *sum *= 100.0 / *n as f64);
-        (100.0 * sum / n as f64, kinds)
+        percent_by_kind(self.predictions.iter().filter_map(|prediction| {
+            Some((prediction.kind.as_deref().unwrap_or_default(), prediction.score?))
+        }))
     }
 
     /// How many groups (works, people, places) have most of their rows right, of how many; rows without a group are not
@@ -145,14 +138,11 @@ pub fn questions(
         let said = model.ask(&requests, generation)?;
         for (((row, _), (_, question, references)), answers) in batch.iter().zip(asked).zip(said) {
             let text = answers.first().map_or("", |answer| &answer.text);
-            let score = if !row.names.is_empty() {
-                f64::from(u8::from(names_any(text, &row.names)))
-            } else if references.len() > 1 {
-                vqa_accuracy(text, &references, VqaRule::Official)
+            let (score, references) = if row.names.is_empty() {
+                (answer_score(text, &references), references)
             } else {
-                f64::from(u8::from(answer_matches(text, &references)))
+                (f64::from(u8::from(names_any(text, &row.names))), row.names.clone())
             };
-            let references = if row.names.is_empty() { references } else { row.names.clone() };
             evaluated.predictions.push(prediction(row, question, &answers, references, Some(score)));
         }
         Ok(())

@@ -13,7 +13,7 @@ mod recognition;
 mod retrieval;
 mod rouge;
 
-pub use answers::{VqaRule, answer_matches, normalise_answer, vqa_accuracy};
+pub use answers::{VqaRule, answer_matches, answer_score, normalise_answer, percent_by_kind, vqa_accuracy};
 pub use bleu::{Bleu, bleu};
 pub use cider::cider_d;
 pub use recognition::names_any;

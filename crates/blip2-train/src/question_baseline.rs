@@ -7,7 +7,7 @@
 use std::collections::{BTreeMap, HashMap};
 
 use crate::data::{Row, Text};
-use crate::metrics::{VqaRule, answer_matches, normalise_answer, vqa_accuracy, words};
+use crate::metrics::{answer_score, normalise_answer, percent_by_kind, words};
 use crate::random::Random;
 use crate::{Error, Result};
 
@@ -132,7 +132,7 @@ impl BagOfWords {
         let n_steps = (N_EPOCHS * examples.len()) as f32;
         let mut step = 0;
         for epoch in 0..N_EPOCHS {
-            shuffle(&mut examples, &mut Random::new(&[seed, epoch as u64]));
+            Random::new(&[seed, epoch as u64]).shuffle(&mut examples);
             for (rows, class) in &examples {
                 let rate = LEARNING_RATE * (1.0 - step as f32 / n_steps);
                 model.descend(rows, *class, rate);
@@ -208,12 +208,6 @@ fn terms(question: &[String]) -> impl Iterator<Item = String> {
     std::iter::once(String::new()).chain(question.iter().cloned()).chain(pairs)
 }
 
-fn shuffle<T>(items: &mut [T], random: &mut Random) {
-    for i in (1..items.len()).rev() {
-        items.swap(i, random.below(i + 1));
-    }
-}
-
 /// Accuracy in percent, over all questions and by kind, with the number of each.
 #[derive(Debug, Clone, PartialEq, Default, serde::Serialize)]
 pub struct Accuracy {
@@ -232,22 +226,14 @@ impl Accuracy {
     /// # Errors
     /// When a row is not a question with its answer.
     pub fn of<'a>(rows: &[Row], answer: impl Fn(&str) -> &'a str) -> Result<Self> {
-        let mut kinds: BTreeMap<String, (f64, usize)> = BTreeMap::new();
+        let mut scores = Vec::with_capacity(rows.len());
         for row in rows {
             let (question, truths) = question_of(row)?;
-            let said = answer(&question);
-            let score = if truths.len() > 1 {
-                vqa_accuracy(said, &truths, VqaRule::Official)
-            } else {
-                f64::from(u8::from(answer_matches(said, &truths)))
-            };
-            let (sum, n) = kinds.entry(row.kind.clone().unwrap_or_default()).or_default();
-            *sum += score;
-            *n += 1;
+            scores.push((row.kind.as_deref().unwrap_or_default(), answer_score(answer(&question), &truths)));
         }
-        let (sum, n) = kinds.values().fold((0.0, 0), |(sum, n), (s, m)| (sum + s, n + m));
-        kinds.values_mut().for_each(|(sum, n)| *sum *= 100.0 / *n as f64);
-        Ok(Self { accuracy: 100.0 * sum / n as f64, questions: n, kinds })
+        let questions = scores.len();
+        let (accuracy, kinds) = percent_by_kind(scores);
+        Ok(Self { accuracy, questions, kinds })
     }
 }
 

@@ -1,5 +1,7 @@
 //! When a generated answer is right: the official rule of the VQA challenges, and exact match.
 
+use std::collections::BTreeMap;
+
 /// Which evaluator's handling of the ground truth to follow. Both compare a prediction with every annotator's
 /// answer and grant full marks from three agreeing annotators on.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
@@ -53,6 +55,32 @@ pub fn vqa_accuracy(answer: &str, ground_truths: &[impl AsRef<str>], rule: VqaRu
 pub fn answer_matches(answer: &str, ground_truths: &[impl AsRef<str>]) -> bool {
     let answer = normalise_answer(answer);
     ground_truths.iter().any(|truth| normalise_answer(truth.as_ref()) == answer)
+}
+
+/// The score of one answer, 0 to 1: by the official VQA rule where several people answered, and [equal](answer_matches) or not
+/// where one did.
+#[must_use]
+pub fn answer_score(answer: &str, ground_truths: &[impl AsRef<str>]) -> f64 {
+    if ground_truths.len() > 1 {
+        return vqa_accuracy(answer, ground_truths, VqaRule::Official);
+    }
+    f64::from(u8::from(answer_matches(answer, ground_truths)))
+}
+
+/// The mean of scores in percent, over all (not a number of none) and for each kind with the number of its scores.
+#[must_use]
+pub fn percent_by_kind<'a>(
+    scores: impl IntoIterator<Item = (&'a str, f64)>,
+) -> (f64, BTreeMap<String, (f64, usize)>) {
+    let mut kinds: BTreeMap<String, (f64, usize)> = BTreeMap::new();
+    for (kind, score) in scores {
+        let (sum, n) = kinds.entry(kind.to_owned()).or_default();
+        *sum += score;
+        *n += 1;
+    }
+    let (sum, n) = kinds.values().fold((0.0, 0), |(sum, n), (s, m)| (sum + s, n + m));
+    kinds.values_mut().for_each(|(sum, n)| *sum *= 100.0 / to_f64(*n));
+    (100.0 * sum / to_f64(n), kinds)
 }
 
 /// An answer in the official normal form: no punctuation, lower case, number words as digits, no articles,
