@@ -182,9 +182,7 @@ impl Step<'_> {
         let sims = similarities(&features.image, &features.text, self.qformer.config().num_query_tokens)?;
         let itc = contrastive_loss(&sims, self.temperature()?, &self.batch.image_ids)?;
         let (mut values, negatives) = self.measure(&sims, &itc)?;
-        let (rest, itm, itg, correct) =
-            self.match_and_caption(part, &features, &negatives, self.n_tokens())?;
-        (values.itm, values.itg, values.itm_accuracy) = (itm, itg, correct);
+        let rest = self.match_and_caption(part, &features, &negatives, &mut values)?;
         let mut gradients = Gradients::default();
         gradients.add(variables, &mut (itc + rest)?.backward()?)?;
         Ok((gradients, values))
@@ -218,11 +216,7 @@ impl Step<'_> {
             // Its gradient with respect to the features is the one of the whole batch's contrastive loss.
             let surrogate =
                 ((&features.image * d_image)?.sum_all()? + (&features.text * d_text)?.sum_all()?)?;
-            let (rest, itm, itg, correct) =
-                self.match_and_caption(part, &features, &negatives, self.n_tokens())?;
-            values.itm += itm;
-            values.itg += itg;
-            values.itm_accuracy += correct;
+            let rest = self.match_and_caption(part, &features, &negatives, &mut values)?;
             gradients.add(variables, &mut (surrogate + rest)?.backward()?)?;
         }
         Ok((gradients, values))
@@ -252,30 +246,30 @@ impl Step<'_> {
         Ok(self.qformer.image_keys(&embeds, rows.len())?)
     }
 
-    /// Matching and captioning of a part, each as its share of the whole batch's mean; also both as numbers and
-    /// the share of right matches.
+    /// Matching and captioning of a part, each as its share of the whole batch's mean. `values` are those of the parts before it,
+    /// and have it added.
     fn match_and_caption(
         &self,
         part: &Part,
         features: &Features,
         negatives: &HardNegatives,
-        n_tokens: usize,
-    ) -> Result<(Tensor, f32, f32, f32)> {
+        values: &mut Values,
+    ) -> Result<Tensor> {
         let itg = if self.options.captioning {
-            self.caption(part, features, n_tokens)?
+            self.caption(part, features, self.n_tokens())?
         } else {
             Tensor::zeros((), DType::F32, self.batch.image_embeds.device())?
         };
-        let itg_value = itg.to_scalar()?;
+        values.itg += itg.to_scalar::<f32>()?;
         if !self.options.matching {
-            return Ok((itg, 0.0, itg_value, 0.0));
+            return Ok(itg);
         }
         let n_pairs = 3 * self.batch.texts.len();
         let (logits, labels) = self.match_logits(part, features, negatives)?;
         let itm = (matching_loss_sum(&logits, &labels)? / n_pairs as f64)?;
-        let correct = count_correct(&logits, &labels)? as f32 / n_pairs as f32;
-        let itm_value = itm.to_scalar()?;
-        Ok(((itm + itg)?, itm_value, itg_value, correct))
+        values.itm += itm.to_scalar::<f32>()?;
+        values.itm_accuracy += count_correct(&logits, &labels)? as f32 / n_pairs as f32;
+        Ok((itm + itg)?)
     }
 
     /// A part's share of the captioning loss.
