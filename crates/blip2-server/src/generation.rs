@@ -6,9 +6,9 @@ use blip2::generate::{EarlyStopping, GenerationConfig};
 use serde::Deserialize;
 use serde_json::Value as Json;
 
+use crate::answer_form::{Form, FormFields};
 use crate::config::Limits;
 use crate::error::ApiError;
-use crate::form::{Form, FormFields};
 use crate::wire::OneOrMany;
 
 /// OpenAI's fields, and those that vLLM's clients add. Read from the same body as the rest of a request.

@@ -27,6 +27,7 @@
 //! ```
 
 mod access;
+mod answer_form;
 mod app;
 mod body;
 mod config;
@@ -34,8 +35,8 @@ mod engine;
 mod error;
 mod explain;
 mod fetch;
-mod form;
 mod generation;
+mod growing_text;
 mod json;
 mod listen;
 mod metrics;
@@ -48,7 +49,6 @@ mod stream;
 mod tasks;
 #[cfg(test)]
 mod testing;
-mod text;
 mod wire;
 
 use std::sync::Arc;

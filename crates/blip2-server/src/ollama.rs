@@ -3,7 +3,6 @@
 use std::sync::Arc;
 use std::time::{Duration, Instant, SystemTime};
 
-use crate::json::Json;
 use axum::extract::{Extension, Request, State};
 use axum::response::{IntoResponse, Response};
 use blip2::generate::GenerationConfig;
@@ -12,15 +11,16 @@ use serde::de::Unexpected;
 use serde::{Deserialize, Deserializer};
 use serde_json::{Number, Value, json};
 
+use crate::answer_form;
 use crate::app::{App, Context, unix_seconds};
 use crate::body::Memory;
 use crate::config::Limits;
 use crate::engine::{Token, Written};
 use crate::error::{ApiError, Shape};
-use crate::form;
 use crate::generation::{GenerationFields, Manner};
+use crate::growing_text::GrowingText;
+use crate::json::Json;
 use crate::stream::{self, Format};
-use crate::text::GrowingText;
 use crate::wire::{Accepted, Complete, Message, Object, OneOrMany, finish_reason};
 
 #[derive(Debug, Deserialize)]
@@ -188,7 +188,7 @@ async fn respond(app: &Arc<App>, context: &Context, ask: Ask, memory: Memory) ->
     let start = Instant::now();
     let Ask { model, messages, format, options, stream, is_chat } = ask;
     app.check_model(model.as_deref())?;
-    let (limits, form) = (&app.config.limits, form::of_ollama(format.as_ref())?);
+    let (limits, form) = (&app.config.limits, answer_form::of_ollama(format.as_ref())?);
     let line = Line { app, is_chat };
     if messages.is_empty() {
         options.generation(app.own_answering()?, limits)?;

@@ -4,7 +4,6 @@ mod written;
 
 use std::sync::Arc;
 
-use crate::json::Json;
 use axum::extract::{Extension, Request, State};
 use axum::http::HeaderMap;
 use axum::http::header::CONTENT_TYPE;
@@ -18,6 +17,7 @@ use self::written::{Kind, respond};
 use crate::app::{App, Context};
 use crate::error::ApiError;
 use crate::generation::GenerationFields;
+use crate::json::Json;
 use crate::picture::{Picture, Source};
 use crate::wire::{Dialogue, ImageField, OneOrMany};
 

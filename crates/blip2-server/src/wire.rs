@@ -13,11 +13,11 @@ use serde::de::{DeserializeOwned, IntoDeserializer, MapAccess, Visitor};
 use serde::{Deserialize, Deserializer};
 use tokio::sync::mpsc::UnboundedReceiver;
 
+use crate::answer_form::Form;
 use crate::app::App;
 use crate::body::Memory;
 use crate::engine::{Event, Token, Write, Written};
 use crate::error::ApiError;
-use crate::form::Form;
 use crate::generation::Manner;
 use crate::picture::Source;
 

@@ -2,7 +2,6 @@
 
 use std::sync::Arc;
 
-use crate::json::Json;
 use axum::extract::{Extension, Request, State};
 use axum::response::{IntoResponse, Response};
 use blip2::model::Answer;
@@ -14,8 +13,9 @@ use crate::app::{App, Context, unix_seconds};
 use crate::engine::{Token, Written};
 use crate::error::{ApiError, Shape};
 use crate::generation::GenerationFields;
+use crate::growing_text::GrowingText;
+use crate::json::Json;
 use crate::stream::{self, EVENTS, EVENTS_END, EVENTS_PING, Format, event};
-use crate::text::GrowingText;
 use crate::wire::{Accepted, Complete, ImageField, Message, Object, finish_reason};
 
 /// What a request says besides how to write ([`GenerationFields`]).

@@ -2,13 +2,13 @@
 
 use std::sync::Arc;
 
-use crate::json::Json;
 use axum::extract::rejection::PathRejection;
 use axum::extract::{Path, State};
 use serde_json::{Value, json};
 
 use crate::app::{App, unix_seconds};
 use crate::error::ApiError;
+use crate::json::Json;
 
 pub(crate) async fn list(State(app): State<Arc<App>>) -> Json {
     Json(json!({"object": "list", "data": [describe(&app)]}))

@@ -9,9 +9,9 @@ use serde_json::{Value, json};
 use crate::app::{App, Context};
 use crate::engine::{Token, Written};
 use crate::error::{ApiError, Shape};
+use crate::growing_text::GrowingText;
 use crate::json::Json;
 use crate::stream::{self, EVENTS, EVENTS_END, EVENTS_PING, Format, event};
-use crate::text::GrowingText;
 use crate::wire::{Accepted, Complete, finish_reason};
 
 /// What is written.
