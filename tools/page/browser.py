@@ -188,11 +188,11 @@ def talk(browser, server, options):
     assert page.evaluate("navigator.clipboard.readText()") == caption
     visit.done("copy")
 
-    set_settings(page, max_tokens="60", num_beams="3", temperature="1")
+    set_settings(page, max_tokens="1000")
     visit.expected.append("400")
     page.get_by_label("Question about the picture").fill("who?")
     page.get_by_role("button", name="Ask").click()
-    expect(page.locator("#alert")).to_contain_text("beams take the likeliest texts")
+    expect(page.locator("#alert")).to_contain_text("max_tokens is 1000, this server writes 1 to 512")
     expect(page.locator("#question")).to_have_value("who?")
     visit.shot("4-error")
     visit.axe("error")
