@@ -425,6 +425,13 @@ fn compare(server: &TestServer) {
         ),
         ("/v1/embeddings", json!({"input": []}), "invalid_value"),
         ("/v1/embeddings", json!({"input": [1, 2, 3]}), "invalid_body"),
+        ("/v1/embeddings", json!({"input": {"text": "a cat", "image": data_url(1)}}), "invalid_value"),
+        (
+            "/v1/embeddings",
+            json!({"input": ["x", {"image": data_url(1), "image_url": data_url(2)}]}),
+            "invalid_value",
+        ),
+        ("/v1/embeddings", json!({"input": {}}), "invalid_value"),
         ("/v1/embeddings", json!({"input": "x", "dimensions": 5}), "invalid_value"),
         ("/v1/embeddings", json!({"input": "x", "pooling": ["mean"]}), "invalid_body"),
         ("/v1/embeddings", json!({"input": "x", "encoding_format": "hex"}), "invalid_body"),

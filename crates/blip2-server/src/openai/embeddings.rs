@@ -47,9 +47,37 @@ enum Pooling {
 #[serde(untagged, expecting = "expected a text, {\"text\": …} or {\"image\": …}")]
 enum Input {
     Text(String),
-    Picture { image: ImageField },
-    PictureUrl { image_url: ImageField },
-    Named { text: String },
+    Named { text: Option<String>, image: Option<ImageField>, image_url: Option<ImageField> },
+}
+
+/// What an input is.
+enum Source {
+    Text(String),
+    Picture(String),
+}
+
+impl Input {
+    /// One thing, since a vector is of a text or of a picture: whoever names both would take it for one of both together.
+    fn source(self) -> Result<Source, ApiError> {
+        let named = match self {
+            Self::Text(text) => return Ok(Source::Text(text)),
+            Self::Named { text, image, image_url } => [
+                text.map(Source::Text),
+                image.map(|image| Source::Picture(image.into_text())),
+                image_url.map(|image| Source::Picture(image.into_text())),
+            ],
+        };
+        let mut named = named.into_iter().flatten();
+        match (named.next(), named.next()) {
+            (Some(source), None) => Ok(source),
+            (None, _) => Err(ApiError::invalid("input", "an input is empty: give a text or a picture")),
+            (Some(_), Some(_)) => {
+                let message = "a vector is of a text or of a picture: give one of text, image and image_url in each \
+                               input, and the others as inputs of their own";
+                Err(ApiError::invalid("input", message))
+            }
+        }
+    }
 }
 
 pub(crate) async fn embed(State(app): State<Arc<App>>, request: Request) -> Result<Json, ApiError> {
@@ -102,14 +130,14 @@ async fn vectors(
     let mut pictures = Vec::new();
     let mut places = Vec::new();
     for input in inputs {
-        match input {
-            Input::Text(text) | Input::Named { text } => {
+        match input.source()? {
+            Source::Text(text) => {
                 places.push(Place::Text(texts.len()));
                 texts.push(text);
             }
-            Input::Picture { image } | Input::PictureUrl { image_url: image } => {
+            Source::Picture(picture) => {
                 places.push(Place::Picture(pictures.len()));
-                pictures.push(image.into_text());
+                pictures.push(picture);
             }
         }
     }
