@@ -3,7 +3,8 @@
 python bench/serve_load.py http://127.0.0.1:8080 --clients 1 16 64 --seconds 60 [--pid PID]
 
 For each number of clients: answers and tokens a second, times of an answer, how many were sent away (429), and every other
-status, which should not be. With --pid the server's resident memory before and after. Standard library only.
+status, which should not be. With --pid the server's resident memory, looked at every second: before, and how far it went from
+its median after the warm-up. Standard library only.
 """
 
 import argparse
@@ -67,6 +68,22 @@ def resident_mib(pid):
     return float("nan")
 
 
+def watch(pid, start, until, seen):
+    """Looks at the memory once a second until the time is over; keeps when and how much."""
+    while (now := time.monotonic()) < until:
+        seen.append((now - start, resident_mib(pid)))
+        time.sleep(max(min(1, until - time.monotonic()), 0))
+
+
+def spread(values):
+    """The median and the extremes, and these as parts of it."""
+    values = sorted(values)
+    median = statistics.median(values)
+    percent = {f"{name}_percent": round(100 * (value / median - 1), 2) for name, value in
+               [("least", values[0]), ("p99", values[int(0.99 * (len(values) - 1))]), ("most", values[-1])]}
+    return {"median": round(median), **percent}
+
+
 def main():
     parser = argparse.ArgumentParser()
     parser.add_argument("url")
@@ -74,16 +91,18 @@ def main():
     parser.add_argument("--seconds", type=float, default=60)
     parser.add_argument("--max-tokens", type=int, default=24)
     parser.add_argument("--min-tokens", type=int, default=0, help="the same as --max-tokens: answers of one length")
-    parser.add_argument("--pid", type=int)
+    parser.add_argument("--pid", type=int, help="the server, whose memory is watched")
+    parser.add_argument("--warm-up", type=float, default=60, help="seconds before memory counts; at most half of --seconds")
     arguments = parser.parse_args()
     url = urllib.parse.urlsplit(arguments.url)
     requests = list(bodies(arguments.max_tokens, arguments.min_tokens))
     for n in arguments.clients:
-        before = resident_mib(arguments.pid) if arguments.pid else None
         until = time.monotonic() + arguments.seconds
         seen = []
         threads = [threading.Thread(target=client, args=(url, requests, 7 * i, until, seen)) for i in range(n)]
-        start = time.monotonic()
+        start, memory = time.monotonic(), []
+        if arguments.pid:
+            threads.append(threading.Thread(target=watch, args=(arguments.pid, start, until, memory)))
         for thread in threads:
             thread.start()
         for thread in threads:
@@ -100,7 +119,9 @@ def main():
             "statuses": {str(status): count for status, count in statuses.items()},
         }
         if arguments.pid:
-            line["resident_mib"] = [round(before), round(resident_mib(arguments.pid))]
+            warm = min(arguments.warm_up, arguments.seconds / 2)
+            after = spread([mib for at, mib in memory if at >= warm])
+            line["resident_mib"] = {"before": round(memory[0][1]), **after}
         print(json.dumps(line), flush=True)
 
 
