@@ -49,8 +49,8 @@ pub(crate) struct ServeArgs {
     #[arg(long, env = "BLIP2_BATCH", default_value_t = 32, value_name = "N")]
     batch: usize,
     /// Memory for the keys and values of all texts being written: a request begins when its own, at their longest, fit. Those
-    /// of texts that ended are given back by and by, and buffers grow by halves, so that up to three times as much may be
-    /// taken for a while (`blip2_kv_cache_bytes` says how much is).
+    /// of texts that ended make room by and by, and buffers grow by halves, so that up to three times as much may be taken
+    /// (`blip2_kv_cache_bytes` says how much is); it is kept for the next texts, and given back when none come.
     #[arg(long, env = "BLIP2_KV_MIB", default_value_t = 1024, value_name = "MIB")]
     kv_mib: usize,
     /// Memory for what the model saw in earlier pictures.

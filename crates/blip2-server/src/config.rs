@@ -28,8 +28,8 @@ pub struct ServerConfig {
     /// Texts that grow at once: `n`, or the beams, of all requests that are being answered.
     pub batch: usize,
     /// Memory of the keys and values of all texts that grow, in bytes: a request begins when its own, at their longest, fit.
-    /// Rows of texts that ended are given back when they are more than those that are used, and buffers grow by halves: up
-    /// to three times as much may be taken for a while.
+    /// Rows of texts that ended make room when they are more than those that are used, and buffers grow by halves: up to
+    /// three times as much may be taken. It is kept for the next texts until less was needed for a while, or nothing came.
     pub kv_bytes: usize,
     /// Memory of the features of pictures seen before, in bytes.
     pub picture_cache_bytes: usize,

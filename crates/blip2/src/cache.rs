@@ -28,6 +28,9 @@ pub struct KvCache {
     precision: Precision,
     n_rows: usize,
     n_memory_rows: usize,
+    /// How many rows there were at most lately, which is what room is kept for.
+    lately: usize,
+    memory_lately: usize,
 }
 
 /// One layer's rows in the cache's precision.
@@ -123,10 +126,24 @@ impl<E: Element> KeysAndValues<E> {
     fn copy(&self, rows: &[usize], width: usize) -> Self {
         let copy = |buffer: &[E]| {
             let mut copied = Vec::with_capacity(rows.len() * width);
-            rows.iter().for_each(|row| copied.extend_from_slice(&buffer[row * width..(row + 1) * width]));
+            copy_rows(buffer, &mut copied, rows, width);
             copied
         };
         Self { keys: copy(&self.keys), values: copy(&self.values) }
+    }
+
+    /// Forgets all rows but these, which come in this order; buffers then have room for `n_values` numbers. Where they had
+    /// just that, what was the keys' becomes the values', so that little is taken from the allocator and given back.
+    fn keep_only(&mut self, rows: &[usize], width: usize, n_values: usize) {
+        let mut other = Vec::new();
+        for buffer in self.both() {
+            if other.capacity() != n_values {
+                other = Vec::with_capacity(n_values);
+            }
+            other.clear();
+            copy_rows(buffer, &mut other, rows, width);
+            std::mem::swap(buffer, &mut other);
+        }
     }
 }
 
@@ -173,6 +190,11 @@ impl LayerRows {
         }
     }
 
+    /// Forgets all rows but these; see [`KeysAndValues::keep_only`].
+    fn keep_only(&mut self, rows: &[usize], width: usize, n_values: usize) {
+        with_rows!(self, layer => layer.keep_only(rows, width, n_values));
+    }
+
     fn truncate(&mut self, n_values: usize) {
         with_rows!(self, rows => rows.both().into_iter().for_each(|buffer| buffer.truncate(n_values)));
     }
@@ -181,6 +203,7 @@ impl LayerRows {
         with_rows!(self, rows => rows.keys.len() == n_values && rows.values.len() == n_values)
     }
 
+    /// Numbers that there is room for, of keys and values together.
     fn capacity(&self) -> usize {
         with_rows!(self, rows => rows.keys.capacity() + rows.values.capacity())
     }
@@ -201,6 +224,20 @@ fn n_bytes(precision: Precision) -> usize {
     match precision {
         Precision::F32 => size_of::<f32>(),
         Precision::Bf16 => size_of::<bf16>(),
+    }
+}
+
+/// Appends these rows of `from`, in this order.
+fn copy_rows<E: Element>(from: &[E], to: &mut Vec<E>, rows: &[usize], width: usize) {
+    rows.iter().for_each(|row| to.extend_from_slice(&from[row * width..(row + 1) * width]));
+}
+
+/// Forgets all rows of `layers` but these, and keeps the room that is there for the next ones; half of it goes where `lately`
+/// not even half was used.
+fn keep_only(layers: &mut [LayerRows], rows: &[usize], width: usize, lately: usize) {
+    for layer in layers {
+        let room = layer.capacity() / 2;
+        layer.keep_only(rows, width, if room > 2 * lately * width { room / 2 } else { room });
     }
 }
 
@@ -271,7 +308,16 @@ impl KvCache {
     /// An empty cache for a model of `n_layers` layers with keys of `width` values, which it keeps in `precision`.
     pub fn new(n_layers: usize, width: usize, precision: Precision) -> Self {
         let layers = vec![LayerRows::new(precision); n_layers];
-        Self { layers, memory: Vec::new(), width, precision, n_rows: 0, n_memory_rows: 0 }
+        Self {
+            layers,
+            memory: Vec::new(),
+            width,
+            precision,
+            n_rows: 0,
+            n_memory_rows: 0,
+            lately: 0,
+            memory_lately: 0,
+        }
     }
 
     /// An empty cache with memory for the decoder of an encoder-decoder model.
@@ -394,6 +440,9 @@ impl KvCache {
 
     /// Forgets all rows but those of `sequences`, wherever they are, and moves these together, each text's side by side
     /// as far as they are not shared. Every other [`CachedSequence`] of this cache is invalid afterwards.
+    ///
+    /// The memory stays for the rows that come next, as far as as many were needed lately: a cache that took it anew at
+    /// each turn would hold what it has, what it had and what the allocator has not yet given back.
     pub(crate) fn compact(&mut self, sequences: &mut [CachedSequence]) {
         let rows = Places::of(sequences.iter().flat_map(CachedSequence::rows), self.n_rows);
         let memory = sequences.iter().filter_map(|sequence| sequence.memory).flat_map(rows_of);
@@ -405,8 +454,12 @@ impl KvCache {
             moved.memory = sequence.memory.map(|span| Span { start: memory.new[span.start], ..span });
             *sequence = moved;
         }
-        self.layers.iter_mut().for_each(|layer| *layer = layer.copy(&rows.old, self.width));
-        self.memory.iter_mut().for_each(|layer| *layer = layer.copy(&memory.old, self.width));
+        // A few small turns are no reason to give back what a large one takes again: half is forgotten in some ninety.
+        let lately = |before: usize, now: usize| now.max(before - before.div_ceil(128));
+        self.lately = lately(self.lately, self.n_rows);
+        self.memory_lately = lately(self.memory_lately, self.n_memory_rows);
+        keep_only(&mut self.layers, &rows.old, self.width, self.lately);
+        keep_only(&mut self.memory, &memory.old, self.width, self.memory_lately);
         (self.n_rows, self.n_memory_rows) = (rows.old.len(), memory.old.len());
     }
 

@@ -3,10 +3,14 @@
 use std::collections::VecDeque;
 use std::sync::atomic::Ordering;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
 
 use super::Job;
 use crate::error::ApiError;
 use crate::metrics::Metrics;
+
+/// How long nothing has to come until that is told.
+const PATIENCE: Duration = Duration::from_millis(if cfg!(test) { 100 } else { 5000 });
 
 /// The queue of one model.
 pub(super) struct Queue {
@@ -27,6 +31,8 @@ struct State {
 pub(super) enum Next {
     /// These, perhaps none, can begin now.
     Jobs(Vec<Job>),
+    /// None came for a while.
+    Nothing,
     /// Nothing will come any more.
     Closed,
     /// All that is left is to be refused.
@@ -71,9 +77,10 @@ impl Queue {
         Ok(())
     }
 
-    /// Takes the first requests, in order, as long as `fits` says so; waits for one if `is_idle`.
+    /// Takes the first requests, in order, as long as `fits` says so; waits for one if `is_idle`, but not for ever.
     pub(super) fn next(&self, is_idle: bool, mut fits: impl FnMut(&Job) -> bool) -> Next {
         let mut state = self.lock();
+        let mut has_waited = false;
         loop {
             if state.is_aborted {
                 return Next::Aborted;
@@ -90,7 +97,11 @@ impl Queue {
             if state.is_closed {
                 return Next::Closed;
             }
-            state = self.changed.wait(state).unwrap_or_else(PoisonError::into_inner);
+            if has_waited {
+                return Next::Nothing;
+            }
+            let waited = self.changed.wait_timeout(state, PATIENCE).unwrap_or_else(PoisonError::into_inner);
+            (state, has_waited) = (waited.0, waited.1.timed_out());
         }
     }
 

@@ -195,6 +195,24 @@ async fn texts_whose_client_left_end_with_the_step_under_way() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn room_for_keys_and_values_is_given_back_when_nothing_comes() {
+    let mut running = Running::start();
+    let n_bytes = || running.metrics.kv_bytes.load(Relaxed);
+    for _ in 0..2 {
+        let mut events = running.write(tokens(20));
+        assert!(matches!(events.recv().await, Some(Event::Token(_))), "it began");
+        assert_eq!(n_written(events).await, Ok(20));
+        let given_back = async {
+            while n_bytes() > 0 {
+                tokio::time::sleep(Duration::from_millis(1)).await;
+            }
+        };
+        tokio::time::timeout(Duration::from_secs(60), given_back).await.expect("nothing is kept");
+    }
+    running.end();
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn a_long_prompt_whose_client_left_is_not_read_on() {
     let question = "who? ".repeat(8);
     // A row a round, and one text at a time.

@@ -92,6 +92,8 @@ impl Worker {
                         |writing: Writing| writing.events.send(Event::Done(Err(ApiError::shutting_down())));
                     return writing.into_iter().for_each(|writing| drop(end(writing)));
                 }
+                // Memory that the next requests would have used goes to others.
+                Next::Nothing => batch.iter_mut().for_each(AnswerBatch::rest),
                 Next::Jobs(jobs) => {
                     // A panic is a mistake of the program: whoever was part of it gets an error, the server goes on.
                     let round = AssertUnwindSafe(|| self.round(jobs, batch.as_mut(), &mut writing));

@@ -111,6 +111,41 @@ fn compaction_keeps_what_is_used_and_puts_it_side_by_side() {
 }
 
 #[test]
+fn room_is_kept_for_as_many_rows_as_were_needed_lately() {
+    for precision in [Precision::F32, Precision::Bf16] {
+        let mut cache = KvCache::with_memory(2, 3, precision);
+        // Two texts of `n` rows, of which one goes on.
+        let mut turn = |n: usize| {
+            let mut texts = [CachedSequence::new(), CachedSequence::new()];
+            let append = |layers: &mut [LayerRows], _: &[LayerRows], _: &Appended| {
+                let rows: Vec<f32> = (0..2 * n * 3).map(|i| (i % 200) as f32).collect();
+                layers.iter_mut().for_each(|layer| layer.push(&rows, &rows));
+                Ok(())
+            };
+            cache.append(&mut texts, &[n, n], append).unwrap();
+            let memory = Tensor::zeros((n, 3), candle_core::DType::F32, &candle_core::Device::Cpu).unwrap();
+            let layer = [memory.clone(), memory];
+            cache.remember(&mut texts[1..], &[n], &[layer.clone(), layer]).unwrap();
+            cache.compact(&mut texts[1..]);
+            with_rows!(&cache.layers[1], rows => {
+                assert!(rows.keys.iter().zip(3 * n..).all(|(x, i)| x.widen() == (i % 200) as f32));
+            });
+            cache.compact(&mut []);
+            assert_eq!((cache.n_rows(), cache.n_memory_rows()), (0, 0));
+            cache.n_bytes()
+        };
+        let few = turn(60);
+        assert!(few > 0 && (0..50).all(|_| turn(60) == few && turn(50) == few));
+        let many = turn(5000);
+        assert!(many > 20 * few);
+        assert!((0..20).all(|_| turn(60) == many), "there may be as many again");
+        let after: Vec<usize> = (0..1000).map(|_| turn(60)).collect();
+        assert!(after.is_sorted_by(|a, b| a >= b));
+        assert!(after[999] <= 3 * few, "{} bytes are still held, {few} were enough", after[999]);
+    }
+}
+
+#[test]
 fn a_beginning_is_copied_out_and_in() {
     let mut cache = KvCache::new(2, 1, Precision::F32);
     let mut texts = [CachedSequence::new(), CachedSequence::new()];

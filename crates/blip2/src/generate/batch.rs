@@ -340,15 +340,18 @@ impl<'a> Batch<'a> {
         self.live = parents.into_iter().map(|row| self.live[row].clone()).collect();
     }
 
-    /// Gives back the memory of texts that are no more.
-    fn tidy(&mut self) {
+    /// Gives back the memory that is kept for the next prompts; nothing while there are any.
+    pub fn rest(&mut self) {
         if self.is_empty() {
             self.cache = self.model.new_cache();
-            return;
         }
+    }
+
+    /// Forgets the keys and values of texts that are no more, where they are as many as the others'.
+    fn tidy(&mut self) {
         let unread = self.readers.iter().map(|reader| &reader.sequence);
         let mut held: Vec<_> = self.live.iter().chain(unread).cloned().collect();
-        if 2 * self.cache.n_rows_of(&held) < self.cache.n_rows() {
+        if self.is_empty() || 2 * self.cache.n_rows_of(&held) < self.cache.n_rows() {
             self.cache.compact(&mut held);
             let unread = self.readers.iter_mut().map(|reader| &mut reader.sequence);
             self.live.iter_mut().chain(unread).zip(held).for_each(|(text, moved)| *text = moved);

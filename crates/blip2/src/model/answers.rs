@@ -127,6 +127,11 @@ impl<'a> AnswerBatch<'a> {
         self.batch.n_bytes()
     }
 
+    /// Gives back the memory that is kept for the next answers (see [`Batch::rest`]).
+    pub fn rest(&mut self) {
+        self.batch.rest();
+    }
+
     /// Reads the first rows of newcomers' prompts, all in one pass; gives the name of each. Steps read the rest of those
     /// that are longer.
     ///
