@@ -426,6 +426,8 @@ pub(crate) enum EvalTask {
     Questions,
     /// Recall of pictures by texts and of texts by pictures.
     Retrieval,
+    /// Whether the matching head tells a picture's own caption from that of the picture before it.
+    Matching,
     /// How far answers get that are learned from the questions of `--train` alone, without pictures or model.
     QuestionBaseline,
 }

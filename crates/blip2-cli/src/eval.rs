@@ -8,7 +8,7 @@ use std::path::Path;
 use anyhow::{Context, bail};
 use blip2_train::data::{Row, Skipped, read_rows, read_test_set};
 use blip2_train::evaluation::{
-    Evaluated, OnProgress, RetrievalConfig, TestSet, captions, questions, retrieve,
+    Evaluated, OnProgress, RetrievalConfig, TestSet, captions, matching, questions, retrieve,
 };
 use blip2_train::metrics::{Rescoring, RetrievalScores};
 use blip2_train::question_baseline::{Accuracy, BagOfWords, FrequencyPrior, Questions};
@@ -31,7 +31,9 @@ struct Report {
 pub(crate) fn run(args: &EvalArgs) -> anyhow::Result<Done> {
     generation::check(&args.generation)?;
     if args.out.is_some() && matches!(args.task, EvalTask::Retrieval | EvalTask::QuestionBaseline) {
-        return WrongUsage::end("--out writes what the model said: it is for captions and questions");
+        return WrongUsage::end(
+            "--out writes what the model said: it is for captions, questions and matching",
+        );
     }
     if let Some(out) = &args.out {
         check_writable(out)?;
@@ -52,6 +54,7 @@ pub(crate) fn run(args: &EvalArgs) -> anyhow::Result<Done> {
         EvalTask::Captions => captions_report(args, &rows, &mut on_progress),
         EvalTask::Questions => questions_report(args, &rows, &mut on_progress),
         EvalTask::Retrieval => retrieval_report(args, &rows, &mut on_progress),
+        EvalTask::Matching => matching_report(args, &rows, &mut on_progress),
         EvalTask::QuestionBaseline => question_baseline(args, &rows),
     };
     bar.finish_and_clear();
@@ -139,6 +142,25 @@ fn retrieval_report(args: &EvalArgs, rows: &[Row], on_progress: OnProgress<'_>) 
     Ok(Report { json, table, skipped: scores.skipped })
 }
 
+fn matching_report(args: &EvalArgs, rows: &[Row], on_progress: OnProgress<'_>) -> anyhow::Result<Report> {
+    let model = open_as(&args.model, Part::Stage1, args.preset)?;
+    let report = matching(&model, test_set(args, rows), on_progress)?;
+    write_lines(
+        args.out.as_deref(),
+        report.pairs.iter().map(|pair| {
+            json!({"image": pair.image, "text": pair.text, "own": pair.is_own,
+                "itm_probability": pair.itm_probability})
+        }),
+    )?;
+    let [(own, n_own), (others, n_others)] = report.accuracy();
+    let mut table = format!("{n_own} pictures\n{own:5.1} % of their own texts match\n");
+    if n_others > 0 {
+        writeln!(table, "{others:5.1} % of {n_others} texts of other pictures do not")?;
+    }
+    let json = json!({"pictures": n_own, "own": own, "others": others, "texts_of_others": n_others});
+    Ok(Report { json, table, skipped: report.skipped })
+}
+
 /// What answers from the question alone reach; the better of two such predictors is what a model has to beat.
 fn question_baseline(args: &EvalArgs, rows: &[Row]) -> anyhow::Result<Report> {
     let train = args.train.as_deref().context("--train must name the questions to learn from")?;
@@ -180,11 +202,19 @@ fn recalls_json(scores: &RetrievalScores) -> serde_json::Value {
 
 /// One line a prediction, for looking at what went wrong.
 fn write_predictions(path: Option<&Path>, evaluated: &Evaluated) -> anyhow::Result<()> {
+    write_lines(
+        path,
+        evaluated.predictions.iter().map(|p| {
+            json!({"image": p.image, "question": p.question, "prediction": p.text,
+                "references": p.references, "score": p.score, "kind": p.kind})
+        }),
+    )
+}
+
+fn write_lines(path: Option<&Path>, rows: impl Iterator<Item = serde_json::Value>) -> anyhow::Result<()> {
     let Some(path) = path else { return Ok(()) };
     Ok(blip2::weights::write_atomically(path, |file| {
-        for p in &evaluated.predictions {
-            let row = json!({"image": p.image, "question": p.question, "prediction": p.text,
-                "references": p.references, "score": p.score, "kind": p.kind});
+        for row in rows {
             writeln!(file, "{row}")?;
         }
         Ok(())

@@ -127,6 +127,28 @@ fn retrieval_says_what_it_re_ranked_by() {
     assert_eq!((&none["reranked"], &none["itc"]), (&Json::Null, &sum["itc"]));
 }
 
+/// Each picture is matched with its own caption and with the one before; what was said is what the shares are of.
+#[test]
+fn matching_says_what_is_told_right() {
+    let dir = folder();
+    captioned(dir.path());
+    let found = report(dir.path(), "matching", "captions.jsonl", "blip2_itm", &["--out", "said.jsonl"]);
+    let n = PICTURES.len();
+    assert_eq!((&found["pictures"], &found["texts_of_others"]), (&json!(n), &json!(n - 1)));
+    let text = std::fs::read_to_string(dir.path().join("said.jsonl")).expect("pairs");
+    let pairs: Vec<Json> = text.lines().map(|line| serde_json::from_str(line).expect("JSON")).collect();
+    assert_eq!(pairs.len(), 2 * n - 1);
+    for is_own in [true, false] {
+        let some: Vec<&Json> = pairs.iter().filter(|pair| pair["own"] == is_own).collect();
+        let right = some.iter().filter(|pair| (pair["itm_probability"].as_f64() > Some(0.5)) == is_own);
+        let share = found[if is_own { "own" } else { "others" }].as_f64().expect("a share");
+        assert!((share - 100.0 * right.count() as f64 / some.len() as f64).abs() < 1e-9, "{found}");
+    }
+    // The second picture's pairs, in the captions' order.
+    assert_eq!((&pairs[1]["image"], &pairs[1]["text"]), (&json!(PICTURES[1]), &json!(CAPTIONS[1])));
+    assert_eq!((&pairs[2]["image"], &pairs[2]["text"]), (&json!(PICTURES[1]), &json!(CAPTIONS[0])));
+}
+
 /// Asserts that it failed with a last line that holds all of `words`, and printed nothing.
 fn refused(output: &Output, words: &[&str]) {
     let said = said(output);

@@ -1,7 +1,9 @@
-//! Measuring a model: captions, questions, recognition, retrieval.
+//! Measuring a model: captions, questions, recognition, retrieval, matching.
 //!
 //! Rows come from manifests and caption files as in training ([`read_test_set`](crate::data::read_test_set)). A picture that
 //! cannot be read is left out, counted and named; nothing else is. Where no picture is left there is an error and no score.
+
+mod matching;
 
 use std::collections::BTreeMap;
 use std::num::NonZeroUsize;
@@ -17,6 +19,8 @@ use crate::metrics::{
     percent_by_kind, rerank, retrieval,
 };
 use crate::{Error, Result};
+
+pub use matching::{MatchedPair, MatchingReport, matching};
 
 /// Pictures that go through the model at once.
 const AT_ONCE: usize = 8;
