@@ -3,6 +3,7 @@
 //! Exit status: 0 done, 1 failed (of several items all), 2 wrong usage, 3 some of several items failed.
 #![allow(clippy::print_stdout, clippy::print_stderr, reason = "the one crate that talks to a terminal")]
 
+mod allocator;
 mod args;
 mod bench;
 mod caption;
@@ -36,10 +37,6 @@ use args::{Args, Command};
 use blip2::layers::Isa;
 use clap::CommandFactory;
 
-// Training frees and takes tensors of megabytes at every step; the system's allocator returns each to the kernel.
-#[global_allocator]
-static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
-
 /// How a command ended that did not fail as a whole.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Done {
@@ -66,6 +63,9 @@ fn main() -> ExitCode {
     if let Err(error) = Isa::from_environment() {
         eprintln!("blip2: {error}");
         return ExitCode::from(2);
+    }
+    if matches!(command, Command::Train(_)) {
+        allocator::keep_freed_memory();
     }
     match start_threads(threads).and_then(|()| run(command)) {
         Ok(Done::All) => ExitCode::SUCCESS,

@@ -5,6 +5,8 @@
 //! (`vdpbf16ps`). Each sum runs over `k` in order whatever the sizes, so a row of the result does not depend on the
 //! number of rows.
 
+#[cfg(target_arch = "x86_64")]
+pub(crate) mod bf16_words;
 mod micro;
 mod pack;
 

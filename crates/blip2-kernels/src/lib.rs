@@ -18,8 +18,9 @@
 //! At run time, once: [`isa::Isa::detect`] takes the best instruction set that the machine has, or the one that `BLIP2_ISA` names
 //! (`scalar`, `avx2`, `avx-vnni`, `avx512`; on AArch64 `scalar`, `neon`, `neon-dotprod`, `neon-i8mm`). Most operations are loops
 //! over 16 lanes in plain Rust, compiled once for each register width by [`isa::with_isa`]; the inner loops of `gemm` and
-//! `quantized`, and the transposition of attention's keys, are written in intrinsics. `scalar` is the reference of every other form. Products with quantised weights are
-//! equal on all sets, bit for bit; other results may differ between sets in their last bits.
+//! `quantized`, and what rearranges and rounds their operands and attention's keys, are written in intrinsics. `scalar` is the
+//! reference of every other form. Products with quantised weights are equal on all sets, bit for bit; other results may differ
+//! between sets in their last bits.
 #![allow(unsafe_code)]
 
 pub mod activation;
@@ -41,3 +42,5 @@ pub mod quantized;
 pub mod rope;
 #[cfg(test)]
 mod testing;
+#[cfg(target_arch = "x86_64")]
+mod transpose;

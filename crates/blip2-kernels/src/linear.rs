@@ -9,6 +9,7 @@ use crate::gemm::{
     Finish, KW, MatrixRef, NR, Output, Panels, Part, Precision, Start, gemm, multiply, pack_panels,
 };
 use crate::isa::{Isa, with_isa};
+use crate::lanes::LANES;
 use crate::memory::WeightMemory;
 
 pub use format::Format;
@@ -182,7 +183,26 @@ impl PackedWeight {
     /// When the lengths do not fit.
     pub fn input_gradient(&self, d_y: &[f32], n_rows: usize, d_x: &mut [f32]) {
         let shape = (self.out_features, self.in_features);
-        input_gradient(shape, &|i, row| self.row(i, row), d_y, n_rows, self.format.precision(), d_x);
+        let rows = |first: usize, into: &mut [f32]| self.rows_of_panel(first / NR, into);
+        input_gradient(shape, &rows, d_y, n_rows, self.format.precision(), d_x);
+    }
+
+    /// The first rows of the matrix that stand in a panel, as many as `into` holds. Some words of all of them at a time, so that
+    /// the panel is read from memory once.
+    fn rows_of_panel(&self, panel: usize, into: &mut [f32]) {
+        let per_word = self.format.precision().per_word();
+        let (numbers, words) = (LANES * per_word, LANES * self.format.panel_words(per_word));
+        for i in 0..self.n_blocks() {
+            let panels = self.panels(i);
+            let first = i * self.block_len();
+            let pieces = panels.stored_panel(panel).chunks(words);
+            for (start, piece) in (0..panels.k_len).step_by(numbers).zip(pieces) {
+                let end = panels.k_len.min(start + numbers);
+                for (column, row) in into.chunks_exact_mut(self.in_features).enumerate() {
+                    self.format.column(piece, column, &mut row[first + start..first + end]);
+                }
+            }
+        }
     }
 
     /// Row `output` of the matrix, as it was rounded.
@@ -238,10 +258,11 @@ impl PackedWeight {
     }
 }
 
-/// `d_x = d_y W` of a matrix `[out, in]` whose rows are widened some at a time by `row(i, into)`.
+/// `d_x = d_y W` of a matrix `[out, in]` whose rows are widened some at a time: `rows(i, into)` writes those from `i` on, a multiple
+/// of 32, into `into`, which holds 32, or fewer at the end.
 pub(crate) fn input_gradient(
     (n_out, n_in): (usize, usize),
-    row: &(dyn Fn(usize, &mut [f32]) + Sync),
+    rows_from: &(dyn Fn(usize, &mut [f32]) + Sync),
     d_y: &[f32],
     n_rows: usize,
     precision: Precision,
@@ -256,7 +277,7 @@ pub(crate) fn input_gradient(
     for first in (0..n_out).step_by(ROWS_A_GRADIENT_BLOCK) {
         let n = ROWS_A_GRADIENT_BLOCK.min(n_out - first);
         let rows = &mut rows[..n * n_in];
-        rows.par_chunks_exact_mut(n_in).enumerate().for_each(|(i, into)| row(first + i, into));
+        rows.par_chunks_mut(NR * n_in).enumerate().for_each(|(i, into)| rows_from(first + i * NR, into));
         let a = MatrixRef { data: &d_y[first..], row_stride: n_out, col_stride: 1 };
         let b = MatrixRef { data: rows, row_stride: n_in, col_stride: 1 };
         let start = if first == 0 { Start::Zero } else { Start::Result };

@@ -370,7 +370,10 @@ impl QuantizedWeight {
     /// When the lengths do not fit.
     pub fn input_gradient(&self, d_y: &[f32], n_rows: usize, precision: Precision, d_x: &mut [f32]) {
         let shape = (self.out_features, self.in_features);
-        input_gradient(shape, &|i, row| self.row(i, row), d_y, n_rows, precision, d_x);
+        let rows = |first: usize, into: &mut [f32]| {
+            into.chunks_exact_mut(self.in_features).enumerate().for_each(|(i, row)| self.row(first + i, row));
+        };
+        input_gradient(shape, &rows, d_y, n_rows, precision, d_x);
     }
 
     /// Row `output` of the matrix, as it was rounded.

@@ -3,6 +3,8 @@
 use super::element::Element;
 use crate::isa::Isa;
 use crate::lanes::LANES;
+#[cfg(target_arch = "x86_64")]
+use crate::transpose::transposed;
 
 /// Puts up to 16 rows, the first `d` numbers of each, into 16 neighbouring columns of `to`: number `c` of row `j` to
 /// `to[c * stride + j]`. Columns of rows that are empty are zero.
@@ -76,39 +78,6 @@ unsafe fn avx512_columns<E: Element, const ALL: bool>(
             }
         }
     }
-}
-
-/// Sixteen rows of sixteen words as columns.
-#[cfg(target_arch = "x86_64")]
-#[inline]
-#[target_feature(enable = "avx512f")]
-pub(super) fn transposed(r: [std::arch::x86_64::__m512; LANES]) -> [std::arch::x86_64::__m512; LANES] {
-    use std::arch::x86_64::*;
-    let pair = |x, y| (_mm512_castps_pd(x), _mm512_castps_pd(y));
-    // Two neighbours, then four, become columns within the quarters of a register; then quarters change places.
-    let mut two = r;
-    for i in (0..LANES).step_by(2) {
-        two[i] = _mm512_unpacklo_ps(r[i], r[i + 1]);
-        two[i + 1] = _mm512_unpackhi_ps(r[i], r[i + 1]);
-    }
-    let mut four = two;
-    for i in (0..LANES).step_by(4) {
-        for half in 0..2 {
-            let (x, y) = pair(two[i + half], two[i + half + 2]);
-            four[i + 2 * half] = _mm512_castpd_ps(_mm512_unpacklo_pd(x, y));
-            four[i + 2 * half + 1] = _mm512_castpd_ps(_mm512_unpackhi_pd(x, y));
-        }
-    }
-    let mut columns = four;
-    for k in 0..4 {
-        let even = |a: usize| _mm512_shuffle_f32x4::<0x88>(four[a + k], four[a + 4 + k]);
-        let odd = |a: usize| _mm512_shuffle_f32x4::<0xdd>(four[a + k], four[a + 4 + k]);
-        columns[k] = _mm512_shuffle_f32x4::<0x88>(even(0), even(8));
-        columns[8 + k] = _mm512_shuffle_f32x4::<0xdd>(even(0), even(8));
-        columns[4 + k] = _mm512_shuffle_f32x4::<0x88>(odd(0), odd(8));
-        columns[12 + k] = _mm512_shuffle_f32x4::<0xdd>(odd(0), odd(8));
-    }
-    columns
 }
 
 #[cfg(test)]

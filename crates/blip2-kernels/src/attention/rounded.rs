@@ -1,10 +1,7 @@
 //! The products of attention in bf16, where the machine multiplies these faster: operands are rounded on their way into the
 //! register tiles of [`gemm`](crate::gemm), sums are f32.
 
-use std::arch::x86_64::*;
-
-use super::columns::transposed;
-use crate::gemm::{NR, Precision, Tile, tile};
+use crate::gemm::{NR, Precision, Tile, bf16_words, tile};
 use crate::isa::Isa;
 use crate::lanes::LANES;
 
@@ -44,7 +41,7 @@ pub(super) fn rows_by_rows<'b>(
     resize(&mut words.a, n * n_words);
     for (to, row) in words.a.chunks_exact_mut(n_words).zip(a.chunks(width)).take(n) {
         // SAFETY: the instruction set is available.
-        unsafe { rounded(&row[..d], to) };
+        unsafe { bf16_words::row(&row[..d], to) };
     }
     let n_panels = m.div_ceil(NR);
     resize(&mut words.b, n_panels * n_words * NR);
@@ -55,7 +52,7 @@ pub(super) fn rows_by_rows<'b>(
             let some: [&[f32]; LANES] = std::array::from_fn(|_| b.next().unwrap_or_default());
             assert!(some.iter().filter(|row| !row.is_empty()).count() == LANES.min(m.saturating_sub(first)));
             // SAFETY: the instruction set is available.
-            unsafe { columns(&some, d, &mut panel[half * LANES..]) };
+            unsafe { bf16_words::columns(&some, d, &mut panel[half * LANES..]) };
         }
     }
     multiply(isa, [n, m.next_multiple_of(LANES), n_words], &words.a, &words.b, c);
@@ -80,7 +77,7 @@ pub(super) fn rows_by_columns<'b>(
     resize(&mut words.a, n * n_words);
     for (to, row) in words.a.chunks_exact_mut(n_words).zip(a.chunks(width)).take(n) {
         // SAFETY: the instruction set is available.
-        unsafe { rounded(&row[..m], to) };
+        unsafe { bf16_words::row(&row[..m], to) };
     }
     let n_panels = d.div_ceil(NR);
     resize(&mut words.b, n_panels * n_words * NR);
@@ -91,7 +88,7 @@ pub(super) fn rows_by_columns<'b>(
         for (p, panel) in words.b.chunks_exact_mut(n_words * NR).take(n_panels).enumerate() {
             let to = panel[k * NR..].first_chunk_mut().expect("a panel's row");
             // SAFETY: the instruction set is available.
-            unsafe { neighbours(low, high, p * NR, to) };
+            unsafe { bf16_words::neighbours(low, high, p * NR, to) };
         }
     }
     multiply(isa, [n, d.next_multiple_of(LANES), n_words], &words.a, &words.b, c);
@@ -122,74 +119,6 @@ fn multiply(isa: Isa, [n, width, n_words]: [usize; 3], a: &[u32], b: &[u32], c: 
 fn resize(words: &mut Vec<u32>, len: usize) {
     if words.len() < len {
         words.resize(len, 0);
-    }
-}
-
-/// 16 numbers of `row` from `first` on, zero beyond its end.
-#[inline]
-#[target_feature(enable = "avx512f")]
-fn load(row: &[f32], first: usize) -> __m512 {
-    let n = row.len().saturating_sub(first);
-    let from = row.as_ptr().wrapping_add(first);
-    if n >= LANES {
-        // SAFETY: 16 numbers are there.
-        unsafe { _mm512_loadu_ps(from) }
-    } else {
-        // SAFETY: `n` numbers are there; no others are read.
-        unsafe { _mm512_maskz_loadu_ps(((1u32 << n) - 1) as u16, from) }
-    }
-}
-
-/// Numbers `first` to `first + 32` of a row in 16 words, zero beyond its end.
-#[inline]
-#[target_feature(enable = "avx512f,avx512bf16")]
-fn pairs(row: &[f32], first: usize) -> __m512i {
-    let words = _mm512_cvtne2ps_pbh(load(row, first + LANES), load(row, first));
-    // SAFETY: both are 512 bits.
-    unsafe { std::mem::transmute::<__m512bh, __m512i>(words) }
-}
-
-/// A row in words of two.
-#[target_feature(enable = "avx512f,avx512bf16")]
-fn rounded(row: &[f32], to: &mut [u32]) {
-    for (i, to) in to[..row.len().div_ceil(2)].chunks_mut(LANES).enumerate() {
-        let mask = ((1u32 << to.len()) - 1) as u16;
-        // SAFETY: as many words as `to` has are written.
-        unsafe { _mm512_mask_storeu_epi32(to.as_mut_ptr().cast(), mask, pairs(row, 2 * LANES * i)) };
-    }
-}
-
-/// Up to 16 rows of `d` numbers as columns of words, 32 words from one word of a row to the next.
-#[target_feature(enable = "avx512f,avx512bf16")]
-fn columns(rows: &[&[f32]; LANES], d: usize, to: &mut [u32]) {
-    for (first, to) in to.chunks_mut(LANES * NR).enumerate() {
-        let mut words = [_mm512_setzero_ps(); LANES];
-        for (words, row) in words.iter_mut().zip(rows) {
-            *words = _mm512_castsi512_ps(pairs(row, 2 * LANES * first));
-        }
-        let n = LANES.min(d.div_ceil(2) - first * LANES);
-        for (column, to) in transposed(words).into_iter().take(n).zip(to.chunks_mut(NR)) {
-            let to: &mut [u32; LANES] = to.first_chunk_mut().expect("half a row of a panel");
-            // SAFETY: 16 words are there.
-            unsafe { _mm512_storeu_si512(to.as_mut_ptr().cast(), _mm512_castps_si512(column)) };
-        }
-    }
-}
-
-/// Numbers `first` to `first + 32` of two rows, one pair a word; zero beyond their end.
-#[inline]
-#[target_feature(enable = "avx512f,avx512bf16")]
-fn neighbours(low: &[f32], high: &[f32], first: usize, to: &mut [u32; NR]) {
-    for (half, to) in to.chunks_exact_mut(LANES).enumerate() {
-        let at = first + half * LANES;
-        let [low, high] = [low, high].map(|row| {
-            let narrow = _mm512_cvtneps_pbh(load(row, at));
-            // SAFETY: both are 256 bits.
-            _mm512_cvtepu16_epi32(unsafe { std::mem::transmute::<__m256bh, __m256i>(narrow) })
-        });
-        let words = _mm512_or_si512(low, _mm512_slli_epi32::<16>(high));
-        // SAFETY: 16 words are there.
-        unsafe { _mm512_storeu_si512(to.as_mut_ptr().cast(), words) };
     }
 }
 

@@ -4,8 +4,12 @@
 
 use rayon::prelude::*;
 
+#[cfg(target_arch = "x86_64")]
+use super::bf16_words;
 use super::{KW, MatrixRef, NR, Precision};
 use crate::isa::{Isa, with_isa};
+#[cfg(target_arch = "x86_64")]
+use crate::lanes::LANES;
 use crate::linear::Format;
 
 /// One block of `k` of a packed `B`: panels of NR columns, each `k` words × NR.
@@ -68,14 +72,43 @@ pub(crate) fn pack_panels<'a>(
         with_isa(
             isa,
             #[inline(always)]
-            || pack_panel(precision, k_len, width, MatrixRef { data, ..b }, panel),
+            || pack_panel(isa, precision, k_len, width, MatrixRef { data, ..b }, panel),
         );
     });
     Panels { words, format: precision.into(), k_len, n }
 }
 
 #[inline(always)]
-fn pack_panel(precision: Precision, k_len: usize, width: usize, b: MatrixRef<'_>, panel: &mut [u32]) {
+fn pack_panel(
+    isa: Isa,
+    precision: Precision,
+    k_len: usize,
+    width: usize,
+    b: MatrixRef<'_>,
+    panel: &mut [u32],
+) {
+    #[cfg(target_arch = "x86_64")]
+    if isa == Isa::Avx512 && precision == Precision::Bf16 {
+        assert!(isa.is_available());
+        if b.col_stride == 1 {
+            let row = |k: usize| if k < k_len { &b.data[k * b.row_stride..][..width] } else { &[] };
+            for (p, to) in panel.as_chunks_mut::<NR>().0.iter_mut().enumerate() {
+                // SAFETY: the instruction set is available.
+                unsafe { bf16_words::neighbours(row(2 * p), row(2 * p + 1), 0, to) };
+            }
+            return;
+        }
+        if b.row_stride == 1 {
+            for first in (0..NR).step_by(LANES) {
+                let column = |j: usize| if j < width { &b.data[j * b.col_stride..][..k_len] } else { &[] };
+                let columns: [&[f32]; LANES] = std::array::from_fn(|j| column(first + j));
+                // SAFETY: as above.
+                unsafe { bf16_words::columns(&columns, k_len, &mut panel[first..]) };
+            }
+            return;
+        }
+    }
+    let _ = isa;
     if width < NR {
         panel.fill(0);
     }
@@ -131,6 +164,26 @@ pub(super) fn pack_rows(
     stride: usize,
     packed: &mut [u32],
 ) {
+    #[cfg(target_arch = "x86_64")]
+    if isa == Isa::Avx512 && precision == Precision::Bf16 {
+        assert!(isa.is_available());
+        if a.col_stride == 1 {
+            for (i, to) in packed.chunks_exact_mut(stride).take(m).enumerate() {
+                // SAFETY: the instruction set is available.
+                unsafe { bf16_words::row(&a.data[i * a.row_stride..][..k_len], to) };
+            }
+            return;
+        }
+        if a.row_stride == 1 {
+            for (first, to) in (0..m).step_by(LANES).zip(packed.chunks_mut(LANES * stride)) {
+                let n = LANES.min(m - first);
+                let row = |k: usize| &a.data[first + k * a.col_stride..][..n];
+                // SAFETY: as above.
+                unsafe { bf16_words::rows_of_columns(row, k_len, &mut to[..n * stride], stride) };
+            }
+            return;
+        }
+    }
     with_isa(
         isa,
         #[inline(always)]
