@@ -1,9 +1,10 @@
 //! Gradients by parameter name.
 
 use std::collections::BTreeMap;
+use std::sync::{Mutex, PoisonError};
 
-use candle_core::Var;
 use candle_core::backprop::GradStore;
+use candle_core::{CpuStorage, InplaceOp1, Layout, Tensor, Var};
 use rayon::prelude::*;
 
 use crate::{Error, Result};
@@ -22,7 +23,7 @@ impl Gradients {
     pub fn add(&mut self, variables: &BTreeMap<String, Var>, store: &mut GradStore) -> Result<()> {
         for (name, variable) in variables {
             let Some(gradient) = store.remove(variable.as_tensor()) else { continue };
-            let gradient = gradient.flatten_all()?.to_vec1::<f32>()?;
+            let gradient = into_values(gradient)?;
             match self.by_name.get_mut(name) {
                 Some(sum) => sum.par_iter_mut().zip(&gradient).for_each(|(s, g)| *s += g),
                 None => {
@@ -62,5 +63,68 @@ impl Gradients {
             sum += part;
         }
         Ok(sum.sqrt())
+    }
+}
+
+/// The numbers of a gradient, in row-major order. The tensor engine made them for it alone, as the sum of what came back along each
+/// path: they are taken out, not copied. Whoever has a clone of the tensor finds it empty.
+fn into_values(gradient: Tensor) -> candle_core::Result<Vec<f32>> {
+    struct TakeOut(Mutex<Option<Vec<f32>>>);
+
+    impl InplaceOp1 for TakeOut {
+        fn name(&self) -> &'static str {
+            "take-out"
+        }
+
+        fn cpu_fwd(&self, storage: &mut CpuStorage, layout: &Layout) -> candle_core::Result<()> {
+            if let CpuStorage::F32(values) = storage
+                && layout.contiguous_offsets() == Some((0, values.len()))
+            {
+                *self.0.lock().unwrap_or_else(PoisonError::into_inner) = Some(std::mem::take(values));
+            }
+            Ok(())
+        }
+    }
+
+    let taken = TakeOut(Mutex::new(None));
+    gradient.inplace_op1(&taken)?;
+    match taken.0.into_inner().unwrap_or_else(PoisonError::into_inner) {
+        Some(values) => Ok(values),
+        // Part of other numbers, or in another order.
+        None => gradient.flatten_all()?.to_vec1(),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use candle_core::Device;
+
+    use super::*;
+
+    #[test]
+    fn gradients_are_summed_in_the_order_of_their_variables_whatever_their_layout() {
+        let device = Device::Cpu;
+        let a = Var::new(&[[1.0f32, 2.0, 3.0], [4.0, 5.0, 6.0]], &device).unwrap();
+        let variables = BTreeMap::from([("a".to_owned(), a.clone())]);
+        let weight = Tensor::new(&[[1.0f32, 10.0], [2.0, 20.0], [3.0, 30.0]], &device).unwrap();
+        let mut gradients = Gradients::default();
+        for _ in 0..2 {
+            // Transposed, and used twice.
+            let used = (a.t().unwrap() * &weight).unwrap().sum_all().unwrap();
+            let loss = (used + a.sum_all().unwrap()).unwrap();
+            gradients.add(&variables, &mut loss.backward().unwrap()).unwrap();
+        }
+        assert_eq!(gradients.get("a").unwrap(), [4.0, 6.0, 8.0, 22.0, 42.0, 62.0]);
+        // The variable itself is as it was.
+        assert_eq!(a.flatten_all().unwrap().to_vec1::<f32>().unwrap(), [1.0, 2.0, 3.0, 4.0, 5.0, 6.0]);
+    }
+
+    #[test]
+    fn numbers_in_another_order_or_among_others_are_copied() {
+        let rows = Tensor::new(&[[1.0f32, 2.0], [3.0, 4.0], [5.0, 6.0]], &Device::Cpu).unwrap();
+        assert_eq!(into_values(rows.t().unwrap()).unwrap(), [1.0, 3.0, 5.0, 2.0, 4.0, 6.0]);
+        assert_eq!(into_values(rows.narrow(0, 1, 2).unwrap()).unwrap(), [3.0, 4.0, 5.0, 6.0]);
+        assert_eq!(into_values(rows.narrow(0, 0, 2).unwrap()).unwrap(), [1.0, 2.0, 3.0, 4.0]);
+        assert_eq!(into_values(rows).unwrap(), [1.0, 2.0, 3.0, 4.0, 5.0, 6.0]);
     }
 }
