@@ -5,6 +5,8 @@ mod format;
 use rayon::prelude::*;
 
 use crate::activation::{Activation, activate_few};
+#[cfg(target_arch = "x86_64")]
+use crate::gemm::bf16_words;
 use crate::gemm::{
     Finish, KW, MatrixRef, NR, Output, Panels, Part, Precision, Start, gemm, multiply, pack_panels,
 };
@@ -192,12 +194,25 @@ impl PackedWeight {
     fn rows_of_panel(&self, panel: usize, into: &mut [f32]) {
         let per_word = self.format.precision().per_word();
         let (numbers, words) = (LANES * per_word, LANES * self.format.panel_words(per_word));
+        let isa = Isa::detect();
         for i in 0..self.n_blocks() {
             let panels = self.panels(i);
             let first = i * self.block_len();
             let pieces = panels.stored_panel(panel).chunks(words);
             for (start, piece) in (0..panels.k_len).step_by(numbers).zip(pieces) {
                 let end = panels.k_len.min(start + numbers);
+                #[cfg(target_arch = "x86_64")]
+                if isa == Isa::Avx512
+                    && self.format == Format::Bf16
+                    && end == start + numbers
+                    && let Some(piece) = piece.first_chunk()
+                {
+                    let (n, to) = (into.len() / self.in_features, &mut into[first + start..]);
+                    assert!(isa.is_available());
+                    // SAFETY: the instruction set is available.
+                    unsafe { bf16_words::widened_columns(piece, n, to, self.in_features) };
+                    continue;
+                }
                 for (column, row) in into.chunks_exact_mut(self.in_features).enumerate() {
                     self.format.column(piece, column, &mut row[first + start..first + end]);
                 }
@@ -410,6 +425,25 @@ mod tests {
                 let expected: f64 =
                     (0..out).map(|o| f64::from(d_y[i * out + o]) * f64::from(number(o * inn + j))).sum();
                 assert!((f64::from(d_x[i * inn + j]) - expected).abs() < 1e-3, "({i}, {j})");
+            }
+        }
+    }
+
+    /// In every format, and at every tail of panels and blocks.
+    #[test]
+    fn the_gradient_of_one_output_is_its_row() {
+        for (out, inn) in [(1100, 37), (75, 1400), (33, 96), (5, 31), (64, 32)] {
+            for format in FORMATS {
+                let packed = weight(out, inn, format);
+                let mut d_y = vec![0.0; out * out];
+                (0..out).for_each(|o| d_y[o * out + o] = 1.0);
+                let mut d_x = vec![0.0; out * inn];
+                packed.input_gradient(&d_y, out, &mut d_x);
+                let mut row = vec![0.0; inn];
+                for (o, found) in d_x.chunks(inn).enumerate() {
+                    packed.row(o, &mut row);
+                    assert_eq!(found, row, "{format:?} {out} x {inn}, output {o}");
+                }
             }
         }
     }

@@ -107,3 +107,28 @@ pub(crate) fn rows_of_columns<'a>(
         }
     }
 }
+
+/// 16 words along `k` of each of the first `n` columns of a panel, as 32 numbers: those of column `c` at `to[c * stride]`.
+///
+/// # Panics
+/// When `to` does not hold them.
+#[target_feature(enable = "avx512f")]
+pub(crate) fn widened_columns(words: &[u32; LANES * NR], n: usize, to: &mut [f32], stride: usize) {
+    for half in 0..NR / LANES {
+        let mut rows = [_mm512_setzero_ps(); LANES];
+        for (row, words) in rows.iter_mut().zip(words.as_chunks::<NR>().0) {
+            // SAFETY: half of a row is 16 words.
+            *row = unsafe { _mm512_loadu_ps(words.as_ptr().add(half * LANES).cast()) };
+        }
+        for (c, column) in (half * LANES..n).zip(transposed(rows)) {
+            let to: &mut [f32; 2 * LANES] = to[c * stride..].first_chunk_mut().expect("room for 32 numbers");
+            let words = _mm512_castps_si512(column);
+            let halves = [_mm512_castsi512_si256(words), _mm512_extracti64x4_epi64::<1>(words)];
+            for (to, half) in to.as_chunks_mut::<LANES>().0.iter_mut().zip(halves) {
+                let wide = _mm512_slli_epi32::<16>(_mm512_cvtepu16_epi32(half));
+                // SAFETY: 16 numbers are there.
+                unsafe { _mm512_storeu_ps(to.as_mut_ptr(), _mm512_castsi512_ps(wide)) };
+            }
+        }
+    }
+}
