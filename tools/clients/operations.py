@@ -38,7 +38,12 @@ class Server:
         self.process = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL)
         self.address = None
         for line in self.process.stderr:
-            event = json.loads(line)
+            try:
+                event = json.loads(line)
+            except ValueError:
+                # What it says before its log begins, and why it ends.
+                print(line.decode().rstrip(), file=sys.stderr)
+                continue
             if event.get("message") == "listening":
                 host, port = event["address"].rsplit(":", 1)
                 self.address = (host, int(port))
