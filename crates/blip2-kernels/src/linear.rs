@@ -5,8 +5,6 @@ mod format;
 use rayon::prelude::*;
 
 use crate::activation::{Activation, activate_few};
-#[cfg(target_arch = "x86_64")]
-use crate::gemm::bf16_words;
 use crate::gemm::{
     Finish, KW, MatrixRef, NR, Output, Panels, Part, Precision, Start, gemm, multiply, pack_panels,
 };
@@ -201,21 +199,7 @@ impl PackedWeight {
             let pieces = panels.stored_panel(panel).chunks(words);
             for (start, piece) in (0..panels.k_len).step_by(numbers).zip(pieces) {
                 let end = panels.k_len.min(start + numbers);
-                #[cfg(target_arch = "x86_64")]
-                if isa == Isa::Avx512
-                    && self.format == Format::Bf16
-                    && end == start + numbers
-                    && let Some(piece) = piece.first_chunk()
-                {
-                    let (n, to) = (into.len() / self.in_features, &mut into[first + start..]);
-                    assert!(isa.is_available());
-                    // SAFETY: the instruction set is available.
-                    unsafe { bf16_words::widened_columns(piece, n, to, self.in_features) };
-                    continue;
-                }
-                for (column, row) in into.chunks_exact_mut(self.in_features).enumerate() {
-                    self.format.column(piece, column, &mut row[first + start..first + end]);
-                }
+                self.format.columns(isa, piece, &mut into[first + start..], self.in_features, end - start);
             }
         }
     }
@@ -273,7 +257,7 @@ impl PackedWeight {
     }
 }
 
-/// `d_x = d_y W` of a matrix `[out, in]` whose rows are widened some at a time: `rows(i, into)` writes those from `i` on, a multiple
+/// `d_x = d_y W` of a matrix `[out, in]` whose rows are widened some at a time: `rows_from(i, into)` writes those from `i` on, a multiple
 /// of 32, into `into`, which holds 32, or fewer at the end.
 pub(crate) fn input_gradient(
     (n_out, n_in): (usize, usize),

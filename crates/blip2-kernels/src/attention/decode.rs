@@ -83,8 +83,8 @@ pub(super) fn decode<E: Element>(
             let (p, out) = (&scratch.p[h * m + first..][..n], &mut scratch.out[h * wide..][..d]);
             ahead.iter().flatten().for_each(|&row| prefetch(part(row)));
             match p.first_chunk() {
-                Some(p) => mix([part(some[0]), part(some[1]), part(some[2]), part(some[3])], p, out),
-                None => p.iter().zip(some).for_each(|(&p, row)| mix([part(row)], &[p], out)),
+                Some(p) => add_values([part(some[0]), part(some[1]), part(some[2]), part(some[3])], p, out),
+                None => p.iter().zip(some).for_each(|(&p, row)| add_values([part(row)], &[p], out)),
             }
         }
     }
@@ -92,7 +92,7 @@ pub(super) fn decode<E: Element>(
 
 /// Adds each of some rows of values times its probability to `out`, one after the other.
 #[inline(always)]
-fn mix<E: Element, const N: usize>(values: [&[E]; N], p: &[f32; N], out: &mut [f32]) {
+fn add_values<E: Element, const N: usize>(values: [&[E]; N], p: &[f32; N], out: &mut [f32]) {
     let (chunks, rest) = out.as_chunks_mut::<LANES>();
     for (i, out) in chunks.iter_mut().enumerate() {
         let mut sums = *out;

@@ -38,11 +38,7 @@ pub(super) fn rows_by_rows<'b>(
 ) {
     assert!(isa == Isa::Avx512 && isa.is_available());
     let n_words = d.div_ceil(2);
-    resize(&mut words.a, n * n_words);
-    for (to, row) in words.a.chunks_exact_mut(n_words).zip(a.chunks(width)).take(n) {
-        // SAFETY: the instruction set is available.
-        unsafe { bf16_words::row(&row[..d], to) };
-    }
+    round_rows([n, d], a, width, &mut words.a);
     let n_panels = m.div_ceil(NR);
     resize(&mut words.b, n_panels * n_words * NR);
     let mut b = b.map(|row| &row[..d]).fuse();
@@ -74,11 +70,7 @@ pub(super) fn rows_by_columns<'b>(
 ) {
     assert!(isa == Isa::Avx512 && isa.is_available());
     let n_words = m.div_ceil(2);
-    resize(&mut words.a, n * n_words);
-    for (to, row) in words.a.chunks_exact_mut(n_words).zip(a.chunks(width)).take(n) {
-        // SAFETY: the instruction set is available.
-        unsafe { bf16_words::row(&row[..m], to) };
-    }
+    round_rows([n, m], a, width, &mut words.a);
     let n_panels = d.div_ceil(NR);
     resize(&mut words.b, n_panels * n_words * NR);
     let mut b = b.map(|row| &row[..d]);
@@ -92,6 +84,17 @@ pub(super) fn rows_by_columns<'b>(
         }
     }
     multiply(isa, [n, d.next_multiple_of(LANES), n_words], &words.a, &words.b, c);
+}
+
+/// The first `len` numbers of `n` rows, which are `width` apart, into `to`, for a machine that has AVX-512 with bf16.
+fn round_rows([n, len]: [usize; 2], rows: &[f32], width: usize, to: &mut Vec<u32>) {
+    assert!(Isa::Avx512.is_available());
+    let n_words = len.div_ceil(2);
+    resize(to, n * n_words);
+    for (to, row) in to.chunks_exact_mut(n_words).zip(rows.chunks(width)).take(n) {
+        // SAFETY: the instruction set is available.
+        unsafe { bf16_words::row(&row[..len], to) };
+    }
 }
 
 /// `c = a b` on register tiles; `c` is `[n, width]`.
@@ -130,8 +133,10 @@ mod tests {
     use crate::testing::numbers;
 
     #[test]
+    #[allow(clippy::print_stdout, reason = "what a test leaves out it says")]
     fn products_are_those_of_the_rounded_numbers() {
         if !Isa::all_available().contains(&Isa::Avx512) {
+            println!("SKIPPED: this machine has no AVX-512 with bf16");
             return;
         }
         let round = |x: f32| bf16::from_f32(x).to_f64();

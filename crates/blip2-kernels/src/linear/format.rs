@@ -1,7 +1,11 @@
 //! How the numbers of a packed weight are stored.
 
+#[cfg(target_arch = "x86_64")]
+use crate::gemm::bf16_words;
 use crate::gemm::{NR, Precision};
 use crate::isa::{Isa, with_isa};
+#[cfg(target_arch = "x86_64")]
+use crate::lanes::LANES;
 
 /// How a packed weight is stored, and in which precision it is multiplied.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
@@ -85,6 +89,25 @@ impl Format {
             },
         );
         wide
+    }
+
+    /// The first columns of some words along `k` of a stored panel, `n` numbers of each: those of column `c` to `into[c * stride]`,
+    /// as many columns as there is room for.
+    pub(super) fn columns(self, isa: Isa, stored: &[u32], into: &mut [f32], stride: usize, n: usize) {
+        #[cfg(target_arch = "x86_64")]
+        if isa == Isa::Avx512
+            && self == Self::Bf16
+            && n == 2 * LANES
+            && let Some(stored) = stored.first_chunk()
+        {
+            assert!(isa.is_available());
+            // SAFETY: the instruction set is available.
+            return unsafe { bf16_words::widened_columns(stored, into.len().div_ceil(stride), into, stride) };
+        }
+        let _ = isa;
+        for (column, into) in into.chunks_mut(stride).enumerate() {
+            self.column(stored, column, &mut into[..n]);
+        }
     }
 
     /// Column `column` of a stored panel, the first `into.len()` numbers along `k`.
