@@ -3,6 +3,7 @@
 use std::collections::BTreeMap;
 use std::sync::{Mutex, PoisonError};
 
+use blip2::layers;
 use candle_core::backprop::GradStore;
 use candle_core::{CpuStorage, InplaceOp1, Layout, Tensor, Var};
 use rayon::prelude::*;
@@ -16,22 +17,28 @@ pub struct Gradients {
 }
 
 impl Gradients {
-    /// Adds what a backward pass left for `variables`; a variable without a gradient is left out.
+    /// A backward pass from `loss`, whose gradients of `variables` are added; a variable that it does not reach is left out.
+    /// Returns the gradients of everything else.
     ///
     /// # Errors
-    /// Those of the tensor engine.
-    pub fn add(&mut self, variables: &BTreeMap<String, Var>, store: &mut GradStore) -> Result<()> {
+    /// Those of the tensor engine. What was summed before is lost then.
+    pub fn backward(&mut self, variables: &BTreeMap<String, Var>, loss: &Tensor) -> Result<GradStore> {
+        let earlier = |(name, variable): (_, &Var)| Some((variable.id(), self.by_name.remove(name)?));
+        let mut sums = variables.iter().filter_map(earlier).collect();
+        let mut store = layers::backward(loss, &mut sums)?;
         for (name, variable) in variables {
-            let Some(gradient) = store.remove(variable.as_tensor()) else { continue };
-            let gradient = into_values(gradient)?;
-            match self.by_name.get_mut(name) {
-                Some(sum) => sum.par_iter_mut().zip(&gradient).for_each(|(s, g)| *s += g),
-                None => {
-                    self.by_name.insert(name.clone(), gradient);
+            let rest = store.remove(variable.as_tensor()).map(into_values).transpose()?;
+            let sum = match (sums.remove(&variable.id()), rest) {
+                (Some(mut sum), Some(rest)) => {
+                    sum.par_iter_mut().zip(&rest).for_each(|(s, g)| *s += g);
+                    sum
                 }
-            }
+                (Some(sum), None) | (None, Some(sum)) => sum,
+                (None, None) => continue,
+            };
+            self.by_name.insert(name.clone(), sum);
         }
-        Ok(())
+        Ok(store)
     }
 
     /// The gradient of a variable, in its row-major order.
@@ -112,7 +119,7 @@ mod tests {
             // Transposed, and used twice.
             let used = (a.t().unwrap() * &weight).unwrap().sum_all().unwrap();
             let loss = (used + a.sum_all().unwrap()).unwrap();
-            gradients.add(&variables, &mut loss.backward().unwrap()).unwrap();
+            gradients.backward(&variables, &loss).unwrap();
         }
         assert_eq!(gradients.get("a").unwrap(), [4.0, 6.0, 8.0, 22.0, 42.0, 62.0]);
         // The variable itself is as it was.

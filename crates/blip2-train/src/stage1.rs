@@ -184,7 +184,7 @@ impl Step<'_> {
         let (mut values, negatives) = self.measure(&sims, &itc)?;
         let rest = self.match_and_caption(part, &features, &negatives, &mut values)?;
         let mut gradients = Gradients::default();
-        gradients.add(variables, &mut (itc + rest)?.backward()?)?;
+        gradients.backward(variables, &(itc + rest)?)?;
         Ok((gradients, values))
     }
 
@@ -201,13 +201,12 @@ impl Step<'_> {
         let sims = similarities(image.as_tensor(), text.as_tensor(), n_queries)?;
         let itc = contrastive_loss(&sims, self.temperature()?, &self.batch.image_ids)?;
         let (mut values, negatives) = self.measure(&sims, &itc)?;
-        let mut store = itc.backward()?;
+        // What is not of the features reaches the temperature.
+        let mut gradients = Gradients::default();
+        let mut store = gradients.backward(variables, &itc)?;
         let missing = || candle_core::Error::Msg("the contrastive loss gave its features no gradient".into());
         let d_image = store.remove(image.as_tensor()).ok_or_else(missing)?;
         let d_text = store.remove(text.as_tensor()).ok_or_else(missing)?;
-        // What is left reaches the temperature.
-        let mut gradients = Gradients::default();
-        gradients.add(variables, &mut store)?;
         for part in parts {
             let features = self.features(part)?;
             let (start, len) = (part.rows.start, part.rows.len());
@@ -217,7 +216,7 @@ impl Step<'_> {
             let surrogate =
                 ((&features.image * d_image)?.sum_all()? + (&features.text * d_text)?.sum_all()?)?;
             let rest = self.match_and_caption(part, &features, &negatives, &mut values)?;
-            gradients.add(variables, &mut (surrogate + rest)?.backward()?)?;
+            gradients.backward(variables, &(surrogate + rest)?)?;
         }
         Ok((gradients, values))
     }

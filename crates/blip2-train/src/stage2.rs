@@ -117,7 +117,7 @@ pub fn gradients(
         let pass = bridge.forward(batch, part, &mut DropoutRng::new(options.dropout, seed))?;
         let loss = (pass.loss_sum / weight)?;
         values.loss += loss.to_scalar::<f32>()?;
-        gradients.add(variables, &mut loss.backward()?)?;
+        gradients.backward(variables, &loss)?;
     }
     Ok((gradients, values))
 }

@@ -41,7 +41,7 @@ impl Objective for Toy {
         let weight = self.variables["weight"].as_tensor();
         let loss = weight.affine(1.0, -0.1 * target - 0.01 * step as f64)?.sqr()?.sum_all()?;
         let mut gradients = Gradients::default();
-        gradients.add(&self.variables, &mut loss.backward()?)?;
+        gradients.backward(&self.variables, &loss)?;
         let loss = if self.breaks_at == Some(step) { f64::NAN } else { f64::from(loss.to_scalar::<f32>()?) };
         Ok((gradients, vec![("loss", loss)]))
     }

@@ -20,6 +20,7 @@ mod norm;
 mod parameters;
 mod rope;
 mod view;
+mod weight_gradient;
 
 pub use activation::{activate, gated};
 pub use attention::{AttentionShape, Plan, RelativeBias, Sequence, Span, attention, attention_biased};
@@ -35,3 +36,4 @@ pub use loss::{cross_entropy, linear_cross_entropy};
 pub use norm::{LayerNorm, RmsNorm};
 pub use parameters::{Loader, TensorSource, Trainable};
 pub use rope::rope;
+pub use weight_gradient::{WeightGradients, backward};

@@ -1,8 +1,10 @@
 //! Token and position embeddings.
 
-use candle_core::{Result, Tensor};
+use candle_core::{CpuStorage, CustomOp1, Layout, Result, Shape, Tensor, bail};
 
 use super::parameters::Loader;
+use super::view::{slice, with_slices};
+use super::weight_gradient::add_to;
 
 /// A table of vectors looked up by id.
 #[derive(Debug, Clone)]
@@ -24,12 +26,46 @@ impl Embedding {
     /// # Errors
     /// When an id is not in the table.
     pub fn forward(&self, ids: &[u32]) -> Result<Tensor> {
-        let ids = Tensor::from_slice(ids, ids.len(), self.weight.device())?;
-        self.weight.index_select(&ids, 0)
+        self.weight.apply_op1(Lookup { ids: ids.to_vec() })
     }
 
     /// The table, `[n, width]`, for an output head tied to it.
     pub fn weight(&self) -> &Tensor {
         &self.weight
+    }
+}
+
+struct Lookup {
+    ids: Vec<u32>,
+}
+
+impl CustomOp1 for Lookup {
+    fn name(&self) -> &'static str {
+        "embedding"
+    }
+
+    fn cpu_fwd(&self, s: &CpuStorage, l: &Layout) -> Result<(CpuStorage, Shape)> {
+        let (n, width) = l.shape().dims2()?;
+        let table = slice(s, l)?;
+        let mut rows = Vec::with_capacity(self.ids.len() * width);
+        for &id in &self.ids {
+            if id as usize >= n {
+                bail!("there is no id {id} in a table of {n}");
+            }
+            rows.extend_from_slice(&table[id as usize * width..][..width]);
+        }
+        Ok((CpuStorage::F32(rows), Shape::from((self.ids.len(), width))))
+    }
+
+    fn bwd(&self, table: &Tensor, _: &Tensor, d_rows: &Tensor) -> Result<Option<Tensor>> {
+        let (_, width) = table.dims2()?;
+        with_slices([&d_rows.contiguous()?], |[d_rows]| {
+            add_to(table, |d_table, _| {
+                for (&id, d_row) in self.ids.iter().zip(d_rows.chunks_exact(width)) {
+                    let sum = &mut d_table[id as usize * width..][..width];
+                    sum.iter_mut().zip(d_row).for_each(|(sum, d)| *sum += d);
+                }
+            })
+        })?
     }
 }

@@ -6,6 +6,7 @@ use blip2_kernels::linear::Epilogue;
 use candle_core::{CpuStorage, CustomOp1, CustomOp2, CustomOp3, Layout, Result, Shape, Tensor};
 
 use super::view::{slice, tensor, with_slices};
+use super::weight_gradient::add_to;
 use super::{Activation, FrozenWeight, activate};
 
 /// A weight matrix `[out, in]`.
@@ -303,21 +304,24 @@ impl CustomOp3 for DenseLinear {
         d_y: &Tensor,
     ) -> Result<(Option<Tensor>, Option<Tensor>, Option<Tensor>)> {
         let (_, n_in) = w.dims2()?;
-        let (d_x, d_w, d_b) = with_slices([x, w, bias, &d_y.contiguous()?], |[xs, ws, bs, d_y]| {
-            let d_x = dense_input_gradient(d_y, ws, n_in, self.precision);
-            let d_w = w.is_variable().then(|| {
-                let mut d_w = vec![0.0; ws.len()];
-                dense_weight_gradient(d_y, xs, n_in, false, self.precision, &mut d_w);
-                d_w
-            });
-            let d_b = (!bs.is_empty()).then(|| {
-                let mut d_b = vec![0.0; bs.len()];
+        let d_y = d_y.contiguous()?;
+        let d_w = if w.is_variable() {
+            with_slices([x, &d_y], |[x, d_y]| {
+                add_to(w, |d_w, is_first| {
+                    dense_weight_gradient(d_y, x, n_in, !is_first, self.precision, d_w);
+                })
+            })??
+        } else {
+            None
+        };
+        let (d_x, d_b) = with_slices([w, &d_y], |[w, d_y]| {
+            let d_b = (bias.elem_count() > 0).then(|| {
+                let mut d_b = vec![0.0; bias.elem_count()];
                 add_column_sums(d_y, &mut d_b);
                 d_b
             });
-            (d_x, d_w, d_b)
+            (dense_input_gradient(d_y, w, n_in, self.precision), d_b)
         })?;
-        let d_w = d_w.map(|d| tensor(d, w)).transpose()?;
         let d_b = d_b.map(|d| tensor(d, bias)).transpose()?;
         Ok((Some(tensor(d_x, x)?), d_w, d_b))
     }

@@ -10,6 +10,7 @@ use candle_core::{CpuStorage, CustomOp1, CustomOp3, Layout, Result, Shape, Tenso
 
 use super::linear::{dense_forward_into, dense_input_gradient_into, dense_weight_gradient};
 use super::view::{slice, tensor, with_slices};
+use super::weight_gradient::add_to;
 use super::{FrozenWeight, Linear, Weight};
 
 /// Rows of logits held at a time: a vocabulary of 50,000 makes each row 200 kB.
@@ -190,23 +191,23 @@ impl CustomOp3 for DenseCrossEntropy {
         d_losses: &Tensor,
     ) -> Result<(Option<Tensor>, Option<Tensor>, Option<Tensor>)> {
         let (n_classes, n_in) = w.dims2()?;
-        let (d_x, d_w, d_b) =
-            with_slices([x, w, bias, &d_losses.contiguous()?], |[x, w, bias, d_losses]| {
-                let (mut d_x, mut d_w, mut d_b) =
-                    (vec![0.0; x.len()], vec![0.0; w.len()], vec![0.0; bias.len()]);
-                let logits_of = self.logits_of([x, w, bias], n_in);
+        let (mut d_x, mut d_b) = (vec![0.0; x.elem_count()], vec![0.0; bias.elem_count()]);
+        let d_w = with_slices([x, w, bias, &d_losses.contiguous()?], |[x, ws, bias, d_losses]| {
+            add_to(w, |d_w, is_first| {
+                let logits_of = self.logits_of([x, ws, bias], n_in);
                 self.targets.backward(n_classes, d_losses, logits_of, |rows, d_logits| {
                     let own = elements(&rows, n_in);
-                    dense_input_gradient_into(d_logits, w, n_in, self.precision, &mut d_x[own.clone()]);
-                    dense_weight_gradient(d_logits, &x[own], n_in, rows.start > 0, self.precision, &mut d_w);
+                    dense_input_gradient_into(d_logits, ws, n_in, self.precision, &mut d_x[own.clone()]);
+                    let accumulate = !is_first || rows.start > 0;
+                    dense_weight_gradient(d_logits, &x[own], n_in, accumulate, self.precision, d_w);
                     if !d_b.is_empty() {
                         add_column_sums(d_logits, &mut d_b);
                     }
                 });
-                (d_x, d_w, d_b)
-            })?;
+            })
+        })??;
         let d_b = if d_b.is_empty() { None } else { Some(tensor(d_b, bias)?) };
-        Ok((Some(tensor(d_x, x)?), Some(tensor(d_w, w)?), d_b))
+        Ok((Some(tensor(d_x, x)?), d_w, d_b))
     }
 }
 
