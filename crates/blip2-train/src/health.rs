@@ -143,7 +143,8 @@ fn ordered_pair_sum(rows: &[f32], width: usize) -> f64 {
     total.iter().map(|x| x * x).sum::<f64>() - own
 }
 
-/// Pictures that [`query_cosine`] looks at.
+/// Of how many pictures [`query_cosine`] looks at one, and at how many at most: its pass is to cost little beside the step.
+const PICTURES_FOR_ONE: usize = 8;
 const PICTURES_LOOKED_AT: usize = 4;
 
 /// [`mean_query_cosine`] of the first pictures of a batch, from a pass of its own without dropout: dropout's noise alone
@@ -153,7 +154,7 @@ const PICTURES_LOOKED_AT: usize = 4;
 /// Those of the tensor engine.
 pub(crate) fn query_cosine(qformer: &QFormer, image_embeds: &Tensor, n_images: usize) -> Result<f32> {
     let n_tokens = image_embeds.dim(0)? / n_images.max(1);
-    let n = PICTURES_LOOKED_AT.min(n_images);
+    let n = n_images.div_ceil(PICTURES_FOR_ONE).min(PICTURES_LOOKED_AT);
     let image = qformer.image_keys(&image_embeds.narrow(0, 0, n * n_tokens)?, n)?;
     let (queries, _) = qformer.encode_queries(&image, &mut DropoutRng::off())?;
     let (_, width) = queries.dims2()?;
