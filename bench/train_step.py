@@ -264,8 +264,9 @@ def measure_torch(
 def measure_rust(stage: int, precision: str, n_threads: int, n_warmup: int, n_steps: int, batch: Path) -> dict:
     command = ["cargo", "run", "--release", "--quiet", "-p", "blip2-train", "--example", "timed_batch", "--"]
     command += [str(stage), precision, str(batch), str(n_warmup), str(n_steps)]
-    # Freed memory stays with the process, as `blip2 train` has it.
-    environment = os.environ | {"RAYON_NUM_THREADS": str(n_threads), "MIMALLOC_PURGE_DELAY": "-1"}
+    # What `blip2 train` starts itself with.
+    environment = os.environ | {"RAYON_NUM_THREADS": str(n_threads)}
+    environment |= {"MIMALLOC_PURGE_DELAY": "-1", "CANDLE_NUM_THREADS": "1"}
     done = subprocess.run(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, check=True, text=True)
     return json.loads(done.stdout)
 

@@ -3,7 +3,6 @@
 //! Exit status: 0 done, 1 failed (of several items all), 2 wrong usage, 3 some of several items failed.
 #![allow(clippy::print_stdout, clippy::print_stderr, reason = "the one crate that talks to a terminal")]
 
-mod allocator;
 mod args;
 mod bench;
 mod caption;
@@ -23,6 +22,7 @@ mod memory;
 mod model;
 mod names;
 mod pack;
+mod process;
 mod quantize;
 mod rows;
 mod serve;
@@ -65,7 +65,7 @@ fn main() -> ExitCode {
         return ExitCode::from(2);
     }
     if matches!(command, Command::Train(_)) {
-        allocator::keep_freed_memory();
+        process::restart_for_training();
     }
     match start_threads(threads).and_then(|()| run(command)) {
         Ok(Done::All) => ExitCode::SUCCESS,
