@@ -64,8 +64,10 @@ fn main() -> ExitCode {
         eprintln!("blip2: {error}");
         return ExitCode::from(2);
     }
-    if matches!(command, Command::Train(_)) {
-        process::restart_for_training();
+    match command {
+        Command::Train(_) => process::restart_with(process::FOR_TRAINING),
+        Command::Serve(_) => process::restart_with(process::FOR_SERVING),
+        _ => {}
     }
     match start_threads(threads).and_then(|()| run(command)) {
         Ok(Done::All) => ExitCode::SUCCESS,

@@ -153,6 +153,17 @@ fn the_command_line_and_the_server_say_the_same() {
     }
 }
 
+#[cfg(target_os = "linux")]
+#[test]
+fn freed_memory_stays_with_it_unless_somebody_has_said_how_long() {
+    for (given, expected) in [(&[][..], "-1"), (&[("MIMALLOC_PURGE_DELAY", "500")][..], "500")] {
+        let server = Running::start(given);
+        let environment = std::fs::read(format!("/proc/{}/environ", server.child.id())).expect("readable");
+        let expected = format!("MIMALLOC_PURGE_DELAY={expected}");
+        assert!(environment.split(|&byte| byte == 0).any(|found| found == expected.as_bytes()));
+    }
+}
+
 #[test]
 fn keys_come_from_the_environment() {
     let server = Running::start(&[("BLIP2_API_KEY", "one, two")]);

@@ -93,7 +93,10 @@ mod tests {
             assert_eq!(engines, values(weight.as_tensor()).iter().map(|w| 2.0 * w).collect::<Vec<_>>());
             for ((sum, engines), expected) in sums[&weight.id()].iter().zip(engines).zip(&expected) {
                 let found = sum + times * engines;
-                assert!((found - times * expected).abs() < 1e-4, "{found} instead of {times} times {expected}");
+                assert!(
+                    (found - times * expected).abs() < 1e-4,
+                    "{found} instead of {times} times {expected}"
+                );
             }
         }
         assert_eq!(whole(), expected, "a pass of the tensor engine has its gradients to itself again");
