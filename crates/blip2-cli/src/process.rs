@@ -5,28 +5,28 @@
 static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
 
 /// What is read once when a process starts, by name and value. What somebody has set stays.
-type Environment<'a> = &'a [(&'a str, &'a str)];
+type Environment = &'static [(&'static str, &'static str)];
 
 /// The allocator's milliseconds until freed memory goes back to the system, -1 for never. By itself it waits for a second.
 const PURGE_DELAY: &str = "MIMALLOC_PURGE_DELAY";
 
 /// What suits training.
-pub(crate) const FOR_TRAINING: Environment<'_> = &[
+pub(crate) const FOR_TRAINING: Environment = &[
     // A step may take longer than a second, and would take all of its gradients from the system again, page by page: a sixth of
     // its time with a Q-Former of BERT-base's size.
     (PURGE_DELAY, "-1"),
     // The tensor engine has threads of its own for sums, which wait for more of them by spinning: on the cores that the products
-    // need. Its sums were 4 % of a step, and are as fast in one thread.
+    // need.
     ("CANDLE_NUM_THREADS", "1"),
 ];
 
 /// What suits a server: what one answer frees another takes, and the memory that it has needed once is the memory that it has. Given
-/// back after a second it went up and down by a tenth under load, and answers were 5 % fewer.
-pub(crate) const FOR_SERVING: Environment<'_> = &[(PURGE_DELAY, "-1")];
+/// back after a second it went up and down by a tenth under load.
+pub(crate) const FOR_SERVING: Environment = &[(PURGE_DELAY, "-1")];
 
 /// Starts this program anew where it lacks some of `environment`; comes back where it has all, or cannot be started, which costs
 /// time only.
-pub(crate) fn restart_with(environment: Environment<'_>) {
+pub(crate) fn restart_with(environment: Environment) {
     #[cfg(unix)]
     {
         use std::os::unix::process::CommandExt;

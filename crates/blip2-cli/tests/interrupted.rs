@@ -41,12 +41,16 @@ impl Ended {
 }
 
 impl Training {
-    #[allow(clippy::zombie_processes, reason = "`end` waits for it, and so does a test that fails")]
     fn start(config: &Path, resume: bool) -> Self {
         let mut command = command(&[&"train", &config]);
         if resume {
             command.arg("--resume");
         }
+        Self::spawn(command)
+    }
+
+    #[allow(clippy::zombie_processes, reason = "`end` waits for it, and so does a test that fails")]
+    fn spawn(mut command: Command) -> Self {
         Self(command.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().expect("started"))
     }
 
@@ -245,8 +249,7 @@ fn a_training_starts_itself_with_the_environment_that_suits_it() {
     let config = work.config("suited", "both.jsonl", &fields, "epochs = 30\nsave_every = 100000");
     let mut command = command(&[&"train", &config]);
     command.env_remove("MIMALLOC_PURGE_DELAY").env("CANDLE_NUM_THREADS", "2");
-    let mut training =
-        Training(command.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().expect("started"));
+    let mut training = Training::spawn(command);
     let environment = PathBuf::from(format!("/proc/{}/environ", training.0.id()));
     let has = |variable: &[u8]| {
         let environment = fs::read(&environment).unwrap_or_default();
