@@ -108,7 +108,7 @@ pub(crate) struct SourceArgs {
     /// With `--dtype int8` or `int4`, round the Q-Former's matrices too, which are otherwise left as they are: to see what it costs.
     #[arg(long, env = "BLIP2_QUANTIZE_QFORMER", value_parser = BoolishValueParser::new(), hide_short_help = true)]
     pub(crate) quantize_qformer: bool,
-    /// Let a vision transformer see pictures of this side, in pixels, instead of the one it was trained with.
+    /// Let the image encoder see pictures of this side, in pixels, instead of the one the model was trained with.
     #[arg(long, env = "BLIP2_IMAGE_SIZE", value_name = "PIXELS")]
     pub(crate) image_size: Option<usize>,
     /// Load the model even where the memory that it needs is not free.

@@ -67,13 +67,22 @@ fn model_folder(args: &PackArgs, storage: Storage) -> anyhow::Result<()> {
         fs::copy(&run.vocabulary, work.path().join("vocab.txt"))
             .with_context(|| format!("cannot copy {}", run.vocabulary.display()))?;
         stage1 = Some(Stage1Config { weights, vocabulary: "vocab.txt".into() });
-        shared = Some((run.encoder_options(), run.encoder, run.qformer));
+        shared = Some((vision(&run.encoder, run.encoder_options())?, run.qformer));
     }
     if let Some((path, settings, tensors)) = mean(&args.stage2)? {
         let run = stage2_run(&settings, path)?;
         let weights = write("stage2", &tensors)?;
-        if shared.as_ref().is_some_and(|(_, _, qformer)| *qformer != run.qformer) {
-            bail!("the two checkpoints are of Q-Formers of different sizes");
+        let vision = vision(&run.encoder, run.encoder_options())?;
+        if let Some((of_stage1, qformer)) = &shared {
+            if *qformer != run.qformer {
+                bail!("the two checkpoints are of Q-Formers of different sizes");
+            }
+            if *of_stage1 != vision {
+                bail!(
+                    "the two checkpoints were trained with different image encoders or another `image_size`: a model sees a \
+                     picture once, for both stages"
+                );
+            }
         }
         stage2 = Some(Stage2Config {
             weights,
@@ -102,11 +111,10 @@ fn model_folder(args: &PackArgs, storage: Storage) -> anyhow::Result<()> {
                 ..GenerationConfig::default()
             }),
         });
-        shared = Some((run.encoder_options(), run.encoder, run.qformer));
+        shared = Some((vision, run.qformer));
     }
-    let (options, encoder, qformer) = shared.context("no checkpoint was given")?;
-    let config =
-        ModelConfig { name: args.name.clone(), vision: vision(&encoder, options)?, qformer, stage1, stage2 };
+    let (vision, qformer) = shared.context("no checkpoint was given")?;
+    let config = ModelConfig { name: args.name.clone(), vision, qformer, stage1, stage2 };
     let json = serde_json::to_vec_pretty(&config)?;
     for entry in fs::read_dir(work.path())? {
         let entry = entry?;
@@ -147,10 +155,10 @@ fn vision(path: &Path, options: EncoderOptions) -> anyhow::Result<VisionConfig> 
     // Only its fingerprint is asked for, which is the same in every format.
     let encoder = open_encoder(path, options, Precision::F32).context("the image encoder")?;
     let (file, sha256) = (name_of(path)?, Some(encoder.fingerprint().to_owned()));
-    if !encoder.is_vit() {
-        return Ok(VisionConfig::EfficientnetLite0 { file, sha256 });
-    }
     let EncoderOptions { image_size, num_attention_heads } = options;
+    if !encoder.is_vit() {
+        return Ok(VisionConfig::EfficientnetLite0 { file, sha256, image_size });
+    }
     Ok(VisionConfig::VitFile { file, sha256, image_size, num_attention_heads })
 }
 

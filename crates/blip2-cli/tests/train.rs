@@ -386,6 +386,30 @@ fn a_checkpoint_that_cannot_be_packed_leaves_no_folder() {
     assert!(out.join("config.json").is_file() && out.join("vocab.txt").is_file());
 }
 
+/// A model sees a picture once, for both of its stages.
+#[test]
+fn stages_that_saw_pictures_of_other_sizes_are_not_packed_together() {
+    let work = Work::new();
+    let (init, opt) = (work.converted_stage1(), golden("blip2_opt"));
+    let stage1 = work.train("stage1", "captions.jsonl", &stage1(&init));
+    let sizes = blip2::model::qformer_config(&init).expect("readable").expect("sizes");
+    let sizes = toml::Value::try_from(&sizes).expect("TOML");
+    let encoder = golden("lavis/eva_vit.pth");
+    let fields = stage2(&encoder, &opt, &stage1.join("model.safetensors"), OPT_PROMPTS)
+        + &format!("encoder_heads = 3\nqformer = {sizes}\n");
+    let [same, larger] = [("same", ""), ("larger", "image_size = 42\n")]
+        .map(|(name, size)| work.train(name, "both.jsonl", &format!("{fields}{size}")));
+    let pack = |stage2: &PathBuf, out: &PathBuf| -> std::process::Output {
+        run(&[&"pack", &"--stage1", &stage1, &"--stage2", stage2, &"--out", out])
+    };
+    let (packed, refused) = (work.path("packed"), work.path("refused"));
+    assert!(pack(&same, &packed).status.success());
+    let output = pack(&larger, &refused);
+    let said = String::from_utf8_lossy(&output.stderr);
+    assert!(!output.status.success() && said.contains("another `image_size`"), "{said}");
+    assert!(!refused.exists());
+}
+
 /// It is said before the features of all pictures are computed.
 #[test]
 fn stage_1_refuses_questions_at_once_and_names_their_file() {

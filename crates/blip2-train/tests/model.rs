@@ -49,7 +49,7 @@ fn folder() -> tempfile::TempDir {
     std::fs::write(dir.path().join("vocab.txt"), vocabulary.join("\n")).expect("written");
     let config = ModelConfig {
         name: "tiny".into(),
-        vision: VisionConfig::EfficientnetLite0 { file: "absent.pth".into(), sha256: None },
+        vision: VisionConfig::EfficientnetLite0 { file: "absent.pth".into(), sha256: None, image_size: None },
         qformer,
         stage1: Some(Stage1Config {
             weights: vec!["stage1.safetensors".into()],

@@ -61,8 +61,8 @@ pub struct OpenOptions {
     /// Few bits for the matrices of the Q-Former and of the projections behind it too, which are otherwise left as they are. It is
     /// small, so this saves little, and tells what rounding costs.
     pub quantize_qformer: bool,
-    /// Side in pixels of the pictures that a vision transformer is to see, instead of the one it was trained with: its
-    /// position embeddings are interpolated (transformers' `interpolate_pos_encoding`).
+    /// Side in pixels of the pictures that the image encoder is to see, instead of the one the model was trained with: a vision
+    /// transformer's position embeddings are interpolated (transformers' `interpolate_pos_encoding`).
     pub image_size: Option<usize>,
     /// Whose model it is to be, where the implementations differ; nothing for what the folder says. LAVIS's norm behind the image
     /// encoder has an epsilon of 1e-5, that of transformers the encoder's own, 1e-6 (of a Hugging Face folder). A text that is
@@ -157,19 +157,13 @@ impl Blip2 {
             return hugging_face::open(folder, &json, options);
         }
         let config = ModelConfig::read(folder)?;
-        if options.image_size.is_some() && !matches!(config.vision, VisionConfig::VitFile { .. }) {
-            return Err(Error::Request(format!(
-                "the image encoder of {} sees pictures of one size only: leave the size out",
-                config.name
-            )));
-        }
         let find = |file: &Path| find_frozen(folder, &options.frozen, file);
         let open_vision = || -> Result<VisionEncoder> {
             match &config.vision {
-                VisionConfig::EfficientnetLite0 { file, sha256: expected } => {
+                VisionConfig::EfficientnetLite0 { file, sha256: expected, image_size } => {
                     let path = find(file)?;
                     check_sha256(&path, expected.as_deref())?;
-                    VisionEncoder::efficientnet_lite0(path)
+                    VisionEncoder::efficientnet_lite0(path, options.image_size.or(*image_size))
                 }
                 VisionConfig::VitFile { file, sha256: expected, image_size, num_attention_heads } => {
                     let (path, num_attention_heads) = (find(file)?, *num_attention_heads);

@@ -34,14 +34,15 @@ enum Tower {
 
 impl VisionEncoder {
     /// Loads EfficientNet-Lite0, the encoder of the default model, from its PyTorch file
-    /// (`efficientnet-lite0-57934424.pth`).
+    /// (`efficientnet-lite0-57934424.pth`), to see pictures of `image_size` pixels instead of the 224 it was trained with.
     ///
     /// # Errors
-    /// When the file cannot be read, is damaged, or holds another network.
-    pub fn efficientnet_lite0(path: impl AsRef<Path>) -> Result<Self> {
+    /// When the file cannot be read, is damaged, or holds another network, and when the size is out of bounds.
+    pub fn efficientnet_lite0(path: impl AsRef<Path>, image_size: Option<usize>) -> Result<Self> {
+        let config = lite0(image_size)?;
         let checkpoint = TorchCheckpoint::open(path)?;
         let fingerprint = sha256(checkpoint.bytes());
-        let network = EfficientNet::load(EfficientNetConfig::lite0(), &checkpoint)?;
+        let network = EfficientNet::load(config, &checkpoint)?;
         Ok(Self { tower: Tower::EfficientNet(network), fingerprint })
     }
 
@@ -49,8 +50,11 @@ impl VisionEncoder {
     ///
     /// # Errors
     /// Those of the weights.
-    pub(crate) fn random_efficientnet_lite0(weights: RandomWeights) -> Result<Self> {
-        let network = EfficientNet::load(EfficientNetConfig::lite0(), &weights)?;
+    pub(crate) fn random_efficientnet_lite0(
+        weights: RandomWeights,
+        image_size: Option<usize>,
+    ) -> Result<Self> {
+        let network = EfficientNet::load(lite0(image_size)?, &weights)?;
         Ok(Self { tower: Tower::EfficientNet(network), fingerprint: "random weights".into() })
     }
 
@@ -78,7 +82,7 @@ impl VisionEncoder {
         matches!(self.tower, Tower::Vit(..))
     }
 
-    /// Side of the pictures it was trained on, in pixels (S).
+    /// Side of the pictures it sees, in pixels (S).
     pub fn image_side(&self) -> usize {
         match &self.tower {
             Tower::EfficientNet(network) => network.config().image_side,
@@ -86,7 +90,7 @@ impl VisionEncoder {
         }
     }
 
-    /// Image tokens of a picture (P): 49 for EfficientNet-Lite0.
+    /// Image tokens of a picture (P): 49 for EfficientNet-Lite0 at its 224 pixels.
     pub fn n_tokens(&self) -> usize {
         match &self.tower {
             Tower::EfficientNet(network) => network.n_tokens(),
@@ -118,10 +122,10 @@ impl VisionEncoder {
         }
     }
 
-    /// How a picture becomes the pixels that this encoder was trained on.
+    /// How a picture becomes the pixels that this encoder sees.
     pub fn processor(&self) -> ImageProcessor {
         match &self.tower {
-            Tower::EfficientNet(_) => ImageProcessor::efficientnet_lite0(),
+            Tower::EfficientNet(network) => ImageProcessor::efficientnet_lite0(network.config().image_side),
             Tower::Vit(_, processor) => processor.clone(),
         }
     }
@@ -162,6 +166,13 @@ impl VisionEncoder {
     }
 }
 
+/// EfficientNet-Lite0 for pictures of this side.
+fn lite0(image_size: Option<usize>) -> Result<EfficientNetConfig> {
+    let side = image_size.unwrap_or(EfficientNetConfig::LITE0_SIDE);
+    ImageProcessor::efficientnet_lite0(side).validate()?;
+    Ok(EfficientNetConfig::lite0(side))
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -174,7 +185,7 @@ mod tests {
             return;
         };
         let path = Path::new(&folder).join("efficientnet-lite0-57934424.pth");
-        let encoder = VisionEncoder::efficientnet_lite0(path).unwrap();
+        let encoder = VisionEncoder::efficientnet_lite0(&path, None).unwrap();
         assert_eq!(encoder.fingerprint(), "579344248a93e23026e6b78f1f6faf0bc1d282386f6c881cdbaacd49cabf77db");
         assert_eq!((encoder.n_tokens(), encoder.width(), encoder.image_side()), (49, 1280, 224));
         let picture =
@@ -187,5 +198,9 @@ mod tests {
         assert!(rows.iter().flatten().all(|value| (0.0..=6.0).contains(value)));
         let error = encoder.forward(&pixels.permute((0, 3, 1, 2)).unwrap()).unwrap_err();
         assert!(error.to_string().contains("[B, 224, 224, 3]"), "{error}");
+
+        let larger = VisionEncoder::efficientnet_lite0(&path, Some(257)).unwrap();
+        assert_eq!((larger.n_tokens(), larger.processor().image_side), (81, 257));
+        assert_eq!(larger.fingerprint(), encoder.fingerprint());
     }
 }

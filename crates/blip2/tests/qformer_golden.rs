@@ -150,7 +150,7 @@ fn model(golden: &Golden, texts: &[Vec<u32>]) -> Blip2 {
     std::fs::write(dir.path().join("vocab.txt"), pieces.join("\n")).expect("written");
     let config = ModelConfig {
         name: "golden".into(),
-        vision: VisionConfig::EfficientnetLite0 { file: "absent.pth".into(), sha256: None },
+        vision: VisionConfig::EfficientnetLite0 { file: "absent.pth".into(), sha256: None, image_size: None },
         qformer,
         stage1: Some(Stage1Config {
             weights: vec!["stage1.safetensors".into()],

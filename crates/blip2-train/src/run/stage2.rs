@@ -40,7 +40,7 @@ pub struct Stage2Config {
     /// The frozen image encoder: EfficientNet-Lite0's file, a vision transformer's as LAVIS loads it, or the Hugging Face folder
     /// of a BLIP-2 model, of which the encoder is taken.
     pub encoder: PathBuf,
-    /// Side in pixels of the pictures that a vision transformer is to see, instead of the one it was trained with.
+    /// Side in pixels of the pictures that the encoder is to see, instead of the one it was trained with.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub image_size: Option<usize>,
     /// Attention heads of a LAVIS encoder of no published width, which its file does not say.

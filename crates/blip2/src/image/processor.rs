@@ -39,10 +39,10 @@ pub enum Geometry {
 }
 
 impl ImageProcessor {
-    /// For EfficientNet-Lite: the whole picture at 224 pixels, values from 0 to 255 to about −1 to 1.
-    pub fn efficientnet_lite0() -> Self {
+    /// For EfficientNet-Lite: the whole picture, values from 0 to 255 to about −1 to 1.
+    pub fn efficientnet_lite0(image_side: usize) -> Self {
         Self {
-            image_side: 224,
+            image_side,
             geometry: Geometry::Squash,
             rescale_factor: 1.0,
             image_mean: [127.0; 3],
@@ -159,7 +159,7 @@ mod tests {
 
     #[test]
     fn values_are_normalised_by_channel() {
-        let processor = ImageProcessor { image_side: 2, ..ImageProcessor::efficientnet_lite0() };
+        let processor = ImageProcessor::efficientnet_lite0(2);
         let square = RgbImage::from_raw(2, 2, vec![0, 127, 255, 1, 2, 3, 4, 5, 6, 7, 8, 9]).unwrap();
         let pixels = processor.pixels(&square);
         assert_eq!(pixels[..3], [-127.0 / 128.0, 0.0, 1.0], "red, green and blue of the first pixel");
@@ -205,7 +205,7 @@ mod tests {
     fn settings_survive_json_and_wrong_ones_are_named() {
         let processor = ImageProcessor {
             geometry: Geometry::CentreCrop { shorter_side: 256 },
-            ..ImageProcessor::efficientnet_lite0()
+            ..ImageProcessor::efficientnet_lite0(224)
         };
         let text = serde_json::to_string(&processor).unwrap();
         assert_eq!(serde_json::from_str::<ImageProcessor>(&text).unwrap(), processor);

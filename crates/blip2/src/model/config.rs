@@ -44,6 +44,9 @@ pub enum VisionConfig {
         /// SHA-256 of the file that the model was trained with, in hexadecimal; another file is refused.
         #[serde(default, skip_serializing_if = "Option::is_none")]
         sha256: Option<String>,
+        /// Side of the pictures, in pixels, where it is not that which the encoder was made for.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        image_size: Option<usize>,
     },
     /// A vision transformer from the file that LAVIS loads, or from the Hugging Face folder of a BLIP-2 model.
     VitFile {

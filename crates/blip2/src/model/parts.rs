@@ -22,7 +22,7 @@ use crate::{Error, Result};
 /// What is to be known of an image encoder that its file does not say.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub struct EncoderOptions {
-    /// Side in pixels of the pictures that a vision transformer is to see, instead of the one it was trained with.
+    /// Side in pixels of the pictures that the encoder is to see, instead of the one it was trained with.
     pub image_size: Option<usize>,
     /// Attention heads of a LAVIS encoder of no published width: they leave no trace in the weights.
     pub num_attention_heads: Option<usize>,
@@ -50,11 +50,11 @@ pub fn open_encoder(
     }
     let checkpoint = Checkpoint::open(path)?;
     if Layout::of(&checkpoint) != Some(Layout::ImageEncoder) {
-        if options != EncoderOptions::default() {
-            let reason = "is no vision transformer: it has one size of pictures, and no attention heads";
+        if options.num_attention_heads.is_some() {
+            let reason = "is no vision transformer and has no attention heads";
             return Err(Error::File { path: path.into(), reason: reason.into() });
         }
-        return VisionEncoder::efficientnet_lite0(path);
+        return VisionEncoder::efficientnet_lite0(path, options.image_size);
     }
     let stored = LavisEncoder::of(&checkpoint, options.num_attention_heads)?;
     let fingerprint = fingerprint(stored.tensors())?;

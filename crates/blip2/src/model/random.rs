@@ -123,7 +123,11 @@ impl RandomModel {
             name: format!("{}, random weights", self.name),
             vision: match &self.vit {
                 Some(vit) => VisionConfig::Vit(vit.clone()),
-                None => VisionConfig::EfficientnetLite0 { file: "random".into(), sha256: None },
+                None => VisionConfig::EfficientnetLite0 {
+                    file: "random".into(),
+                    sha256: None,
+                    image_size: options.image_size,
+                },
             },
             qformer: self.qformer.clone(),
             stage1: self.matches.then(|| Stage1Config { weights: Vec::new(), vocabulary: "numbers".into() }),
@@ -138,7 +142,9 @@ impl RandomModel {
         loader: &Loader<'_>,
         options: &OpenOptions,
     ) -> Result<VisionEncoder> {
-        let Some(config) = &self.vit else { return VisionEncoder::random_efficientnet_lite0(weights) };
+        let Some(config) = &self.vit else {
+            return VisionEncoder::random_efficientnet_lite0(weights, options.image_size);
+        };
         let config =
             VitConfig { image_size: options.image_size.unwrap_or(config.image_size), ..config.clone() };
         let processor = ImageProcessor::blip2(config.image_size);

@@ -48,12 +48,15 @@ pub struct Stage {
 }
 
 impl EfficientNetConfig {
-    /// EfficientNet-Lite0: 224 pixels, 49 tokens of width 1280, 3.4 million weights.
-    pub fn lite0() -> Self {
+    /// Side of the pictures that EfficientNet-Lite0 was trained with: 49 tokens.
+    pub const LITE0_SIDE: usize = 224;
+
+    /// EfficientNet-Lite0 for pictures of this side: a token of width 1280 for each 32 × 32 pixels begun, 3.4 million weights.
+    pub fn lite0(image_side: usize) -> Self {
         let stage =
             |repeats, kernel, stride, expansion, width| Stage { repeats, kernel, stride, expansion, width };
         Self {
-            image_side: 224,
+            image_side,
             stem_width: 32,
             stages: vec![
                 stage(1, 3, 1, 1, 16),
@@ -467,7 +470,7 @@ mod tests {
 
     #[test]
     fn lite0_has_49_tokens_and_its_weights_are_counted() {
-        let config = EfficientNetConfig::lite0();
+        let config = EfficientNetConfig::lite0(EfficientNetConfig::LITE0_SIDE);
         let network = EfficientNet::load(config.clone(), &DrawnWeights::new(&config)).unwrap();
         assert_eq!(network.n_tokens(), 49);
         // 4,652,008 trained weights, less the classifier's 1,281,000 and one of the two numbers of each of the 21,008
@@ -496,7 +499,9 @@ mod tests {
         };
         let path = std::path::Path::new(&folder).join("efficientnet-lite0-57934424.pth");
         let checkpoint = TorchCheckpoint::open(path).unwrap();
-        let network = EfficientNet::load(EfficientNetConfig::lite0(), &checkpoint).unwrap();
+        let network =
+            EfficientNet::load(EfficientNetConfig::lite0(EfficientNetConfig::LITE0_SIDE), &checkpoint)
+                .unwrap();
         let pixels = draw(2, 224 * 224 * 3);
         let tokens = network.forward(&pixels);
         assert_close(&tokens, &golden("lite0")["tokens"], "tokens");
