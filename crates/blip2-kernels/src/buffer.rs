@@ -12,6 +12,47 @@ pub(crate) fn keep<T: Default>(place: &'static LocalKey<RefCell<T>>, memory: T) 
     place.set(if cfg!(test) { T::default() } else { memory });
 }
 
+/// From so many numbers on, results leave the second level of the cache before they are read again.
+#[cfg(target_arch = "x86_64")]
+pub(crate) const FAR: usize = 1 << 18;
+
+/// Copies 32 results or fewer to their place, past the caches where `is_far`: else each line that is written is first read. Before
+/// other threads may read them, [`all_written`] must be called.
+///
+/// # Safety
+/// So many numbers must be writable at `to`, and the machine must have AVX-512.
+#[cfg(target_arch = "x86_64")]
+#[inline]
+#[target_feature(enable = "avx512f")]
+pub(crate) unsafe fn put_row(row: &[f32], to: *mut f32, is_far: bool) {
+    use std::arch::x86_64::{_mm512_loadu_ps, _mm512_storeu_ps, _mm512_stream_ps};
+    let Some(row) = row.first_chunk::<32>() else {
+        // SAFETY: the caller's promise.
+        return unsafe { to.copy_from_nonoverlapping(row.as_ptr(), row.len()) };
+    };
+    // SAFETY: 32 numbers are there, at a whole line of the cache where they go past it.
+    unsafe {
+        let (low, high) = (_mm512_loadu_ps(row.as_ptr()), _mm512_loadu_ps(row.as_ptr().add(16)));
+        if is_far && to.addr().is_multiple_of(64) {
+            _mm512_stream_ps(to, low);
+            _mm512_stream_ps(to.add(16), high);
+        } else {
+            _mm512_storeu_ps(to, low);
+            _mm512_storeu_ps(to.add(16), high);
+        }
+    }
+}
+
+/// What [`put_row`] wrote past the caches is seen by whoever sees what this thread writes from now on.
+#[cfg(target_arch = "x86_64")]
+pub(crate) fn all_written() {
+    // SAFETY: every x86-64 has the instruction.
+    #[allow(unused_unsafe, reason = "safe in later versions of the language")]
+    unsafe {
+        std::arch::x86_64::_mm_sfence();
+    }
+}
+
 /// Memory that is to be written.
 pub(crate) type Unwritten = [MaybeUninit<f32>];
 

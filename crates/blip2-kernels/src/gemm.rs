@@ -1,10 +1,12 @@
 //! Matrix products of strided f32 views.
 //!
 //! `B` is packed into panels of 32 columns, `A` into rows of one block of `k`; a micro-kernel keeps up to 12 × 32 sums in
-//! registers. With [`Precision::Bf16`] both are rounded to bf16 while packing and multiplied in pairs along `k`
-//! (`vdpbf16ps`). Each sum runs over `k` in order whatever the sizes, so a row of the result does not depend on the
+//! registers, or 32 × 32 in those of AMX. With [`Precision::Bf16`] both are rounded to bf16 while packing and multiplied in pairs
+//! along `k` (`vdpbf16ps`, `tdpbf16ps`). Each sum runs over `k` in order whatever the sizes, so a row of the result does not depend on the
 //! number of rows.
 
+#[cfg(target_arch = "x86_64")]
+pub(crate) mod amx_blocks;
 #[cfg(target_arch = "x86_64")]
 pub(crate) mod bf16_words;
 mod micro;
@@ -65,10 +67,10 @@ impl MatrixRef<'_> {
 
 /// Columns of a panel of `B`: two AVX-512 registers.
 pub(crate) const NR: usize = 32;
-/// Rows of the register tile: 12 × 2 sums, 2 registers of `B` and one of `A` out of 32.
-const MR: usize = 12;
 /// Packed words along `k` in a block: a 32-column panel is 32 KiB, which stays in the first two cache levels.
 pub(crate) const KW: usize = 256;
+/// Rows of the register tile: 12 × 2 sums, 2 registers of `B` and one of `A` out of 32.
+const MR: usize = 12;
 /// Words between rows of packed `A`: not a power of two, so that twelve rows do not share cache sets.
 const A_STRIDE: usize = KW + 16;
 /// Tiles of rows of `A` that a task packs at most.
@@ -87,11 +89,33 @@ pub enum Start<'a> {
     Result,
 }
 
-/// A rectangle of a product: its rows and its columns.
-pub(crate) type Part = (Range<usize>, Range<usize>);
+/// What sums begin with where that is nothing.
+static ZEROS: [f32; NR] = [0.0; NR];
+
+/// A rectangle of a product whose sums are complete.
+pub(crate) struct Part {
+    pub(crate) rows: Range<usize>,
+    pub(crate) columns: Range<usize>,
+    /// Its first element; nobody else has the part.
+    at: Output,
+    /// Between its rows, where it is.
+    stride: usize,
+}
+
+impl Part {
+    /// A row of it, by its number in the product.
+    pub(crate) fn row(&mut self, row: usize) -> &mut [f32] {
+        assert!(self.rows.contains(&row));
+        // SAFETY: rows of the part are there and initialised, and it is borrowed for as long as this one is.
+        unsafe {
+            let at = self.at.at((row - self.rows.start) * self.stride);
+            std::slice::from_raw_parts_mut(at, self.columns.len())
+        }
+    }
+}
 
 /// What is done with a part of a product once its sums are complete, while it is in the cache.
-pub(crate) type Finish<'a> = &'a (dyn Fn(Part) + Sync);
+pub(crate) type Finish<'a> = &'a (dyn Fn(&mut Part) + Sync);
 
 /// `c = a b`, or added to what `start` says; `a`: `m × k`, `b`: `k × n`, `c`: `m × n` row-major.
 ///
@@ -182,7 +206,7 @@ unsafe fn gemm_to(
         let a_block = MatrixRef { data: &a.data[(k_start * a.col_stride).min(a.data.len())..], ..a };
         let start = if k_start == 0 { start } else { Start::Result };
         // SAFETY: the caller's promise; from the second block on the first has written all of `c`.
-        unsafe { multiply(isa, m, a_block, panels, start, c, None) };
+        unsafe { multiply(isa, m, a_block, &[panels], start, c, None) };
     }
     keep(&PANELS, buffer);
 }
@@ -222,11 +246,48 @@ impl Cuts {
     }
 }
 
-/// `c = a * panels` for one block of `k`, added to what `start` says; then `finish` of every part of it.
+/// `c = a b`, added to what `start` says, then `finish` of every part of it; `b` is given block by block of `k`, all but the last
+/// of which are whole.
 ///
 /// # Safety
-/// `c` must point to `m * panels.n` elements; they are read where `start` is `Result`, and all written otherwise.
+/// `c` must point to `m * n` elements, where `n` is what the blocks say; they are read where `start` is `Result`, and all written
+/// otherwise.
+///
+/// # Panics
+/// When there are no blocks.
 pub(crate) unsafe fn multiply(
+    isa: Isa,
+    m: usize,
+    a: MatrixRef<'_>,
+    blocks: &[Panels<'_>],
+    mut start: Start<'_>,
+    c: Output,
+    finish: Option<Finish<'_>>,
+) {
+    let (last, precision) = (blocks.len() - 1, blocks[0].format.precision());
+    if let Start::Row(row) = start {
+        assert_eq!(row.len(), blocks[0].n, "the row that is added must have n elements");
+    }
+    #[cfg(target_arch = "x86_64")]
+    if isa == Isa::Amx && precision == Precision::Bf16 {
+        assert!(isa.is_available());
+        // SAFETY: the caller's promise; the machine has AMX.
+        return unsafe { amx_blocks::multiply(m, a, blocks, start, c, finish) };
+    }
+    for (i, panels) in blocks.iter().enumerate() {
+        let k = i * KW * precision.per_word();
+        let a = MatrixRef { data: &a.data[(k * a.col_stride).min(a.data.len())..], ..a };
+        // SAFETY: the caller's promise; from the second block on the first has written all of `c`.
+        unsafe { multiply_block(isa, m, a, *panels, start, c, finish.filter(|_| i == last)) };
+        start = Start::Result;
+    }
+}
+
+/// [`multiply`] of one block of `k`.
+///
+/// # Safety
+/// As [`multiply`].
+unsafe fn multiply_block(
     isa: Isa,
     m: usize,
     a: MatrixRef<'_>,
@@ -235,11 +296,7 @@ pub(crate) unsafe fn multiply(
     out: Output,
     finish: Option<Finish<'_>>,
 ) {
-    static ZEROS: [f32; NR] = [0.0; NR];
     let n = panels.n;
-    if let Start::Row(row) = start {
-        assert_eq!(row.len(), n, "the row that is added must have n elements");
-    }
     let cuts = Cuts::new(m, n, rayon::current_num_threads());
     (0..cuts.n()).into_par_iter().for_each(|task| {
         thread_local! {
@@ -284,7 +341,9 @@ pub(crate) unsafe fn multiply(
                 }
             }
             if let Some(finish) = finish {
-                finish((rows.clone(), columns));
+                // SAFETY: these rows and columns lie in `c`.
+                let at = Output(unsafe { out.at(rows.start * n + columns.start) });
+                finish(&mut Part { rows: rows.clone(), columns, at, stride: n });
             }
         }
         keep(&ROWS, packed);

@@ -20,6 +20,9 @@ pub enum Isa {
     AvxVnni,
     /// AVX-512 F, BW, VL, DQ, BF16 and VNNI.
     Avx512,
+    /// [`Avx512`](Self::Avx512) with AMX, which multiplies small matrices of bf16 and of bytes (Intel since Sapphire Rapids), where
+    /// the system gives it to those who ask: Linux does.
+    Amx,
 }
 
 impl Isa {
@@ -91,6 +94,9 @@ impl Isa {
                     && is_x86_feature_detected!("avx512vnni");
                 if avx2 && avx512 {
                     available.push(Self::Avx512);
+                    if crate::amx::is_permitted() {
+                        available.push(Self::Amx);
+                    }
                 }
             }
             available
@@ -103,6 +109,11 @@ impl Isa {
         Self::available().contains(&self)
     }
 
+    /// Whether it has AVX-512 with bf16 and dot products of bytes.
+    pub(crate) fn has_avx512(self) -> bool {
+        matches!(self, Self::Avx512 | Self::Amx)
+    }
+
     /// Its name, as `BLIP2_ISA` takes it.
     pub fn name(self) -> &'static str {
         match self {
@@ -113,6 +124,7 @@ impl Isa {
             Self::Avx2 => "avx2",
             Self::AvxVnni => "avx-vnni",
             Self::Avx512 => "avx512",
+            Self::Amx => "amx",
         }
     }
 }
@@ -160,7 +172,7 @@ pub fn with_isa<R>(isa: Isa, body: impl FnOnce() -> R) -> R {
         }
         match isa {
             // SAFETY: these features are there.
-            Isa::Avx512 if isa.is_available() => return unsafe { avx512(body) },
+            Isa::Avx512 | Isa::Amx if isa.is_available() => return unsafe { avx512(body) },
             // SAFETY: as above.
             Isa::Avx2 | Isa::AvxVnni if isa.is_available() => return unsafe { avx2(body) },
             _ => {}

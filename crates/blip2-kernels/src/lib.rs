@@ -16,15 +16,18 @@
 //! # How a kernel is chosen
 //!
 //! At run time, once: [`isa::Isa::detect`] takes the best instruction set that the machine has, or the one that `BLIP2_ISA` names
-//! (`scalar`, `avx2`, `avx-vnni`, `avx512`; on AArch64 `scalar`, `neon`, `neon-dotprod`, `neon-i8mm`). Most operations are loops
+//! (`scalar`, `avx2`, `avx-vnni`, `avx512`, `amx`; on AArch64 `scalar`, `neon`, `neon-dotprod`, `neon-i8mm`). Most operations are loops
 //! over 16 lanes in plain Rust, compiled once for each register width by [`isa::with_isa`]; the inner loops of `gemm` and
-//! `quantized`, and what rearranges and rounds their operands and attention's keys, are written in intrinsics. `scalar` is the
+//! `quantized`, and what rearranges and rounds their operands and attention's keys, are written in intrinsics, those of AMX in
+//! assembly. `scalar` is the
 //! reference of every other form. Products with quantised weights are equal on all sets, bit for bit; other results may differ
 //! between sets in their last bits.
 #![allow(unsafe_code)]
 
 pub mod activation;
 pub mod adamw;
+#[cfg(target_arch = "x86_64")]
+mod amx;
 pub mod attention;
 mod buffer;
 pub mod column_sums;

@@ -150,31 +150,25 @@ impl PackedWeight {
         let (isa, n_out) = (Isa::detect(), self.out_features);
         let is_whole = |residual: &[f32]| residual.len() == n_rows * n_out;
         assert!(epilogue.residual.is_none_or(is_whole), "the residual must be [n_rows, out]");
-        let finish = |(rows, columns): Part| {
+        let finish = |part: &mut Part| {
             with_isa(
                 isa,
                 #[inline(always)]
                 || {
-                    for row in rows {
-                        let at = row * n_out + columns.start;
-                        // SAFETY: `multiply` has written this part of `y`, and no other task has it.
-                        let y = unsafe { std::slice::from_raw_parts_mut(y.at(at), columns.len()) };
-                        epilogue.finish(y, at);
+                    for row in part.rows.clone() {
+                        let at = row * n_out + part.columns.start;
+                        epilogue.finish(part.row(row), at);
                     }
                 },
             );
         };
         let needs_finish = epilogue.activation != Activation::Identity || epilogue.residual.is_some();
-        let mut start = epilogue.bias.map_or(Start::Zero, Start::Row);
-        for i in 0..self.n_blocks() {
-            let a =
-                MatrixRef { data: &x[i * self.block_len()..], row_stride: self.in_features, col_stride: 1 };
-            let is_last = i + 1 == self.n_blocks();
-            let finish = (is_last && needs_finish).then_some(&finish as Finish<'_>);
-            // SAFETY: the caller's promise; from the second block on the first has written all of `y`.
-            unsafe { multiply(isa, n_rows, a, self.panels(i), start, y, finish) };
-            start = Start::Result;
-        }
+        let start = epilogue.bias.map_or(Start::Zero, Start::Row);
+        let a = MatrixRef { data: x, row_stride: self.in_features, col_stride: 1 };
+        let blocks: Vec<_> = (0..self.n_blocks()).map(|i| self.panels(i)).collect();
+        let finish = needs_finish.then_some(&finish as Finish<'_>);
+        // SAFETY: the caller's promise.
+        unsafe { multiply(isa, n_rows, a, &blocks, start, y, finish) };
     }
 
     /// `d_x = d_y W`; `d_y` is `[n_rows, out]`, `d_x` `[n_rows, in]`. Reads the packed form, some rows at a time.

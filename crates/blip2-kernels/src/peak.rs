@@ -2,6 +2,8 @@
 //!
 //! No kernel is made of these loops: they are what kernels are measured by, and would not be if they were the kernels.
 
+#[cfg(target_arch = "x86_64")]
+use crate::amx;
 use crate::isa::Isa;
 
 /// What is multiplied.
@@ -36,13 +38,25 @@ pub fn multiply_adds(isa: Isa, numbers: Numbers, n_rounds: usize) -> Option<u64>
     match (isa, numbers) {
         #[cfg(target_arch = "x86_64")]
         // SAFETY: the set is available.
-        (Isa::Avx512, Numbers::F32) => Some(unsafe { x86::avx512_f32(n_rounds) }),
+        (Isa::Avx512 | Isa::Amx, Numbers::F32) => Some(unsafe { x86::avx512_f32(n_rounds) }),
         #[cfg(target_arch = "x86_64")]
         // SAFETY: as above.
         (Isa::Avx512, Numbers::Bf16) => Some(unsafe { x86::avx512_bf16(n_rounds) }),
         #[cfg(target_arch = "x86_64")]
         // SAFETY: as above.
         (Isa::Avx512, Numbers::Int8) => Some(unsafe { x86::avx512_int8(n_rounds) }),
+        #[cfg(target_arch = "x86_64")]
+        (Isa::Amx, Numbers::Bf16) => Some(in_parts(n_rounds, |n| {
+            // SAFETY: as above.
+            let sums = unsafe { amx::bf16_rounds(0x3f80_3f80, n) };
+            sums.as_flattened().iter().map(|&count| count as u64).sum()
+        })),
+        #[cfg(target_arch = "x86_64")]
+        (Isa::Amx, Numbers::Int8) => Some(in_parts(n_rounds, |n| {
+            // SAFETY: as above.
+            let sums = unsafe { amx::int8_rounds(0x0101_0101, n) };
+            sums.as_flattened().iter().map(|&count| count as u64).sum()
+        })),
         #[cfg(target_arch = "x86_64")]
         // SAFETY: as above.
         (Isa::AvxVnni | Isa::Avx2, Numbers::F32 | Numbers::Bf16) => Some(unsafe { x86::avx2_f32(n_rounds) }),
@@ -67,6 +81,13 @@ pub fn multiply_adds(isa: Isa, numbers: Numbers, n_rounds: usize) -> Option<u64>
         (Isa::NeonI8mm, Numbers::Int8) => Some(unsafe { arm::i8mm_int8(n_rounds) }),
         _ => None,
     }
+}
+
+/// Rounds of AMX, which add 32 or 64 to a sum at once, so many at a time that sums in single precision stay exact.
+#[cfg(target_arch = "x86_64")]
+fn in_parts(n_rounds: usize, mut count: impl FnMut(usize) -> u64) -> u64 {
+    const PART: usize = MOST_ROUNDS / 16;
+    (0..n_rounds).step_by(PART).map(|first| count(PART.min(n_rounds - first))).sum()
 }
 
 /// A loop of one instruction, which adds products of ones to the lanes of sums: what these are in the end is how many there were.
@@ -167,9 +188,12 @@ mod tests {
                         assert_eq!(multiply_adds(isa, numbers, 5), None, "{isa:?} {numbers:?}");
                         continue;
                     }
-                    (Isa::Avx512, Numbers::F32) => 16,
+                    (Isa::Avx512 | Isa::Amx, Numbers::F32) => 16,
                     (Isa::Avx512, Numbers::Bf16) => 16 * 2,
                     (Isa::Avx512, Numbers::Int8) => 16 * 4,
+                    // Products of registers in all four sums.
+                    (Isa::Amx, Numbers::Bf16) => 256 * 2,
+                    (Isa::Amx, Numbers::Int8) => 256 * 4,
                     (Isa::AvxVnni, Numbers::Int8) => 8 * 4,
                     (Isa::AvxVnni | Isa::Avx2, _) => 8,
                     (Isa::NeonDot, Numbers::Int8) => 4 * 4,

@@ -9,6 +9,8 @@
 //! that are not finite (with blocks: where a block of them is not).
 
 #[cfg(target_arch = "x86_64")]
+mod amx_sums;
+#[cfg(target_arch = "x86_64")]
 mod avx2;
 #[cfg(target_arch = "x86_64")]
 mod avx512;
@@ -26,10 +28,14 @@ mod tests;
 
 use rayon::prelude::*;
 
+#[cfg(target_arch = "x86_64")]
+use crate::buffer::{FAR, all_written, put_row};
 use crate::gemm::{Output, Precision};
 use crate::isa::{Isa, with_isa};
 use crate::linear::{Epilogue, input_gradient};
 use crate::memory::WeightMemory;
+#[cfg(target_arch = "x86_64")]
+use amx_sums::AmxSums;
 pub use format::{BLOCK, Format, SUPER_BLOCK};
 use format::{QUAD, WIDTH, f32_at};
 use rows::Rows;
@@ -203,7 +209,7 @@ impl QuantizedWeight {
         let block = first.format.scaled_together(first.in_features);
         Rows::with(isa, x, n_rows, block, first.format.zero_point(), |rows| {
             let tasks: Vec<_> =
-                products.iter().map(|(weight, _)| weight.tasks(n_rows, products.len())).collect();
+                products.iter().map(|(weight, _)| weight.tasks(rows, n_rows, products.len())).collect();
             let which: Vec<_> = tasks
                 .iter()
                 .enumerate()
@@ -242,7 +248,7 @@ impl QuantizedWeight {
         }
         let block = self.format.scaled_together(self.in_features);
         Rows::with(isa, x, n_rows, block, self.format.zero_point(), |rows| {
-            let tasks = self.tasks(n_rows, 1);
+            let tasks = self.tasks(rows, n_rows, 1);
             (0..tasks.n()).into_par_iter().for_each(|task| {
                 // SAFETY: the caller's promise.
                 unsafe { self.task(isa, rows, n_rows, epilogue, y, &tasks, task) };
@@ -261,7 +267,7 @@ impl QuantizedWeight {
     }
 
     /// How the work is divided, where `n_weights` are multiplied in one pass.
-    fn tasks(&self, n_rows: usize, n_weights: usize) -> Tasks {
+    fn tasks(&self, rows: &Rows, n_rows: usize, n_weights: usize) -> Tasks {
         let n_panels = self.out_features.div_ceil(WIDTH);
         // A panel is read from memory once by a task, which keeps it in its cache for all of its rows. Rows are divided only
         // where there are not panels enough for the threads.
@@ -270,7 +276,13 @@ impl QuantizedWeight {
         let n_groups = wanted.min(n_panels);
         let n_tiles = n_rows.div_ceil(rows_a_tile);
         let tiles_a_task = n_tiles.div_ceil(wanted / n_groups);
-        let rows_a_task = tiles_a_task * rows_a_tile;
+        let mut rows_a_task = tiles_a_task * rows_a_tile;
+        #[cfg(target_arch = "x86_64")]
+        if rows.registers().is_some() {
+            rows_a_task =
+                amx_sums::rows_a_task(self.in_features).min(rows_a_task.next_multiple_of(amx_sums::ROWS));
+        }
+        let _ = rows;
         Tasks { n_panels, n_groups, rows_a_task, n_row_groups: n_rows.div_ceil(rows_a_task) }
     }
 
@@ -296,12 +308,39 @@ impl QuantizedWeight {
         let (group, row_group) = (task / n_row_groups, task % n_row_groups);
         let last_row = n_rows.min((row_group + 1) * rows_a_task);
         let mut sums = Sums { tile: [[0.0; WIDTH]; MAX_ROWS], integers: [[0; WIDTH]; MAX_ROWS] };
+        #[cfg(target_arch = "x86_64")]
+        let is_far = n_rows * n_out >= FAR;
+        #[cfg(target_arch = "x86_64")]
+        let mut amx_sums = rows.registers().map(|_| AmxSums::new(rows, row_group * rows_a_task..last_row));
         for p in group * n_panels / n_groups..(group + 1) * n_panels / n_groups {
             let panel = &bytes[p * panel_bytes..(p + 1) * panel_bytes];
+            #[cfg(target_arch = "x86_64")]
+            if let Some(sums) = &mut amx_sums {
+                sums.fill(panel[4 * WIDTH..].as_chunks::<QUAD>().0);
+            }
             for first in (row_group * rows_a_task..last_row).step_by(rows_a_tile) {
                 let x = Activations::of(rows, first, rows_a_tile.min(last_row - first));
-                self.tile(isa, x, panel, epilogue, first, p * WIDTH, &mut sums);
+                #[cfg(target_arch = "x86_64")]
+                if let Some(amx_sums) = &amx_sums {
+                    amx_sums.read(first, &mut sums.integers[..x.n_rows]);
+                } else {
+                    self.sums(isa, x, panel, &mut sums);
+                }
+                #[cfg(not(target_arch = "x86_64"))]
+                self.sums(isa, x, panel, &mut sums);
+                self.finish(isa, x, panel, epilogue, first, p * WIDTH, &mut sums);
                 let width = WIDTH.min(n_out - p * WIDTH);
+                #[cfg(target_arch = "x86_64")]
+                if amx_sums.is_some() {
+                    for (r, row) in sums.tile.iter().enumerate().take(x.n_rows) {
+                        // SAFETY: as below; a machine with AMX has AVX-512.
+                        unsafe {
+                            let y = y.at((first + r) * n_out + p * WIDTH);
+                            put_row(&row[..width], y, is_far);
+                        }
+                    }
+                    continue;
+                }
                 for (r, row) in sums.tile.iter().enumerate().take(x.n_rows) {
                     // SAFETY: row `first + r` and columns `p * WIDTH ..+ width` lie in `y`; no other task has them.
                     unsafe {
@@ -316,12 +355,25 @@ impl QuantizedWeight {
                 }
             }
         }
+        #[cfg(target_arch = "x86_64")]
+        if is_far {
+            all_written();
+        }
     }
 
-    /// The results of the rows `x`, which begin at row `first_row`, for the panel of the outputs from `first_out`, into
-    /// `sums.tile`.
+    /// The sums of the rows `x` for a panel, of integers where there are no blocks.
+    fn sums(&self, isa: Isa, x: Activations<'_>, panel: &[u8], sums: &mut Sums) {
+        if self.format == Format::Int8 {
+            integer_sums(isa, x, panel[4 * WIDTH..].as_chunks::<QUAD>().0, &mut sums.integers);
+        } else {
+            block_sums(isa, self.format, x, panel, &mut sums.tile);
+        }
+    }
+
+    /// The results of the rows `x`, which begin at row `first_row`, for the panel of the outputs from `first_out`, from their sums
+    /// into `sums.tile`.
     #[allow(clippy::too_many_arguments, reason = "a part of a product")]
-    fn tile(
+    fn finish(
         &self,
         isa: Isa,
         x: Activations<'_>,
@@ -333,11 +385,6 @@ impl QuantizedWeight {
     ) {
         let n_out = self.out_features;
         let Sums { tile, integers } = sums;
-        if self.format == Format::Int8 {
-            integer_sums(isa, x, panel[4 * WIDTH..].as_chunks::<QUAD>().0, integers);
-        } else {
-            block_sums(isa, self.format, x, panel, tile);
-        }
         with_isa(
             isa,
             #[inline(always)]

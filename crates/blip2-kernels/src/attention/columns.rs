@@ -16,7 +16,7 @@ pub(super) fn columns<E: Element>(isa: Isa, rows: &[&[E]; LANES], d: usize, to: 
     assert!(d == 0 || to.len() >= (d - 1) * stride + LANES, "`to` must hold the columns");
     assert!(isa.is_available());
     #[cfg(target_arch = "x86_64")]
-    if isa == Isa::Avx512 && d.is_multiple_of(E::PER_WORD) {
+    if isa.has_avx512() && d.is_multiple_of(E::PER_WORD) {
         let to = to.as_mut_ptr();
         // SAFETY: the instruction set is available; the rest was checked above.
         return unsafe {

@@ -1,7 +1,8 @@
 //! The products of attention in bf16, where the machine multiplies these faster: operands are rounded on their way into the
 //! register tiles of [`gemm`](crate::gemm), sums are f32.
 
-use crate::gemm::{NR, Precision, Tile, bf16_words, tile};
+use crate::amx::{self, Registers};
+use crate::gemm::{MatrixRef, NR, Precision, Tile, amx_blocks, bf16_words, tile};
 use crate::isa::Isa;
 use crate::lanes::LANES;
 
@@ -11,15 +12,16 @@ const ROWS: usize = 12;
 /// Operands as words of two neighbouring bf16, kept by each thread with the rest of its scratch.
 #[derive(Default)]
 pub(super) struct Words {
-    /// `[n, words]`.
+    /// `[n, words]`; with AMX the next instead.
     a: Vec<u32>,
+    registers: amx_blocks::Words,
     /// `[panels, words, 32]`.
     b: Vec<u32>,
 }
 
 /// Whether products that may be in bf16 are: where the machine multiplies that faster than f32.
 pub(super) fn is_faster(isa: Isa, precision: Precision) -> bool {
-    precision == Precision::Bf16 && isa == Isa::Avx512
+    precision == Precision::Bf16 && isa.has_avx512()
 }
 
 /// `c[i, j] = a[i] · b[j]` for `i < n` and `j < m`, of rows of `d` numbers; those of `a` are `width` apart, `c` is `[n, m']` with
@@ -36,9 +38,9 @@ pub(super) fn rows_by_rows<'b>(
     words: &mut Words,
     c: &mut [f32],
 ) {
-    assert!(isa == Isa::Avx512 && isa.is_available());
-    let n_words = d.div_ceil(2);
-    round_rows([n, d], a, width, &mut words.a);
+    assert!(isa.has_avx512() && isa.is_available());
+    let n_words = n_words(isa, d);
+    round_rows(isa, [n, d], a, width, words);
     let n_panels = m.div_ceil(NR);
     resize(&mut words.b, n_panels * n_words * NR);
     let mut b = b.map(|row| &row[..d]).fuse();
@@ -50,8 +52,9 @@ pub(super) fn rows_by_rows<'b>(
             // SAFETY: the instruction set is available.
             unsafe { bf16_words::columns(&some, d, &mut panel[half * LANES..]) };
         }
+        panel[d.div_ceil(2) * NR..].fill(0);
     }
-    multiply(isa, [n, m.next_multiple_of(LANES), n_words], &words.a, &words.b, c);
+    multiply(isa, [n, m.next_multiple_of(LANES), n_words], words, c);
 }
 
 /// `c[i] = sum over k of a[i, k] * b[k]` for `i < n` and `k < m`, of rows of `b` of `d` numbers; those of `a` are `width` apart,
@@ -68,13 +71,13 @@ pub(super) fn rows_by_columns<'b>(
     words: &mut Words,
     c: &mut [f32],
 ) {
-    assert!(isa == Isa::Avx512 && isa.is_available());
-    let n_words = m.div_ceil(2);
-    round_rows([n, m], a, width, &mut words.a);
+    assert!(isa.has_avx512() && isa.is_available());
+    let n_words = n_words(isa, m);
+    round_rows(isa, [n, m], a, width, words);
     let n_panels = d.div_ceil(NR);
     resize(&mut words.b, n_panels * n_words * NR);
     let mut b = b.map(|row| &row[..d]);
-    for k in 0..n_words {
+    for k in 0..m.div_ceil(2) {
         let low = b.next().expect("`m` rows");
         let high = if 2 * k + 1 < m { b.next().expect("`m` rows") } else { &[] };
         for (p, panel) in words.b.chunks_exact_mut(n_words * NR).take(n_panels).enumerate() {
@@ -83,11 +86,26 @@ pub(super) fn rows_by_columns<'b>(
             unsafe { bf16_words::neighbours(low, high, p * NR, to) };
         }
     }
-    multiply(isa, [n, d.next_multiple_of(LANES), n_words], &words.a, &words.b, c);
+    for panel in words.b.chunks_exact_mut(n_words * NR).take(n_panels) {
+        panel[m.div_ceil(2) * NR..].fill(0);
+    }
+    multiply(isa, [n, d.next_multiple_of(LANES), n_words], words, c);
+}
+
+/// Words along `k` for so many numbers: whole registers where AMX multiplies them, filled up with zeros.
+fn n_words(isa: Isa, n: usize) -> usize {
+    let n_words = n.div_ceil(2);
+    if isa == Isa::Amx { n_words.next_multiple_of(amx::WORDS) } else { n_words }
 }
 
 /// The first `len` numbers of `n` rows, which are `width` apart, into `to`, for a machine that has AVX-512 with bf16.
-fn round_rows([n, len]: [usize; 2], rows: &[f32], width: usize, to: &mut Vec<u32>) {
+fn round_rows(isa: Isa, [n, len]: [usize; 2], rows: &[f32], width: usize, words: &mut Words) {
+    if isa == Isa::Amx {
+        return words
+            .registers
+            .fill_here([n, len], MatrixRef { data: rows, row_stride: width, col_stride: 1 });
+    }
+    let to = &mut words.a;
     assert!(Isa::Avx512.is_available());
     let n_words = len.div_ceil(2);
     resize(to, n * n_words);
@@ -98,14 +116,19 @@ fn round_rows([n, len]: [usize; 2], rows: &[f32], width: usize, to: &mut Vec<u32
 }
 
 /// `c = a b` on register tiles; `c` is `[n, width]`.
-fn multiply(isa: Isa, [n, width, n_words]: [usize; 3], a: &[u32], b: &[u32], c: &mut [f32]) {
+fn multiply(isa: Isa, [n, width, n_words]: [usize; 3], words: &Words, c: &mut [f32]) {
     static ZEROS: [f32; NR] = [0.0; NR];
-    assert!(a.len() >= n * n_words && b.len() >= width.div_ceil(NR) * n_words * NR && c.len() >= n * width);
+    let Words { a, registers: a_registers, b } = words;
+    assert!(isa == Isa::Amx || a.len() >= n * n_words);
+    assert!(b.len() >= width.div_ceil(NR) * n_words * NR && c.len() >= n * width);
+    // SAFETY: the machine has them where `isa` says so, as was asserted, and nothing in here waits for another task.
+    let mut registers = (isa == Isa::Amx).then(|| unsafe { Registers::take() });
+    let rows_a_tile = if isa == Isa::Amx { amx_blocks::ROWS } else { ROWS };
     for (p, panel) in b.chunks_exact(n_words * NR).take(width.div_ceil(NR)).enumerate() {
         let columns = NR.min(width - p * NR);
-        for first in (0..n).step_by(ROWS) {
+        for first in (0..n).step_by(rows_a_tile) {
             let tile_of = Tile {
-                n_rows: ROWS.min(n - first),
+                n_rows: rows_a_tile.min(n - first),
                 width: columns,
                 from: ZEROS.as_ptr(),
                 from_stride: 0,
@@ -114,7 +137,15 @@ fn multiply(isa: Isa, [n, width, n_words]: [usize; 3], a: &[u32], b: &[u32], c: 
             };
             // SAFETY: `from` is 32 zeros for every row; rows `first` to `first + n_rows` of `c` and these columns lie in it, as was
             // checked above, and so do the rows of `a`.
-            unsafe { tile(isa, Precision::Bf16, &a[first * n_words..], n_words, panel, tile_of) };
+            unsafe {
+                match &mut registers {
+                    Some(registers) => {
+                        let a = (a_registers, first / amx::ROWS, 0);
+                        amx_blocks::tile(registers, a, [panel].into_iter(), tile_of);
+                    }
+                    None => tile(isa, Precision::Bf16, &a[first * n_words..], n_words, panel, tile_of),
+                }
+            };
         }
     }
 }
@@ -135,10 +166,14 @@ mod tests {
     #[test]
     #[allow(clippy::print_stdout, reason = "what a test leaves out it says")]
     fn products_are_those_of_the_rounded_numbers() {
-        if !Isa::all_available().contains(&Isa::Avx512) {
+        let sets: Vec<_> = Isa::all_available().into_iter().filter(|isa| isa.has_avx512()).collect();
+        if sets.is_empty() {
             println!("SKIPPED: this machine has no AVX-512 with bf16");
-            return;
         }
+        sets.into_iter().for_each(products_of);
+    }
+
+    fn products_of(isa: Isa) {
         let round = |x: f32| bf16::from_f32(x).to_f64();
         for [n, m, d] in [[1, 1, 1], [12, 32, 64], [13, 33, 88], [25, 257, 80], [5, 17, 7], [257, 70, 128]] {
             let (a, b, p) = (numbers(n * (d + 3), 1), numbers(m * d, 2), numbers(n * (m + 5), 3));
@@ -147,7 +182,7 @@ mod tests {
             let (mut words, m_whole, d_whole) =
                 (Words::default(), m.next_multiple_of(LANES), d.next_multiple_of(LANES));
             let mut c = vec![7.0; n * m_whole];
-            rows_by_rows(Isa::Avx512, [n, m, d], &a, d + 3, rows(), &mut words, &mut c);
+            rows_by_rows(isa, [n, m, d], &a, d + 3, rows(), &mut words, &mut c);
             for (i, c) in c.chunks(m_whole).enumerate() {
                 for (j, &found) in c.iter().enumerate() {
                     let term = |l: usize| round(a[i * (d + 3) + l]) * round(row(j)[l]);
@@ -156,7 +191,7 @@ mod tests {
                 }
             }
             let mut c = vec![7.0; n * d_whole];
-            rows_by_columns(Isa::Avx512, [n, m, d], &p, m + 5, rows(), &mut words, &mut c);
+            rows_by_columns(isa, [n, m, d], &p, m + 5, rows(), &mut words, &mut c);
             for (i, c) in c.chunks(d_whole).enumerate() {
                 for (l, &found) in c.iter().enumerate() {
                     let term = |j: usize| round(p[i * (m + 5) + j]) * round(row(j)[l]);

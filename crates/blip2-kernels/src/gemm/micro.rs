@@ -75,9 +75,9 @@ pub(crate) unsafe fn tile(
     }
     match (isa, precision) {
         #[cfg(target_arch = "x86_64")]
-        (Isa::Avx512, Precision::F32) => tiles!(12: x86 avx512_f32 1 2 3 4 5 6 7 8 9 10 11 12),
+        (Isa::Avx512 | Isa::Amx, Precision::F32) => tiles!(12: x86 avx512_f32 1 2 3 4 5 6 7 8 9 10 11 12),
         #[cfg(target_arch = "x86_64")]
-        (Isa::Avx512, Precision::Bf16) => tiles!(12: x86 avx512_bf16 1 2 3 4 5 6 7 8 9 10 11 12),
+        (Isa::Avx512 | Isa::Amx, Precision::Bf16) => tiles!(12: x86 avx512_bf16 1 2 3 4 5 6 7 8 9 10 11 12),
         #[cfg(target_arch = "x86_64")]
         (Isa::Avx2 | Isa::AvxVnni, Precision::F32) => tiles!(3: x86 avx2_f32 1 2 3),
         #[cfg(target_arch = "x86_64")]

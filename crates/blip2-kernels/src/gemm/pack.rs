@@ -88,7 +88,7 @@ fn pack_panel(
     panel: &mut [u32],
 ) {
     #[cfg(target_arch = "x86_64")]
-    if isa == Isa::Avx512 && precision == Precision::Bf16 {
+    if isa.has_avx512() && precision == Precision::Bf16 {
         assert!(isa.is_available());
         if b.col_stride == 1 {
             let row = |k: usize| if k < k_len { &b.data[k * b.row_stride..][..width] } else { &[] };
@@ -165,7 +165,7 @@ pub(super) fn pack_rows(
     packed: &mut [u32],
 ) {
     #[cfg(target_arch = "x86_64")]
-    if isa == Isa::Avx512 && precision == Precision::Bf16 {
+    if isa.has_avx512() && precision == Precision::Bf16 {
         assert!(isa.is_available());
         if a.col_stride == 1 {
             for (i, to) in packed.chunks_exact_mut(stride).take(m).enumerate() {

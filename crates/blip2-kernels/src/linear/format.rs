@@ -95,7 +95,7 @@ impl Format {
     /// as many columns as there is room for.
     pub(super) fn columns(self, isa: Isa, stored: &[u32], into: &mut [f32], stride: usize, n: usize) {
         #[cfg(target_arch = "x86_64")]
-        if isa == Isa::Avx512
+        if isa.has_avx512()
             && self == Self::Bf16
             && n == 2 * LANES
             && let Some(stored) = stored.first_chunk()

@@ -4,6 +4,8 @@ use std::cell::RefCell;
 
 use rayon::prelude::*;
 
+#[cfg(target_arch = "x86_64")]
+use crate::amx::{self, Aligned};
 use crate::buffer::keep;
 use crate::isa::{Isa, with_isa};
 use crate::lanes::round;
@@ -15,15 +17,27 @@ const SMALLEST: f32 = 1e-36;
 /// sets of the cache.
 const LINE: usize = 64;
 
+/// Up to so many rows the products of AVX-512 take less time than those of AMX.
+#[cfg(target_arch = "x86_64")]
+const FEW_ROWS: usize = 4;
+
+/// 64 integers of each of 16 rows.
+#[cfg(target_arch = "x86_64")]
+pub(super) type RegisterOfRows = Aligned<[i8; amx::BYTES]>;
+
 /// Rounded rows. A scale's elements are one *block*; it is the whole row where rows are scaled as a whole.
 ///
 /// Where a block has a NaN or an infinity, its integers are zero and its scale is NaN, which makes all outputs of the
 /// row NaN.
-#[derive(Debug, Default)]
+#[derive(Default)]
 pub(super) struct Rows {
     /// Rows of `stride` integers; from the row's end to a multiple of 32 they are zero.
     pub(super) values: Vec<i8>,
     pub(super) stride: usize,
+    /// The same as AMX reads them, where it does: 16 rows at a time, and of these 64 integers at a time. What is beyond the last row
+    /// does not matter.
+    #[cfg(target_arch = "x86_64")]
+    registers: Vec<RegisterOfRows>,
     pub(super) n_blocks: usize,
     /// Per row and block: an element is its integer times this.
     pub(super) scales: Vec<f32>,
@@ -87,6 +101,33 @@ impl Rows {
                     },
                 );
             });
+        #[cfg(target_arch = "x86_64")]
+        {
+            // Whole registers along a row; few rows would leave most of a register empty.
+            let is_whole = self.n_blocks == 1 && width.is_multiple_of(LINE);
+            let is_for_amx = isa == Isa::Amx && n_rows > FEW_ROWS && is_whole;
+            self.fill_registers(if is_for_amx { n_rows } else { 0 });
+        }
+    }
+
+    #[cfg(target_arch = "x86_64")]
+    fn fill_registers(&mut self, n_rows: usize) {
+        let n_steps = self.stride / LINE;
+        self.registers.resize(n_rows.div_ceil(amx::ROWS) * n_steps, Aligned([0; amx::BYTES]));
+        self.registers.par_chunks_exact_mut(n_steps).enumerate().for_each(|(i, registers)| {
+            let rows = self.values.chunks_exact(self.stride).skip(amx::ROWS * i).take(amx::ROWS);
+            for (r, row) in rows.enumerate() {
+                for (line, Aligned(to)) in row.as_chunks::<LINE>().0.iter().zip(&mut *registers) {
+                    to.as_chunks_mut::<LINE>().0[r] = *line;
+                }
+            }
+        });
+    }
+
+    /// The registers of 16 rows after another, and how many each has; nothing where AMX does not multiply them.
+    #[cfg(target_arch = "x86_64")]
+    pub(super) fn registers(&self) -> Option<(&[RegisterOfRows], usize)> {
+        (!self.registers.is_empty()).then(|| (&*self.registers, self.stride / LINE))
     }
 }
 

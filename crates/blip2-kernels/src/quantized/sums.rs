@@ -93,7 +93,7 @@ pub(super) fn integer_sums(isa: Isa, x: Activations<'_>, quads: &[[u8; QUAD]], s
     }
     match isa {
         #[cfg(target_arch = "x86_64")]
-        Isa::Avx512 => with_count!(n_rows, [1 2 3 4 5 6 7 8 9 10 11 12], R => {
+        Isa::Avx512 | Isa::Amx => with_count!(n_rows, [1 2 3 4 5 6 7 8 9 10 11 12], R => {
             // SAFETY: `check` was called, and the instruction set is available.
             unsafe { avx512::integer_sums::<R>(x, quads, sums) }
         }),
@@ -186,9 +186,9 @@ fn sums_of_blocks<L: Layout>(isa: Isa, x: Activations<'_>, panel: &[u8], sums: &
     }
     match isa {
         #[cfg(target_arch = "x86_64")]
-        Isa::Avx512 => with_count!(n_rows, [1 2 3 4 5 6], R => {
+        Isa::Avx512 | Isa::Amx => with_count!(n_rows, [1 2 3 4 5 6], R => {
             // SAFETY: the sizes were checked, and the instruction set is available.
-            unsafe { avx512::block_sums::<R, L>(x, panel, sums) }
+            unsafe { avx512::block_sums::<R, L>(isa, x, panel, sums) }
         }),
         #[cfg(target_arch = "x86_64")]
         Isa::AvxVnni => rows_at_a_time!(3, x, sums => with_count!(x.n_rows, [1 2 3], R => {
