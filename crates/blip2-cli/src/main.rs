@@ -64,12 +64,13 @@ fn main() -> ExitCode {
         eprintln!("blip2: {error}");
         return ExitCode::from(2);
     }
+    let serves = matches!(command, Command::Serve(_));
     match command {
         Command::Train(_) => process::restart_with(process::FOR_TRAINING),
         Command::Serve(_) => process::restart_with(process::FOR_SERVING),
         _ => {}
     }
-    match start_threads(threads).and_then(|()| run(command)) {
+    match start_threads(threads, !serves).and_then(|()| run(command)) {
         Ok(Done::All) => ExitCode::SUCCESS,
         Ok(Done::SomeFailed) => ExitCode::from(3),
         Ok(Done::AllFailed) => ExitCode::FAILURE,
@@ -82,12 +83,18 @@ fn main() -> ExitCode {
     }
 }
 
-/// Starts as many threads as are asked for. Without a number they start when they are first needed, as many as rayon says; the
-/// tensor engine computes on the same ones.
-fn start_threads(n: Option<NonZeroUsize>) -> anyhow::Result<()> {
-    let Some(n) = n else { return Ok(()) };
-    let threads = rayon::ThreadPoolBuilder::new().num_threads(n.get());
-    threads.build_global().with_context(|| format!("{n} threads cannot be started"))
+/// Starts the threads that compute, as many as are asked for, or as rayon says; the tensor engine computes on the same ones.
+/// This thread is one of them where `with_this` says so: else it wakes another for each parallel operation, and sleeps until that
+/// one wakes it. A thread that waits for something else must not be one.
+fn start_threads(n: Option<NonZeroUsize>, with_this: bool) -> anyhow::Result<()> {
+    let mut threads = rayon::ThreadPoolBuilder::new();
+    if let Some(n) = n {
+        threads = threads.num_threads(n.get());
+    }
+    if with_this {
+        threads = threads.use_current_thread();
+    }
+    threads.build_global().context("the threads that compute cannot be started")
 }
 
 fn run(command: Command) -> anyhow::Result<Done> {
