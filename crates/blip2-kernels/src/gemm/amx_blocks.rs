@@ -19,9 +19,9 @@ use crate::isa::Isa;
 const STEP: usize = amx::ROWS * amx::WORDS;
 /// Rows of a register tile.
 pub(crate) const ROWS: usize = 2 * amx::ROWS;
-/// Rows of a task at most: 300 KiB of words along a block of `k`.
-const ROWS_A_TASK: usize = 9 * ROWS;
-/// Panels of a task at most: with as many rows as there can be, 600 KiB of sums.
+/// Rows of a task at most: 544 KiB of words along a block of `k`.
+const ROWS_A_TASK: usize = 17 * ROWS;
+/// Panels of a task at most: with as many rows as there can be, a megabyte of sums.
 const PANELS_A_TASK: usize = 16;
 /// Sums of a register tile.
 const TILE: usize = ROWS * NR;
