@@ -240,3 +240,42 @@ pub(crate) unsafe fn tile<'a>(
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::ops::Range;
+
+    use super::super::gemm_with;
+    use super::*;
+    use crate::testing::numbers;
+
+    /// Several tasks of rows and of panels, several blocks of `k` and a rest, and rows and columns that fill no register.
+    #[test]
+    #[allow(clippy::print_stdout, reason = "what a test leaves out it says")]
+    fn products_are_those_of_avx512_and_a_row_is_the_same_among_any_others() {
+        if !Isa::all_available().contains(&Isa::Amx) {
+            println!("SKIPPED: this machine has no AMX");
+            return;
+        }
+        let [m, n, k] = [ROWS_A_TASK + 37, 5 * PANELS_A_TASK * NR + 9, 2 * 2 * KW + 77];
+        let (a, b, bias, c) = (numbers(m * k, 1), numbers(k * n, 2), numbers(n, 3), numbers(m * n, 4));
+        let product = |isa, rows: Range<usize>, start: Start<'_>| {
+            let a = MatrixRef { data: &a[rows.start * k..], row_stride: k, col_stride: 1 };
+            let b = MatrixRef { data: &b, row_stride: n, col_stride: 1 };
+            let mut to = c[rows.start * n..rows.end * n].to_vec();
+            gemm_with(isa, rows.len(), n, k, a, b, start, &mut to, Precision::Bf16);
+            to
+        };
+        for start in [Start::Zero, Start::Row(&bias), Start::Result] {
+            let whole = product(Isa::Amx, 0..m, start);
+            let furthest = |(a, b): (&f32, &f32)| (a - b).abs();
+            let other = product(Isa::Avx512, 0..m, start);
+            let worst = whole.iter().zip(&other).map(furthest).fold(0.0, f32::max);
+            assert!(worst < 2e-4, "{start:?}: {worst}");
+            for rows in [0..1, 7..24, ROWS_A_TASK - 1..ROWS_A_TASK + 33, m - 1..m] {
+                let some = product(Isa::Amx, rows.clone(), start);
+                assert!(some == whole[rows.start * n..rows.end * n], "{start:?} {rows:?}");
+            }
+        }
+    }
+}
