@@ -110,6 +110,7 @@ impl Isa {
     }
 
     /// Whether it has AVX-512 with bf16 and dot products of bytes.
+    #[cfg(target_arch = "x86_64")]
     pub(crate) fn has_avx512(self) -> bool {
         matches!(self, Self::Avx512 | Self::Amx)
     }

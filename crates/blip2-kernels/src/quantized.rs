@@ -276,13 +276,7 @@ impl QuantizedWeight {
         let n_groups = wanted.min(n_panels);
         let n_tiles = n_rows.div_ceil(rows_a_tile);
         let tiles_a_task = n_tiles.div_ceil(wanted / n_groups);
-        let mut rows_a_task = tiles_a_task * rows_a_tile;
-        #[cfg(target_arch = "x86_64")]
-        if rows.registers().is_some() {
-            rows_a_task =
-                amx_sums::rows_a_task(self.in_features).min(rows_a_task.next_multiple_of(amx_sums::ROWS));
-        }
-        let _ = rows;
+        let rows_a_task = rows.rows_a_task(tiles_a_task * rows_a_tile);
         Tasks { n_panels, n_groups, rows_a_task, n_row_groups: n_rows.div_ceil(rows_a_task) }
     }
 

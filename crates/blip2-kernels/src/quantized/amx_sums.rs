@@ -21,8 +21,8 @@ type Tile = Aligned<[[i32; WIDTH]; ROWS]>;
 thread_local!(static SUMS: RefCell<Vec<Tile>> = const { RefCell::new(Vec::new()) });
 
 /// Rows of a task at most: their integers are half of a second level of the cache.
-pub(super) fn rows_a_task(in_features: usize) -> usize {
-    ((1 << 20) / in_features / ROWS * ROWS).max(ROWS)
+pub(super) fn rows_a_task(row_bytes: usize) -> usize {
+    ((1 << 20) / row_bytes / ROWS * ROWS).max(ROWS)
 }
 
 /// The sums of some rows with a panel.

@@ -5,6 +5,8 @@ use std::cell::RefCell;
 use rayon::prelude::*;
 
 #[cfg(target_arch = "x86_64")]
+use super::amx_sums;
+#[cfg(target_arch = "x86_64")]
 use crate::amx::{self, Aligned};
 use crate::buffer::keep;
 use crate::isa::{Isa, with_isa};
@@ -122,6 +124,15 @@ impl Rows {
                 }
             }
         });
+    }
+
+    /// How many rows a task has that could have so many: with AMX no more than stay in the cache while it reads panel after panel.
+    pub(super) fn rows_a_task(&self, n: usize) -> usize {
+        #[cfg(target_arch = "x86_64")]
+        if self.registers().is_some() {
+            return amx_sums::rows_a_task(self.stride).min(n.next_multiple_of(amx_sums::ROWS));
+        }
+        n
     }
 
     /// The registers of 16 rows after another, and how many each has; nothing where AMX does not multiply them.
