@@ -14,6 +14,7 @@ x86_64-*)
     if has avx2; then sets+=(avx2); fi
     if has avx512_vnni || has avx_vnni; then sets+=(avx-vnni); fi
     if has avx512_bf16; then sets+=(avx512); fi
+    if has amx_tile; then sets+=(amx); fi
     ;;
 aarch64-*) sets+=(neon) ;;
 esac
