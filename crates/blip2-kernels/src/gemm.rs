@@ -269,7 +269,7 @@ pub(crate) unsafe fn multiply(
         assert_eq!(row.len(), blocks[0].n, "the row that is added must have n elements");
     }
     #[cfg(target_arch = "x86_64")]
-    if isa == Isa::Amx && precision == Precision::Bf16 {
+    if isa == Isa::Amx && precision == Precision::Bf16 && blocks[0].k_len > 0 {
         assert!(isa.is_available());
         // SAFETY: the caller's promise; the machine has AMX.
         return unsafe { amx_blocks::multiply(m, a, blocks, start, c, finish) };
@@ -488,16 +488,19 @@ mod tests {
 
     #[test]
     fn a_product_starts_from_nothing_or_from_a_row() {
-        for (m, n, k) in [(13, 31, 5), (25, 64, 1030), (3, 40, 0)] {
+        let sizes = [(13, 31, 5), (25, 64, 1030), (3, 40, 0)];
+        for ((m, n, k), precision) in
+            sizes.into_iter().flat_map(|sizes| [(sizes, Precision::F32), (sizes, Precision::Bf16)])
+        {
             let (a, b, row) = (numbers(m * k, 1), numbers(k * n, 2), numbers(n, 3));
             let a = MatrixRef { data: &a, row_stride: k, col_stride: 1 };
             let b = MatrixRef { data: &b, row_stride: n, col_stride: 1 };
             let mut onto = row.repeat(m);
-            gemm(m, n, k, a, b, Start::Result, &mut onto, Precision::F32);
-            assert_eq!(product(m, n, k, a, b, Some(&row), Precision::F32), onto);
+            gemm(m, n, k, a, b, Start::Result, &mut onto, precision);
+            assert_eq!(product(m, n, k, a, b, Some(&row), precision), onto);
             let mut from_zero = vec![0.0; m * n];
-            gemm(m, n, k, a, b, Start::Result, &mut from_zero, Precision::F32);
-            assert_eq!(product(m, n, k, a, b, None, Precision::F32), from_zero);
+            gemm(m, n, k, a, b, Start::Result, &mut from_zero, precision);
+            assert_eq!(product(m, n, k, a, b, None, precision), from_zero);
         }
     }
 
