@@ -303,9 +303,10 @@ impl QuantizedWeight {
         let last_row = n_rows.min((row_group + 1) * rows_a_task);
         let mut sums = Sums { tile: [[0.0; WIDTH]; MAX_ROWS], integers: [[0; WIDTH]; MAX_ROWS] };
         #[cfg(target_arch = "x86_64")]
-        let is_far = n_rows * n_out >= FAR;
-        #[cfg(target_arch = "x86_64")]
         let mut amx_sums = rows.registers().map(|_| AmxSums::new(rows, row_group * rows_a_task..last_row));
+        // A machine with AMX has what writes past the caches; elsewhere it was not tried.
+        #[cfg(target_arch = "x86_64")]
+        let is_far = amx_sums.is_some() && n_rows * n_out >= FAR;
         for p in group * n_panels / n_groups..(group + 1) * n_panels / n_groups {
             let panel = &bytes[p * panel_bytes..(p + 1) * panel_bytes];
             #[cfg(target_arch = "x86_64")]
@@ -324,21 +325,15 @@ impl QuantizedWeight {
                 self.sums(isa, x, panel, &mut sums);
                 self.finish(isa, x, panel, epilogue, first, p * WIDTH, &mut sums);
                 let width = WIDTH.min(n_out - p * WIDTH);
-                #[cfg(target_arch = "x86_64")]
-                if amx_sums.is_some() {
-                    for (r, row) in sums.tile.iter().enumerate().take(x.n_rows) {
-                        // SAFETY: as below; a machine with AMX has AVX-512.
-                        unsafe {
-                            let y = y.at((first + r) * n_out + p * WIDTH);
-                            put_row(&row[..width], y, is_far);
-                        }
-                    }
-                    continue;
-                }
                 for (r, row) in sums.tile.iter().enumerate().take(x.n_rows) {
                     // SAFETY: row `first + r` and columns `p * WIDTH ..+ width` lie in `y`; no other task has them.
                     unsafe {
                         let y = y.at((first + r) * n_out + p * WIDTH);
+                        #[cfg(target_arch = "x86_64")]
+                        if is_far {
+                            put_row(&row[..width], y, is_far);
+                            continue;
+                        }
                         if width == WIDTH {
                             // Of a length that the compiler knows.
                             y.cast::<[f32; WIDTH]>().write_unaligned(*row);
