@@ -266,7 +266,7 @@ def measure_rust(stage: int, precision: str, n_threads: int, n_warmup: int, n_st
     command += [str(stage), precision, str(batch), str(n_warmup), str(n_steps)]
     # What `blip2 train` starts itself with.
     environment = os.environ | {"RAYON_NUM_THREADS": str(n_threads)}
-    environment |= {"MIMALLOC_PURGE_DELAY": "-1", "CANDLE_NUM_THREADS": "1"}
+    environment |= {"MIMALLOC_PURGE_DELAY": "-1", "CANDLE_BARRIER_POOL_SPIN_LIMIT": "0"}
     done = subprocess.run(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, check=True, text=True)
     return json.loads(done.stdout)
 

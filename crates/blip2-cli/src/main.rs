@@ -66,8 +66,8 @@ fn main() -> ExitCode {
     }
     let serves = matches!(command, Command::Serve(_));
     match command {
-        Command::Train(_) => process::restart_with(process::FOR_TRAINING),
-        Command::Serve(_) => process::restart_with(process::FOR_SERVING),
+        Command::Train(_) => process::restart_with(process::for_training(threads)),
+        Command::Serve(_) => process::restart_with(process::for_serving()),
         _ => {}
     }
     match start_threads(threads, !serves).and_then(|()| run(command)) {

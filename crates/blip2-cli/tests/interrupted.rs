@@ -247,15 +247,19 @@ fn a_training_starts_itself_with_the_environment_that_suits_it() {
     let opt = golden("blip2_opt");
     let fields = stage2(&opt, &opt, &opt, OPT_PROMPTS) + "dropout = 0.1\n";
     let config = work.config("suited", "both.jsonl", &fields, "epochs = 30\nsave_every = 100000");
-    let mut command = command(&[&"train", &config]);
-    command.env_remove("MIMALLOC_PURGE_DELAY").env("CANDLE_NUM_THREADS", "2");
+    let mut command = command(&[&"train", &config, &"--threads", &"2"]);
+    command.env_remove("MIMALLOC_PURGE_DELAY").env("CANDLE_BARRIER_POOL_SPIN_LIMIT", "7");
     let mut training = Training::spawn(command);
     let environment = PathBuf::from(format!("/proc/{}/environ", training.0.id()));
     let has = |variable: &[u8]| {
         let environment = fs::read(&environment).unwrap_or_default();
         environment.split(|&byte| byte == 0).any(|found| found == variable)
     };
-    let is_suited = training.runs_until(|| has(b"MIMALLOC_PURGE_DELAY=-1") && has(b"CANDLE_NUM_THREADS=2"));
+    let is_suited = training.runs_until(|| {
+        has(b"MIMALLOC_PURGE_DELAY=-1")
+            && has(b"CANDLE_NUM_THREADS=2")
+            && has(b"CANDLE_BARRIER_POOL_SPIN_LIMIT=7")
+    });
     let ended = training.end();
     assert!(is_suited, "{}", ended.messages);
     ended.checkpoint();

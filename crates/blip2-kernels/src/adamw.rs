@@ -3,6 +3,7 @@
 use rayon::prelude::*;
 
 use crate::isa::{Isa, with_isa};
+use crate::lanes::LANES;
 
 /// The constants of one update.
 #[derive(Debug, Clone, Copy, PartialEq)]
@@ -52,10 +53,54 @@ pub fn adamw_step(param: &mut [f32], grad: &[f32], grad_scale: f32, m: &mut [f32
     });
 }
 
+/// The sum of the squares of `x`, added in f64: that of the whole gradient is its norm's. The same for any number of threads and any
+/// instruction set.
+pub fn sum_of_squares(x: &[f32]) -> f64 {
+    const CHUNK: usize = 1 << 16;
+    let isa = Isa::detect();
+    let parts: Vec<f64> = x
+        .par_chunks(CHUNK)
+        .map(|chunk| {
+            let mut sums = [0.0f64; LANES];
+            with_isa(
+                isa,
+                #[inline(always)]
+                || {
+                    let (chunks, rest) = chunk.as_chunks::<LANES>();
+                    for x in chunks {
+                        // A square of f32 is exact in f64.
+                        for (sum, &x) in sums.iter_mut().zip(x) {
+                            *sum += f64::from(x) * f64::from(x);
+                        }
+                    }
+                    for (sum, &x) in sums.iter_mut().zip(rest) {
+                        *sum += f64::from(x) * f64::from(x);
+                    }
+                },
+            );
+            sums.iter().sum()
+        })
+        .collect();
+    parts.iter().sum()
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
     use crate::testing::{TAILS, WIDTHS, numbers};
+
+    #[test]
+    fn squares_are_summed_in_f64() {
+        for n in TAILS.chain(WIDTHS).chain([3 << 16]) {
+            let x = numbers(n, 1);
+            let expected: f64 = x.iter().map(|&x| f64::from(x) * f64::from(x)).sum();
+            let found = sum_of_squares(&x);
+            assert!((found - expected).abs() <= 1e-11 * expected, "{n}: {found} instead of {expected}");
+            assert!(sum_of_squares(&numbers(n, 1).with(n / 2, f32::NAN)).is_nan());
+            assert_eq!(sum_of_squares(&numbers(n, 1).with(n / 2, f32::INFINITY)), f64::INFINITY);
+        }
+        assert_eq!(sum_of_squares(&[]), 0.0);
+    }
 
     #[test]
     fn every_element_is_updated_by_itself() {

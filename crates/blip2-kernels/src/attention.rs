@@ -237,11 +237,11 @@ fn head_groups(n_sequences: usize, shape: AttentionShape, n_threads: usize) -> u
     whole_key_heads.filter(is_even).chain((1..=shape.n_heads).filter(is_even)).next().unwrap_or(shape.n_heads)
 }
 
-/// The gradients of [`attention`], but for the bias, which is frozen wherever there is one: `d_q`, `d_k` and `d_v` are overwritten; keys that sequences share get the sum.
+/// The gradients of [`attention`] by `q`, `k` and `v`; the bias is frozen wherever there is one. Keys that sequences share get the sum.
 ///
 /// # Panics
 /// As [`attention`].
-#[allow(clippy::too_many_arguments, reason = "three gradients of three operands")]
+#[allow(clippy::too_many_arguments, reason = "the operands of attention and a gradient")]
 pub fn attention_backward(
     q: &[f32],
     k: &[f32],
@@ -251,23 +251,17 @@ pub fn attention_backward(
     shape: AttentionShape,
     bias: Option<RelativeBias<'_>>,
     dropout: Option<Dropout>,
-    d_q: &mut [f32],
-    d_k: &mut [f32],
-    d_v: &mut [f32],
-) {
+) -> [Vec<f32>; 3] {
     let offsets = check(q.len(), k.len(), v.len(), sequences, shape);
     if let Some(bias) = bias {
         bias.check(sequences, shape.n_heads);
     }
-    assert!(d_out.len() == q.len() && d_q.len() == q.len(), "gradients must have the shape of q");
-    assert!(d_k.len() == k.len() && d_v.len() == k.len(), "gradients must have the shape of k and v");
-    for buffer in [&mut *d_q, &mut *d_k, &mut *d_v] {
-        buffer.fill(0.0);
-    }
+    assert_eq!(d_out.len(), q.len(), "the gradient must have the shape of q");
+    let mut gradients = [q, k, v].map(|x| vec![0.0; x.len()]);
     let isa = Isa::detect();
     let (d, group) = (shape.head_dim, shape.n_heads / shape.n_kv_heads);
     let (q_width, k_width) = (shape.n_heads * d, shape.n_kv_heads * d);
-    let (d_q, d_k, d_v) = (Output(d_q.as_mut_ptr()), Output(d_k.as_mut_ptr()), Output(d_v.as_mut_ptr()));
+    let [d_q, d_k, d_v] = gradients.each_mut().map(|gradient| Output(gradient.as_mut_ptr()));
     // A task owns a key head's columns of the keys that its sequences share, and adds to them in a fixed order.
     let groups = sharing(sequences, k.len() / k_width);
     let [q, d_out] = [q, d_out].map(|values| Rows { values, stride: q_width });
@@ -308,6 +302,7 @@ pub fn attention_backward(
         );
         scratch.give_back();
     });
+    gradients
 }
 
 /// The sequences in groups, such that sequences of different groups have no key row in common; in order, in each group.

@@ -28,41 +28,37 @@ pub fn cross_entropy(logits: &[f32], n_classes: usize, targets: &[u32], smoothin
     });
 }
 
-/// `d_logits = d_loss * (softmax(logits) - target distribution)`, row by row.
+/// The gradient of the logits in their place: `d_loss * (softmax(logits) - target distribution)`, row by row.
 ///
 /// # Panics
 /// As [`cross_entropy`].
 pub fn cross_entropy_backward(
-    logits: &[f32],
+    logits: &mut [f32],
     n_classes: usize,
     targets: &[u32],
     smoothing: f32,
     d_losses: &[f32],
-    d_logits: &mut [f32],
 ) {
     assert!(
         logits.len() == targets.len() * n_classes && d_losses.len() == targets.len(),
         "lengths do not fit"
     );
-    assert_eq!(d_logits.len(), logits.len(), "lengths do not fit");
     let isa = Isa::detect();
-    let inputs = logits.par_chunks_exact(n_classes.max(1)).zip(targets).zip(d_losses);
-    inputs.zip(d_logits.par_chunks_exact_mut(n_classes.max(1))).for_each(
-        |(((row, &target), &d_loss), d_row)| {
-            with_isa(
-                isa,
-                #[inline(always)]
-                || {
-                    let max = max(row);
-                    d_row.iter_mut().zip(row).for_each(|(d, x)| *d = exp_of_negative(x - max));
-                    let scale = d_loss / sum(d_row);
-                    let floor = d_loss * smoothing / n_classes as f32;
-                    d_row.iter_mut().for_each(|d| *d = *d * scale - floor);
-                    d_row[target as usize] -= d_loss * (1.0 - smoothing);
-                },
-            );
-        },
-    );
+    let rows = logits.par_chunks_exact_mut(n_classes.max(1)).zip(targets).zip(d_losses);
+    rows.for_each(|((row, &target), &d_loss)| {
+        with_isa(
+            isa,
+            #[inline(always)]
+            || {
+                let max = max(row);
+                row.iter_mut().for_each(|x| *x = exp_of_negative(*x - max));
+                let scale = d_loss / sum(row);
+                let floor = d_loss * smoothing / n_classes as f32;
+                row.iter_mut().for_each(|d| *d = *d * scale - floor);
+                row[target as usize] -= d_loss * (1.0 - smoothing);
+            },
+        );
+    });
 }
 
 #[cfg(test)]
@@ -82,9 +78,9 @@ mod tests {
             let logits = numbers(2 * n_classes, 1).times(20.0);
             let targets = [n_classes as u32 - 1, 0];
             for smoothing in [0.0f32, 0.1] {
-                let (mut losses, mut d_logits) = (vec![0.0; 2], vec![0.0; 2 * n_classes]);
+                let (mut losses, mut d_logits) = (vec![0.0; 2], logits.to_vec());
                 cross_entropy(&logits, n_classes, &targets, smoothing, &mut losses);
-                cross_entropy_backward(&logits, n_classes, &targets, smoothing, &[1.0, 2.0], &mut d_logits);
+                cross_entropy_backward(&mut d_logits, n_classes, &targets, smoothing, &[1.0, 2.0]);
                 for (r, row) in logits.chunks_exact(n_classes).enumerate() {
                     let row: Vec<f64> = row.iter().map(|&x| f64::from(x)).collect();
                     let expected = reference(&row, targets[r] as usize, f64::from(smoothing));
@@ -108,9 +104,9 @@ mod tests {
     fn a_class_may_be_impossible_but_not_undefined() {
         for (special, is_finite) in [(f32::NEG_INFINITY, true), (f32::INFINITY, false), (f32::NAN, false)] {
             let logits = numbers(2 * 37, 1).with(36, special);
-            let (mut losses, mut d_logits) = ([0.0; 2], [0.0; 74]);
+            let (mut losses, mut d_logits) = ([0.0; 2], logits.to_vec());
             cross_entropy(&logits, 37, &[3, 36], 0.0, &mut losses);
-            cross_entropy_backward(&logits, 37, &[3, 36], 0.0, &[1.0; 2], &mut d_logits);
+            cross_entropy_backward(&mut d_logits, 37, &[3, 36], 0.0, &[1.0; 2]);
             assert_eq!(losses[0].is_finite(), is_finite, "{special}: {losses:?}");
             assert_eq!(d_logits[..37].iter().all(|d| d.is_finite()), is_finite, "{special}");
             assert!(losses[1].is_finite() && d_logits[37..].iter().all(|d| d.is_finite()));
@@ -126,8 +122,8 @@ mod tests {
                 let d_losses = [1.0, -0.5, 2.0];
                 let mut losses = [0.0; 3];
                 cross_entropy(&logits, n_classes, &targets, smoothing, &mut losses);
-                let mut d_logits = vec![0.0; logits.len()];
-                cross_entropy_backward(&logits, n_classes, &targets, smoothing, &d_losses, &mut d_logits);
+                let mut d_logits = logits.clone();
+                cross_entropy_backward(&mut d_logits, n_classes, &targets, smoothing, &d_losses);
                 for r in 0..3 {
                     let row: Vec<f64> =
                         logits[r * n_classes..(r + 1) * n_classes].iter().map(|&x| f64::from(x)).collect();

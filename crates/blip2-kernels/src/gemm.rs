@@ -20,7 +20,7 @@ use rayon::prelude::*;
 use crate::buffer::keep;
 use crate::isa::Isa;
 pub(crate) use micro::{Tile, tile};
-pub(crate) use pack::{Panels, bf16_bits, pack_panels};
+pub(crate) use pack::{Panels, Source, bf16_bits, pack_panel, pack_panels};
 
 /// Precision of the products; sums are always f32.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
@@ -77,6 +77,9 @@ const A_STRIDE: usize = KW + 16;
 const TILES_A_TASK: usize = 8;
 /// From so many tasks a thread on, it does not matter how evenly they are divided.
 const MANY_TASKS: usize = 8;
+
+/// Words of `B` that are packed together, where that gains something: 16 MiB.
+const WORDS_TOGETHER: usize = 1 << 22;
 
 /// What a product is added to.
 #[derive(Debug, Clone, Copy)]
@@ -198,15 +201,29 @@ unsafe fn gemm_to(
     // Taken, not borrowed: a waiting thread may run another task that multiplies too.
     let mut buffer = PANELS.take();
     let block = KW * precision.per_word();
+    let block_words = n.div_ceil(NR) * NR * KW;
+    // With AMX the sums of several blocks stay near; without it each block is multiplied as soon as it is packed.
+    let n_together = if isa == Isa::Amx { (WORDS_TOGETHER / block_words).max(1) } else { 1 };
     // An empty `k` is one empty block, which writes what `start` says.
-    for k_start in (0..k.max(1)).step_by(block) {
-        let k_len = block.min(k - k_start);
-        let b_block = MatrixRef { data: &b.data[(k_start * b.row_stride).min(b.data.len())..], ..b };
-        let panels = pack_panels(isa, precision, k_len, n, b_block, &mut buffer);
-        let a_block = MatrixRef { data: &a.data[(k_start * a.col_stride).min(a.data.len())..], ..a };
-        let start = if k_start == 0 { start } else { Start::Result };
-        // SAFETY: the caller's promise; from the second block on the first has written all of `c`.
-        unsafe { multiply(isa, m, a_block, &[panels], start, c, None) };
+    for first in (0..k.max(1)).step_by(n_together * block) {
+        let end = k.min(first + n_together * block);
+        let n_words = block_words * (end - first).div_ceil(block);
+        if buffer.len() < n_words {
+            buffer.resize(n_words, 0);
+        }
+        // No words are a block too.
+        let starts = (first..end.max(first + 1)).step_by(block);
+        let panels: Vec<_> = starts
+            .zip(buffer.chunks_mut(block_words.max(1)).chain([Default::default()]))
+            .map(|(k_start, words)| {
+                let b = MatrixRef { data: &b.data[(k_start * b.row_stride).min(b.data.len())..], ..b };
+                pack_panels(isa, precision, block.min(end - k_start), n, b, words)
+            })
+            .collect();
+        let a = MatrixRef { data: &a.data[(first * a.col_stride).min(a.data.len())..], ..a };
+        let start = if first == 0 { start } else { Start::Result };
+        // SAFETY: the caller's promise; after the first blocks all of `c` is written.
+        unsafe { multiply(isa, m, a, &panels, start, c, None) };
     }
     keep(&PANELS, buffer);
 }
@@ -264,7 +281,7 @@ pub(crate) unsafe fn multiply(
     c: Output,
     finish: Option<Finish<'_>>,
 ) {
-    let (last, precision) = (blocks.len() - 1, blocks[0].format.precision());
+    let (last, precision) = (blocks.len() - 1, blocks[0].precision);
     if let Start::Row(row) = start {
         assert_eq!(row.len(), blocks[0].n, "the row that is added must have n elements");
     }
@@ -274,13 +291,17 @@ pub(crate) unsafe fn multiply(
         // SAFETY: the caller's promise; the machine has AMX.
         return unsafe { amx_blocks::multiply(m, a, blocks, start, c, finish) };
     }
+    thread_local!(static TURNED: RefCell<Vec<u32>> = const { RefCell::new(Vec::new()) });
+    let mut turned = TURNED.take();
     for (i, panels) in blocks.iter().enumerate() {
         let k = i * KW * precision.per_word();
         let a = MatrixRef { data: &a.data[(k * a.col_stride).min(a.data.len())..], ..a };
+        let panels = panels.stored(isa, &mut turned);
         // SAFETY: the caller's promise; from the second block on the first has written all of `c`.
-        unsafe { multiply_block(isa, m, a, *panels, start, c, finish.filter(|_| i == last)) };
+        unsafe { multiply_block(isa, m, a, panels, start, c, finish.filter(|_| i == last)) };
         start = Start::Result;
     }
+    keep(&TURNED, turned);
 }
 
 /// [`multiply`] of one block of `k`.
@@ -306,7 +327,7 @@ unsafe fn multiply_block(
         let (tiles, some_panels) = cuts.task(task);
         let rows = tiles.start * MR..(tiles.end * MR).min(m);
         let (mut packed, mut wide) = (ROWS.take(), WIDE.take());
-        let precision = panels.format.precision();
+        let precision = panels.precision;
         packed.resize(TILES_A_TASK * MR * A_STRIDE, 0);
         let data = &a.data[(rows.start * a.row_stride).min(a.data.len())..];
         pack::pack_rows(

@@ -2,20 +2,18 @@
 
 mod format;
 
+use std::ops::Range;
+
 use rayon::prelude::*;
 
 use crate::activation::{Activation, activate_few};
 use crate::gemm::{
-    Finish, KW, MatrixRef, NR, Output, Panels, Part, Precision, Start, gemm, multiply, pack_panels,
+    Finish, KW, MatrixRef, NR, Output, Panels, Part, Precision, Source, Start, multiply, pack_panels,
 };
 use crate::isa::{Isa, with_isa};
-use crate::lanes::LANES;
 use crate::memory::WeightMemory;
 
 pub use format::Format;
-
-/// Output rows unpacked at a time by the input gradient: a megabyte or so, not the whole matrix.
-const ROWS_A_GRADIENT_BLOCK: usize = 1024;
 
 /// Panels packed in parallel before they are put in their places.
 const PANELS_AT_A_TIME: usize = 64;
@@ -95,7 +93,7 @@ impl PackedWeight {
                             let view =
                                 MatrixRef { data: &rows[start..], row_stride: 1, col_stride: in_features };
                             start += k_len;
-                            let mut words = Vec::new();
+                            let mut words = vec![0; k_len.div_ceil(format.precision().per_word()) * NR];
                             pack_panels(Isa::detect(), format.precision(), k_len, width, view, &mut words);
                             format.narrow(words)
                         })
@@ -171,30 +169,53 @@ impl PackedWeight {
         unsafe { multiply(isa, n_rows, a, &blocks, start, y, finish) };
     }
 
-    /// `d_x = d_y W`; `d_y` is `[n_rows, out]`, `d_x` `[n_rows, in]`. Reads the packed form, some rows at a time.
+    /// `d_x = d_y W`; `d_y` is `[n_rows, out]`, the result `[n_rows, in]`. Reads the packed form.
     ///
     /// # Panics
     /// When the lengths do not fit.
-    pub fn input_gradient(&self, d_y: &[f32], n_rows: usize, d_x: &mut [f32]) {
-        let shape = (self.out_features, self.in_features);
-        let rows = |first: usize, into: &mut [f32]| self.rows_of_panel(first / NR, into);
-        input_gradient(shape, &rows, d_y, n_rows, self.format.precision(), d_x);
+    pub fn input_gradient(&self, d_y: &[f32], n_rows: usize) -> Vec<f32> {
+        let n = n_rows * self.in_features;
+        let mut d_x = Vec::with_capacity(n);
+        // SAFETY: the capacity is n_rows * in, and all of it is written.
+        unsafe {
+            self.input_gradient_to(d_y, n_rows, Output(d_x.as_mut_ptr()));
+            d_x.set_len(n);
+        }
+        d_x
     }
 
-    /// The first rows of the matrix that stand in a panel, as many as `into` holds. Some words of all of them at a time, so that
-    /// the panel is read from memory once.
-    fn rows_of_panel(&self, panel: usize, into: &mut [f32]) {
-        let per_word = self.format.precision().per_word();
-        let (numbers, words) = (LANES * per_word, LANES * self.format.panel_words(per_word));
-        let isa = Isa::detect();
-        for i in 0..self.n_blocks() {
-            let panels = self.panels(i);
-            let first = i * self.block_len();
-            let pieces = panels.stored_panel(panel).chunks(words);
-            for (start, piece) in (0..panels.k_len).step_by(numbers).zip(pieces) {
-                let end = panels.k_len.min(start + numbers);
-                self.format.columns(isa, piece, &mut into[first + start..], self.in_features, end - start);
-            }
+    /// # Safety
+    /// `d_x` must point to `n_rows * in_features` elements, which are all written.
+    unsafe fn input_gradient_to(&self, d_y: &[f32], n_rows: usize, d_x: Output) {
+        assert_eq!(d_y.len(), n_rows * self.out_features, "d_y must be [n_rows, out]");
+        if n_rows == 0 {
+            return;
+        }
+        let (block, precision) = (self.block_len(), self.format.precision());
+        let blocks: Vec<_> = (0..self.out_features)
+            .step_by(block)
+            .map(|first| {
+                let k_len = block.min(self.out_features - first);
+                Panels { source: Source::Turned(self, first), precision, k_len, n: self.in_features }
+            })
+            .collect();
+        let a = MatrixRef { data: d_y, row_stride: self.out_features, col_stride: 1 };
+        // SAFETY: the caller's promise.
+        unsafe { multiply(Isa::detect(), n_rows, a, &blocks, Start::Zero, d_x, None) };
+    }
+
+    /// Panel `panel` of the transpose, 32 inputs of some outputs, which begin a panel of the matrix itself.
+    pub(crate) fn turn_panel(&self, isa: Isa, outputs: Range<usize>, panel: usize, to: &mut [u32]) {
+        let precision = self.format.precision();
+        let inputs = panel * NR..self.in_features.min((panel + 1) * NR);
+        // 32 inputs follow one another in one block.
+        let (block, at) = (inputs.start / self.block_len(), inputs.start % self.block_len());
+        let stored = self.stored(block);
+        let panel_words = self.format.panel_words(self.k_len(block));
+        for (first, to) in outputs.clone().step_by(NR).zip(to.chunks_mut(NR * NR / precision.per_word())) {
+            let words = &stored[first / NR * panel_words..][..panel_words];
+            let words = &words[self.format.panel_words(at)..self.format.panel_words(at + inputs.len())];
+            self.format.turn(isa, words, NR.min(outputs.end - first), inputs.len(), to);
         }
     }
 
@@ -206,8 +227,8 @@ impl PackedWeight {
         assert!(output < self.out_features, "row {output} of {}", self.out_features);
         assert_eq!(into.len(), self.in_features, "a row has `in` elements");
         for (i, into) in into.chunks_mut(self.block_len()).enumerate() {
-            let panels = self.panels(i);
-            let words = panels.stored_panel(output / NR);
+            let n_words = self.format.panel_words(self.k_len(i));
+            let words = &self.stored(i)[output / NR * n_words..][..n_words];
             self.format.column(words, output % NR, into);
         }
     }
@@ -240,41 +261,23 @@ impl PackedWeight {
         self.in_features.div_ceil(self.block_len())
     }
 
-    /// The panels of block `i` of `k`. All blocks but the last are of one size.
-    fn panels(&self, i: usize) -> Panels<'_> {
+    /// Inputs of block `i` of `k`. All blocks but the last are of one size.
+    fn k_len(&self, i: usize) -> usize {
+        self.block_len().min(self.in_features - i * self.block_len())
+    }
+
+    /// The words of block `i` of `k`: the panels of all outputs.
+    fn stored(&self, i: usize) -> &[u32] {
         let n_panels = self.out_features.div_ceil(NR);
         let n_words = |k_len: usize| n_panels * self.format.panel_words(k_len);
         let start = i * n_words(self.block_len());
-        let k_len = self.block_len().min(self.in_features - i * self.block_len());
-        let words = &self.memory.words()[start..start + n_words(k_len)];
-        Panels { words, format: self.format, k_len, n: self.out_features }
+        &self.memory.words()[start..start + n_words(self.k_len(i))]
     }
-}
 
-/// `d_x = d_y W` of a matrix `[out, in]` whose rows are widened some at a time: `rows_from(i, into)` writes those from `i` on, a multiple
-/// of 32, into `into`, which holds 32, or fewer at the end.
-pub(crate) fn input_gradient(
-    (n_out, n_in): (usize, usize),
-    rows_from: &(dyn Fn(usize, &mut [f32]) + Sync),
-    d_y: &[f32],
-    n_rows: usize,
-    precision: Precision,
-    d_x: &mut [f32],
-) {
-    assert_eq!(d_y.len(), n_rows * n_out, "d_y must be [n_rows, out]");
-    assert_eq!(d_x.len(), n_rows * n_in, "d_x must be [n_rows, in]");
-    if n_rows == 0 {
-        return;
-    }
-    let mut rows = vec![0.0; ROWS_A_GRADIENT_BLOCK.min(n_out) * n_in];
-    for first in (0..n_out).step_by(ROWS_A_GRADIENT_BLOCK) {
-        let n = ROWS_A_GRADIENT_BLOCK.min(n_out - first);
-        let rows = &mut rows[..n * n_in];
-        rows.par_chunks_mut(NR * n_in).enumerate().for_each(|(i, into)| rows_from(first + i * NR, into));
-        let a = MatrixRef { data: &d_y[first..], row_stride: n_out, col_stride: 1 };
-        let b = MatrixRef { data: rows, row_stride: n_in, col_stride: 1 };
-        let start = if first == 0 { Start::Zero } else { Start::Result };
-        gemm(n_rows, n_in, n, a, b, start, d_x, precision);
+    /// The panels of block `i` of `k`.
+    fn panels(&self, i: usize) -> Panels<'_> {
+        let (source, precision) = (Source::Stored(self.stored(i), self.format), self.format.precision());
+        Panels { source, precision, k_len: self.k_len(i), n: self.out_features }
     }
 }
 
@@ -396,8 +399,7 @@ mod tests {
         let (out, inn, n) = (1100, 37, 3);
         let packed = weight(out, inn, Format::F32);
         let d_y: Vec<f32> = (0..n * out).map(|i| number(3 * i)).collect();
-        let mut d_x = vec![0.0; n * inn];
-        packed.input_gradient(&d_y, n, &mut d_x);
+        let d_x = packed.input_gradient(&d_y, n);
         for i in 0..n {
             for j in 0..inn {
                 let expected: f64 =
@@ -415,8 +417,7 @@ mod tests {
                 let packed = weight(out, inn, format);
                 let mut d_y = vec![0.0; out * out];
                 (0..out).for_each(|o| d_y[o * out + o] = 1.0);
-                let mut d_x = vec![0.0; out * inn];
-                packed.input_gradient(&d_y, out, &mut d_x);
+                let d_x = packed.input_gradient(&d_y, out);
                 let mut row = vec![0.0; inn];
                 for (o, found) in d_x.chunks(inn).enumerate() {
                     packed.row(o, &mut row);
@@ -435,9 +436,7 @@ mod tests {
             let copy = PackedWeight::pack(out, inn, Format::F32, &|i, row| half.row(i, row));
             let [half_y, copy_y] = [&half, &copy].map(|w| w.forward(&x, n, Epilogue::bias(None)));
             assert_eq!(half_y, copy_y, "{format:?}");
-            let [mut half_d, mut copy_d] = [vec![0.0; n * inn], vec![0.0; n * inn]];
-            half.input_gradient(&half_y, n, &mut half_d);
-            copy.input_gradient(&copy_y, n, &mut copy_d);
+            let [half_d, copy_d] = [half.input_gradient(&half_y, n), copy.input_gradient(&copy_y, n)];
             assert_eq!(half_d, copy_d, "{format:?}");
             assert!(half.n_bytes() * 19 < copy.n_bytes() * 10, "it is half as large");
         }

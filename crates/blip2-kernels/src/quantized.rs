@@ -30,9 +30,9 @@ use rayon::prelude::*;
 
 #[cfg(target_arch = "x86_64")]
 use crate::buffer::{FAR, all_written, put_row};
-use crate::gemm::{Output, Precision};
+use crate::gemm::{MatrixRef, Output, Precision, Start, gemm, product};
 use crate::isa::{Isa, with_isa};
-use crate::linear::{Epilogue, input_gradient};
+use crate::linear::Epilogue;
 use crate::memory::WeightMemory;
 #[cfg(target_arch = "x86_64")]
 use amx_sums::AmxSums;
@@ -43,6 +43,9 @@ use sums::{Activations, MAX_ROWS, Tile, block_sums, integer_sums};
 
 /// Tasks for each thread: enough to even out their times.
 const TASKS_A_THREAD: usize = 4;
+
+/// Output rows widened at a time by the input gradient: a megabyte or so, not the whole matrix.
+const ROWS_A_GRADIENT_BLOCK: usize = 1024;
 
 /// A frozen weight `[out, in]` in few bits. Its bytes are in memory, or wherever else a slice can come from, such as a
 /// mapped file.
@@ -399,17 +402,29 @@ impl QuantizedWeight {
         );
     }
 
-    /// `d_x = d_y W`; `d_y` is `[n_rows, out]`, `d_x` `[n_rows, in]`. The weights are widened some rows at a time, and the
-    /// products taken in `precision`.
+    /// `d_y W`; `d_y` is `[n_rows, out]`, the result `[n_rows, in]`. The weights are widened some rows at a time, and the products
+    /// taken in `precision`.
     ///
     /// # Panics
     /// When the lengths do not fit.
-    pub fn input_gradient(&self, d_y: &[f32], n_rows: usize, precision: Precision, d_x: &mut [f32]) {
-        let shape = (self.out_features, self.in_features);
-        let rows = |first: usize, into: &mut [f32]| {
-            into.chunks_exact_mut(self.in_features).enumerate().for_each(|(i, row)| self.row(first + i, row));
-        };
-        input_gradient(shape, &rows, d_y, n_rows, precision, d_x);
+    pub fn input_gradient(&self, d_y: &[f32], n_rows: usize, precision: Precision) -> Vec<f32> {
+        let (n_out, n_in) = (self.out_features, self.in_features);
+        assert_eq!(d_y.len(), n_rows * n_out, "d_y must be [n_rows, out]");
+        let mut d_x: Option<Vec<f32>> = None;
+        let mut rows = vec![0.0; ROWS_A_GRADIENT_BLOCK.min(n_out) * n_in];
+        for first in (0..n_out).step_by(ROWS_A_GRADIENT_BLOCK) {
+            let n = ROWS_A_GRADIENT_BLOCK.min(n_out - first);
+            let rows = &mut rows[..n * n_in];
+            rows.par_chunks_exact_mut(n_in).enumerate().for_each(|(i, row)| self.row(first + i, row));
+            let a =
+                MatrixRef { data: d_y.get(first..).unwrap_or_default(), row_stride: n_out, col_stride: 1 };
+            let b = MatrixRef { data: rows, row_stride: n_in, col_stride: 1 };
+            match &mut d_x {
+                Some(d_x) => gemm(n_rows, n_in, n, a, b, Start::Result, d_x, precision),
+                None => d_x = Some(product(n_rows, n_in, n, a, b, None, precision)),
+            }
+        }
+        d_x.unwrap_or_default()
     }
 
     /// Row `output` of the matrix, as it was rounded.

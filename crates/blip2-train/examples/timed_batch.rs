@@ -44,6 +44,8 @@ fn main() -> Result<()> {
         "bf16" => Precision::Bf16,
         other => return Err(format!("no precision `{other}`: f32 or bf16").into()),
     };
+    // As `blip2 train` does.
+    rayon::ThreadPoolBuilder::new().use_current_thread().build_global()?;
     let file = Safetensors::open(batch)?;
     let (n_warmup, n_steps) = (n_warmup.parse()?, n_steps.parse()?);
     match stage.as_str() {

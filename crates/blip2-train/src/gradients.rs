@@ -4,6 +4,7 @@ use std::collections::BTreeMap;
 use std::sync::{Mutex, PoisonError};
 
 use blip2::layers;
+use blip2_kernels::adamw::sum_of_squares;
 use candle_core::backprop::GradStore;
 use candle_core::{CpuStorage, InplaceOp1, Layout, Tensor, Var};
 use rayon::prelude::*;
@@ -58,12 +59,7 @@ impl Gradients {
     pub fn global_norm(&self, step: u64) -> Result<f64> {
         let mut sum = 0.0;
         for (name, gradient) in &self.by_name {
-            // Fixed chunks, summed in order: the same norm for any number of threads.
-            let parts: Vec<f64> = gradient
-                .par_chunks(1 << 16)
-                .map(|chunk| chunk.iter().map(|&g| f64::from(g) * f64::from(g)).sum())
-                .collect();
-            let part: f64 = parts.iter().sum();
+            let part = sum_of_squares(gradient);
             if !part.is_finite() {
                 return Err(Error::NotFinite { step, what: format!("the gradient of {name}") });
             }

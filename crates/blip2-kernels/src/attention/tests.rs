@@ -70,8 +70,7 @@ fn values_and_gradients_equal_the_definition() {
         attention(&q, &k, &v, &plan, SHAPE, None, None, &mut out);
         let total: f64 = wide(&out).iter().zip(wide(&d_out)).map(|(o, d)| o * d).sum();
         assert!((total - objective(&inputs[0], &inputs[1], &inputs[2], &wide(&d_out), &plan)).abs() < 1e-5);
-        let (mut d_q, mut d_k, mut d_v) = (vec![9.0; q.len()], vec![9.0; k.len()], vec![9.0; v.len()]);
-        attention_backward(&q, &k, &v, &d_out, &plan, SHAPE, None, None, &mut d_q, &mut d_k, &mut d_v);
+        let [d_q, d_k, d_v] = attention_backward(&q, &k, &v, &d_out, &plan, SHAPE, None, None);
         for (which, gradient) in [&d_q, &d_k, &d_v].into_iter().enumerate() {
             for (i, found) in gradient.iter().enumerate() {
                 let at = |h: f64| {
@@ -220,8 +219,7 @@ fn gradients_match_the_masks_of_the_forward_pass() {
             attention(&q, &k, v, &plan, SHAPE, None, dropout, &mut out);
             out.iter().zip(&d_out).map(|(o, d)| f64::from(*o) * f64::from(*d)).sum::<f64>()
         };
-        let (mut d_q, mut d_k, mut d_v) = (vec![0.0; q.len()], vec![0.0; k.len()], vec![0.0; v.len()]);
-        attention_backward(&q, &k, &v, &d_out, &plan, SHAPE, None, dropout, &mut d_q, &mut d_k, &mut d_v);
+        let [_, _, d_v] = attention_backward(&q, &k, &v, &d_out, &plan, SHAPE, None, dropout);
         let expected: f64 = v.iter().zip(&d_v).map(|(v, d)| f64::from(*v) * f64::from(*d)).sum();
         assert!((total(&v) - expected).abs() < 1e-4, "{} {expected}", total(&v));
         assert!(total(&v) != 0.0);
@@ -235,11 +233,7 @@ fn gradients_do_not_depend_on_the_number_of_threads() {
     let plan = plans().pop().expect("the last plan");
     let run = |n_threads| {
         let pool = rayon::ThreadPoolBuilder::new().num_threads(n_threads).build().expect("threads");
-        let (mut d_q, mut d_k, mut d_v) = (vec![0.0; q.len()], vec![0.0; k.len()], vec![0.0; v.len()]);
-        pool.install(|| {
-            attention_backward(&q, &k, &v, &d_out, &plan, SHAPE, None, None, &mut d_q, &mut d_k, &mut d_v)
-        });
-        (d_q, d_k, d_v)
+        pool.install(|| attention_backward(&q, &k, &v, &d_out, &plan, SHAPE, None, None))
     };
     assert_eq!(run(1), run(3));
 }
@@ -288,8 +282,7 @@ fn a_relative_bias_shifts_the_scores() {
         let mut out = vec![0.0; q.len()];
         attention(&q, &k, &v, &plan, SHAPE, Some(bias), None, &mut out);
         assert!(out.iter().zip(expected(&q, &k, &v)).all(|(o, e)| (f64::from(*o) - e).abs() < 1e-5));
-        let (mut d_q, mut d_k, mut d_v) = (vec![0.0; q.len()], vec![0.0; k.len()], vec![0.0; v.len()]);
-        attention_backward(&q, &k, &v, &d_out, &plan, SHAPE, Some(bias), None, &mut d_q, &mut d_k, &mut d_v);
+        let [d_q, _, _] = attention_backward(&q, &k, &v, &d_out, &plan, SHAPE, Some(bias), None);
         for i in 0..q.len() {
             let total = |by: f32| -> f64 {
                 let mut q = q.clone();

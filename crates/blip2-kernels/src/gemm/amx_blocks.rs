@@ -29,7 +29,7 @@ const TILE: usize = ROWS * NR;
 /// Rows of bf16 words as registers read them: 16 rows at a time, and of these 16 words at a time.
 #[derive(Default)]
 pub(crate) struct Words {
-    /// In whole lines of the cache, which registers are loaded by.
+    /// In whole lines of the cache, which registers are loaded by; there may be more than were filled.
     words: Vec<Aligned<[u32; STEP]>>,
     /// Registers along `k`.
     n_steps: usize,
@@ -38,29 +38,34 @@ pub(crate) struct Words {
 thread_local! {
     static WORDS: RefCell<Words> = RefCell::default();
     static SUMS: RefCell<Vec<Aligned<[f32; TILE]>>> = const { RefCell::new(Vec::new()) };
+    static TURNED: RefCell<Vec<u32>> = const { RefCell::new(Vec::new()) };
 }
 
 impl Words {
     /// Rounds `m` rows of `k` numbers. What is beyond the last row does not matter, beyond the last number are zeros.
     pub(crate) fn fill(&mut self, [m, k]: [usize; 2], a: MatrixRef<'_>) {
-        self.resize([m, k]);
-        let n_steps = self.n_steps;
-        self.words.par_chunks_exact_mut(n_steps).with_min_len(2).enumerate().for_each(|(i, words)| {
+        let n_steps = k.div_ceil(2 * amx::WORDS);
+        self.room([m, k]).par_chunks_exact_mut(n_steps).with_min_len(2).enumerate().for_each(|(i, words)| {
             Self::fill_rows([m, k], a, i, words);
         });
     }
 
     /// [`Self::fill`] by this thread alone.
     pub(crate) fn fill_here(&mut self, [m, k]: [usize; 2], a: MatrixRef<'_>) {
-        self.resize([m, k]);
-        for (i, words) in self.words.chunks_exact_mut(self.n_steps).enumerate() {
+        let n_steps = k.div_ceil(2 * amx::WORDS);
+        for (i, words) in self.room([m, k]).chunks_exact_mut(n_steps).enumerate() {
             Self::fill_rows([m, k], a, i, words);
         }
     }
 
-    fn resize(&mut self, [m, k]: [usize; 2]) {
+    /// The registers that are to be filled.
+    fn room(&mut self, [m, k]: [usize; 2]) -> &mut [Aligned<[u32; STEP]>] {
         self.n_steps = k.div_ceil(2 * amx::WORDS);
-        self.words.resize(m.div_ceil(amx::ROWS) * self.n_steps, Aligned([0; STEP]));
+        let n = m.div_ceil(amx::ROWS) * self.n_steps;
+        if self.words.len() < n {
+            self.words.resize(n, Aligned([0; STEP]));
+        }
+        &mut self.words[..n]
     }
 
     /// The rows of register `i`.
@@ -110,7 +115,7 @@ pub(super) unsafe fn multiply(
     (0..n_groups * n_row_blocks).into_par_iter().for_each(|task| {
         let group = share(n_panels, task / n_row_blocks, n_groups);
         let tiles = share(n_tiles, task % n_row_blocks, n_row_blocks);
-        let mut all_sums = SUMS.take();
+        let (mut all_sums, mut turned) = (SUMS.take(), TURNED.take());
         let n_sums = group.len() * tiles.len();
         if all_sums.len() < n_sums {
             all_sums.resize(n_sums, Aligned([0.0; TILE]));
@@ -121,6 +126,7 @@ pub(super) unsafe fn multiply(
             let mut some_sums = all_sums.iter_mut();
             for panel in group.clone() {
                 let columns = panel * NR..n.min((panel + 1) * NR);
+                let words = block.panel(Isa::Amx, panel, &mut turned);
                 let mut row = [0.0; NR];
                 if let Start::Row(whole) = start {
                     row[..columns.len()].copy_from_slice(&whole[columns.clone()]);
@@ -144,7 +150,7 @@ pub(super) unsafe fn multiply(
                     let n_rows = n_rows.next_multiple_of(amx::ROWS);
                     let a = (&rows, first / amx::ROWS, i * KW / amx::WORDS);
                     let of = Tile { n_rows, width: NR, from, from_stride, c, c_stride: NR };
-                    let words = [block.stored_panel(panel)].into_iter();
+                    let words = [words].into_iter();
                     // SAFETY: the sums are 32 rows of 32; `from` are these, or the same row again.
                     unsafe { tile(&mut registers, a, words, of) };
                 }
@@ -170,6 +176,7 @@ pub(super) unsafe fn multiply(
             all_written();
         }
         keep(&SUMS, all_sums);
+        keep(&TURNED, turned);
     });
     keep(&WORDS, rows);
 }

@@ -108,27 +108,32 @@ pub(crate) fn rows_of_columns<'a>(
     }
 }
 
-/// 16 words along `k` of each of the first `n` columns of a panel, as 32 numbers: those of column `c` at `to[c * stride]`.
-///
-/// # Panics
-/// When `to` does not hold them.
+/// The transpose of 32 × 32 numbers: 16 words along `k` of each of the 32 columns of a panel, as words across them. Word `i` of column
+/// `j` holds numbers `2 i` and `2 i + 1` of `j`; what comes out are the words `2 i` and `2 i + 1` of row `j / 2`.
 #[target_feature(enable = "avx512f")]
-pub(crate) fn widened_columns(words: &[u32; LANES * NR], n: usize, to: &mut [f32], stride: usize) {
-    for half in 0..NR / LANES {
-        let mut rows = [_mm512_setzero_ps(); LANES];
-        for (row, words) in rows.iter_mut().zip(words.as_chunks::<NR>().0) {
-            // SAFETY: half of a row is 16 words.
-            *row = unsafe { _mm512_loadu_ps(words.as_ptr().add(half * LANES).cast()) };
-        }
-        for (c, column) in (half * LANES..n).zip(transposed(rows)) {
-            let to: &mut [f32; 2 * LANES] = to[c * stride..].first_chunk_mut().expect("room for 32 numbers");
-            let words = _mm512_castps_si512(column);
-            let halves = [_mm512_castsi512_si256(words), _mm512_extracti64x4_epi64::<1>(words)];
-            for (to, half) in to.as_chunks_mut::<LANES>().0.iter_mut().zip(halves) {
-                let wide = _mm512_slli_epi32::<16>(_mm512_cvtepu16_epi32(half));
-                // SAFETY: 16 numbers are there.
-                unsafe { _mm512_storeu_ps(to.as_mut_ptr(), _mm512_castsi512_ps(wide)) };
-            }
-        }
+pub(crate) fn turned(words: &[u32; LANES * NR], to: &mut [u32; LANES * NR]) {
+    let even = _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
+    let odd = _mm512_setr_epi32(1, 3, 5, 7, 9, 11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31);
+    let left = _mm512_setr_epi32(0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
+    let right = _mm512_setr_epi32(8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31);
+    let high = _mm512_set1_epi32(0xffff_0000_u32 as i32);
+    let (mut lows, mut highs) = ([_mm512_setzero_ps(); LANES], [_mm512_setzero_ps(); LANES]);
+    for (i, words) in words.as_chunks::<NR>().0.iter().enumerate() {
+        // SAFETY: 32 words are there.
+        let (x, y) = unsafe {
+            (_mm512_loadu_epi32(words.as_ptr().cast()), _mm512_loadu_epi32(words.as_ptr().add(LANES).cast()))
+        };
+        let (even, odd) = (_mm512_permutex2var_epi32(x, even, y), _mm512_permutex2var_epi32(x, odd, y));
+        // Of two neighbouring columns, numbers 2 i and numbers 2 i + 1.
+        let both_lows = _mm512_or_si512(_mm512_andnot_si512(high, even), _mm512_slli_epi32::<16>(odd));
+        let both_highs = _mm512_or_si512(_mm512_srli_epi32::<16>(even), _mm512_and_si512(high, odd));
+        (lows[i], highs[i]) = (_mm512_castsi512_ps(both_lows), _mm512_castsi512_ps(both_highs));
+    }
+    let columns = transposed(lows).into_iter().zip(transposed(highs));
+    for ((low, high), to) in columns.zip(to.as_chunks_mut::<NR>().0) {
+        let (low, high) = (_mm512_castps_si512(low), _mm512_castps_si512(high));
+        let (first, second) = to.split_at_mut(LANES);
+        store(_mm512_permutex2var_epi32(low, left, high), first);
+        store(_mm512_permutex2var_epi32(low, right, high), second);
     }
 }

@@ -10,32 +10,67 @@ use super::{KW, MatrixRef, NR, Precision};
 use crate::isa::{Isa, with_isa};
 #[cfg(target_arch = "x86_64")]
 use crate::lanes::LANES;
-use crate::linear::Format;
+use crate::linear::{Format, PackedWeight};
 
-/// One block of `k` of a packed `B`: panels of NR columns, each `k` words × NR.
+/// One block of `k` of `B`: panels of NR columns, each `k` words × NR.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Panels<'a> {
-    pub(crate) words: &'a [u32],
-    pub(crate) format: Format,
+    pub(crate) source: Source<'a>,
+    pub(crate) precision: Precision,
     pub(crate) k_len: usize,
     pub(crate) n: usize,
 }
 
-impl<'a> Panels<'a> {
-    /// Panel `i` as it is stored.
-    pub(crate) fn stored_panel(&self, i: usize) -> &'a [u32] {
-        let len = self.format.panel_words(self.k_len);
-        &self.words[i * len..(i + 1) * len]
-    }
+/// Where panels come from.
+#[derive(Debug, Clone, Copy)]
+pub(crate) enum Source<'a> {
+    /// Memory, where they follow one another.
+    Stored(&'a [u32], Format),
+    /// A weight that is multiplied by from the other side: `k` are its outputs, from this one on.
+    Turned(&'a PackedWeight, usize),
+}
 
-    /// Panel `i` as the micro-kernels read it; a narrower one is widened into `wide`.
-    pub(super) fn panel<'b>(&self, isa: Isa, i: usize, wide: &'b mut Vec<u32>) -> &'b [u32]
+impl<'a> Panels<'a> {
+    /// Panel `i` as the micro-kernels read it, in `room` where it is not stored so.
+    pub(super) fn panel<'b>(&self, isa: Isa, i: usize, room: &'b mut Vec<u32>) -> &'b [u32]
     where
         'a: 'b,
     {
-        self.format.widen(isa, self.stored_panel(i), wide)
+        match self.source {
+            Source::Stored(words, format) => {
+                let len = format.panel_words(self.k_len);
+                format.widen(isa, &words[i * len..(i + 1) * len], room)
+            }
+            Source::Turned(weight, first) => {
+                let n_words = self.k_len.div_ceil(self.precision.per_word()) * NR;
+                // A whole line of the cache is read at a time.
+                room.resize(n_words + LINE, 0);
+                let skipped = room.as_ptr().align_offset(4 * LINE).min(LINE);
+                let panel = &mut room[skipped..skipped + n_words];
+                weight.turn_panel(isa, first..first + self.k_len, i, panel);
+                panel
+            }
+        }
+    }
+
+    /// The same panels, all of them in memory.
+    pub(super) fn stored<'b>(&self, isa: Isa, buffer: &'b mut Vec<u32>) -> Panels<'b>
+    where
+        'a: 'b,
+    {
+        let Source::Turned(weight, first) = self.source else { return *self };
+        let n_words = self.k_len.div_ceil(self.precision.per_word()) * NR;
+        buffer.resize(buffer.len().max(self.n.div_ceil(NR) * n_words), 0);
+        let words = &mut buffer[..self.n.div_ceil(NR) * n_words];
+        words.par_chunks_mut(n_words).enumerate().for_each(|(i, panel)| {
+            weight.turn_panel(isa, first..first + self.k_len, i, panel);
+        });
+        Panels { source: Source::Stored(words, self.precision.into()), ..*self }
     }
 }
+
+/// Words of a line of the cache.
+const LINE: usize = 16;
 
 /// The bits of `x` rounded to the nearest bf16, ties to even; NaN stays NaN.
 #[inline(always)]
@@ -50,21 +85,18 @@ fn pair(low: f32, high: f32) -> u32 {
     bf16_bits(low) | (bf16_bits(high) << 16)
 }
 
-/// Packs the `k_len × n` view `b` (`k_len` at most one block) into `buffer`; tails are zero.
+/// Packs the `k_len × n` view `b` (`k_len` at most one block) into the first words of `buffer`; tails are zero.
 pub(crate) fn pack_panels<'a>(
     isa: Isa,
     precision: Precision,
     k_len: usize,
     n: usize,
     b: MatrixRef<'_>,
-    buffer: &'a mut Vec<u32>,
+    buffer: &'a mut [u32],
 ) -> Panels<'a> {
     let n_words = k_len.div_ceil(precision.per_word());
     debug_assert!(n_words <= KW);
     let n_panels = n.div_ceil(NR);
-    if buffer.len() < n_panels * n_words * NR {
-        buffer.resize(n_panels * n_words * NR, 0);
-    }
     let words = &mut buffer[..n_panels * n_words * NR];
     words.par_chunks_mut((n_words * NR).max(1)).with_min_len(4).enumerate().for_each(|(i, panel)| {
         let width = NR.min(n - i * NR);
@@ -75,11 +107,12 @@ pub(crate) fn pack_panels<'a>(
             || pack_panel(isa, precision, k_len, width, MatrixRef { data, ..b }, panel),
         );
     });
-    Panels { words, format: precision.into(), k_len, n }
+    Panels { source: Source::Stored(words, precision.into()), precision, k_len, n }
 }
 
+/// [`pack_panels`] of one panel. Inside `with_isa`.
 #[inline(always)]
-fn pack_panel(
+pub(crate) fn pack_panel(
     isa: Isa,
     precision: Precision,
     k_len: usize,

@@ -2,10 +2,8 @@
 
 #[cfg(target_arch = "x86_64")]
 use crate::gemm::bf16_words;
-use crate::gemm::{NR, Precision};
+use crate::gemm::{MatrixRef, NR, Precision, pack_panel};
 use crate::isa::{Isa, with_isa};
-#[cfg(target_arch = "x86_64")]
-use crate::lanes::LANES;
 
 /// How a packed weight is stored, and in which precision it is multiplied.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
@@ -91,23 +89,28 @@ impl Format {
         wide
     }
 
-    /// The first columns of some words along `k` of a stored panel, `n` numbers of each: those of column `c` to `into[c * stride]`,
-    /// as many columns as there is room for.
-    pub(super) fn columns(self, isa: Isa, stored: &[u32], into: &mut [f32], stride: usize, n: usize) {
+    /// Up to 32 numbers along `k` of the first `n_columns` columns of a stored panel, as words of a panel whose columns these numbers
+    /// are, and whose `k` the columns.
+    pub(super) fn turn(self, isa: Isa, stored: &[u32], n_columns: usize, n_numbers: usize, to: &mut [u32]) {
         #[cfg(target_arch = "x86_64")]
         if isa.has_avx512()
             && self == Self::Bf16
-            && n == 2 * LANES
-            && let Some(stored) = stored.first_chunk()
+            && let (Some(stored), Some(to)) = (stored.first_chunk(), to.first_chunk_mut())
         {
             assert!(isa.is_available());
             // SAFETY: the instruction set is available.
-            return unsafe { bf16_words::widened_columns(stored, into.len().div_ceil(stride), into, stride) };
+            return unsafe { bf16_words::turned(stored, to) };
         }
-        let _ = isa;
-        for (column, into) in into.chunks_mut(stride).enumerate() {
-            self.column(stored, column, &mut into[..n]);
+        let mut rows = [0.0; NR * NR];
+        for (column, row) in rows.chunks_exact_mut(NR).enumerate().take(n_columns) {
+            self.column(stored, column, &mut row[..n_numbers]);
         }
+        let view = MatrixRef { data: &rows, row_stride: NR, col_stride: 1 };
+        with_isa(
+            isa,
+            #[inline(always)]
+            || pack_panel(isa, self.precision(), n_columns, n_numbers, view, to),
+        );
     }
 
     /// Column `column` of a stored panel, the first `into.len()` numbers along `k`.

@@ -374,8 +374,7 @@ fn the_input_gradient_is_the_product_with_the_weight() {
     for format in Format::ALL {
         let n_in = 37usize.next_multiple_of(format.in_features_multiple());
         let w = weight(format, n_out, n_in);
-        let mut d_x = vec![0.0; n_rows * n_in];
-        w.input_gradient(&d_y, n_rows, Precision::F32, &mut d_x);
+        let d_x = w.input_gradient(&d_y, n_rows, Precision::F32);
         let mut expected = vec![0.0f64; n_rows * n_in];
         let mut row = vec![0.0; n_in];
         for o in 0..n_out {

@@ -172,8 +172,7 @@ impl CustomOp3 for Attention {
         _: &Tensor,
         d_out: &Tensor,
     ) -> Result<(Option<Tensor>, Option<Tensor>, Option<Tensor>)> {
-        let (d_q, d_k, d_v) = with_slices([q, k, v, &d_out.contiguous()?], |[q, k, v, d_out]| {
-            let (mut d_q, mut d_k, mut d_v) = (vec![0.0; q.len()], vec![0.0; k.len()], vec![0.0; v.len()]);
+        let [d_q, d_k, d_v] = with_slices([q, k, v, &d_out.contiguous()?], |[q, k, v, d_out]| {
             let (plan, shape) = (&self.plan, self.shape);
             kernels::attention_backward(
                 q,
@@ -184,11 +183,7 @@ impl CustomOp3 for Attention {
                 shape,
                 self.bias.as_ref().map(RelativeBias::view),
                 self.dropout,
-                &mut d_q,
-                &mut d_k,
-                &mut d_v,
-            );
-            (d_q, d_k, d_v)
+            )
         })?;
         Ok((Some(tensor(d_q, q)?), Some(tensor(d_k, k)?), Some(tensor(d_v, v)?)))
     }

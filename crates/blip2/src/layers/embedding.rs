@@ -60,11 +60,13 @@ impl CustomOp1 for Lookup {
     fn bwd(&self, table: &Tensor, _: &Tensor, d_rows: &Tensor) -> Result<Option<Tensor>> {
         let (_, width) = table.dims2()?;
         with_slices([&d_rows.contiguous()?], |[d_rows]| {
-            add_to(table, |d_table, _| {
+            add_to(table, |earlier| {
+                let mut d_table = earlier.unwrap_or_else(|| vec![0.0; table.elem_count()]);
                 for (&id, d_row) in self.ids.iter().zip(d_rows.chunks_exact(width)) {
                     let sum = &mut d_table[id as usize * width..][..width];
                     sum.iter_mut().zip(d_row).for_each(|(sum, d)| *sum += d);
                 }
+                d_table
             })
         })?
     }

@@ -239,20 +239,12 @@ impl FrozenWeight {
         }
     }
 
-    /// `x Wᵀ + bias` into `y`, `[n_rows, out]`.
-    pub(super) fn forward_into(&self, x: &[f32], n_rows: usize, bias: Option<&[f32]>, y: &mut [f32]) {
+    /// `d_y W`.
+    pub(super) fn input_gradient(&self, d_y: &[f32], n_rows: usize) -> Vec<f32> {
         match self {
-            Self::Packed(w) => w.forward_into(x, n_rows, bias, y),
-            Self::Quantized(w) => w.forward_into(x, n_rows, Epilogue::bias(bias), y),
-        }
-    }
-
-    /// `d_x = d_y W`.
-    pub(super) fn input_gradient(&self, d_y: &[f32], n_rows: usize, d_x: &mut [f32]) {
-        match self {
-            Self::Packed(w) => w.input_gradient(d_y, n_rows, d_x),
+            Self::Packed(w) => w.input_gradient(d_y, n_rows),
             // The weights were rounded more than bf16 rounds.
-            Self::Quantized(w) => w.input_gradient(d_y, n_rows, Precision::Bf16, d_x),
+            Self::Quantized(w) => w.input_gradient(d_y, n_rows, Precision::Bf16),
         }
     }
 }

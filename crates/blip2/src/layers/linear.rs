@@ -194,65 +194,45 @@ fn columns(data: &[f32], width: usize) -> MatrixRef<'_> {
 }
 
 /// `x Wᵀ (+ b)` on slices; an empty bias is none.
-fn dense_forward(x: &[f32], w: &[f32], bias: &[f32], n_in: usize, precision: Precision) -> Vec<f32> {
+pub(super) fn dense_forward(
+    x: &[f32],
+    w: &[f32],
+    bias: &[f32],
+    n_in: usize,
+    precision: Precision,
+) -> Vec<f32> {
     let (n_rows, n_out) = (x.len() / n_in, w.len() / n_in);
     let a = rows(x, n_in);
     let b = columns(w, n_in);
     product(n_rows, n_out, n_in, a, b, (!bias.is_empty()).then_some(bias), precision)
 }
 
-/// `x Wᵀ (+ b)` into `y`.
-pub(super) fn dense_forward_into(
-    x: &[f32],
-    w: &[f32],
-    bias: &[f32],
-    n_in: usize,
-    precision: Precision,
-    y: &mut [f32],
-) {
-    let (n_rows, n_out) = (x.len() / n_in, w.len() / n_in);
-    let a = rows(x, n_in);
-    let b = columns(w, n_in);
-    let start = if bias.is_empty() { Start::Zero } else { Start::Row(bias) };
-    gemm(n_rows, n_out, n_in, a, b, start, y, precision);
-}
-
 /// `d_y W` on slices.
-fn dense_input_gradient(d_y: &[f32], w: &[f32], n_in: usize, precision: Precision) -> Vec<f32> {
+pub(super) fn dense_input_gradient(d_y: &[f32], w: &[f32], n_in: usize, precision: Precision) -> Vec<f32> {
     let n_out = w.len() / n_in;
     let a = rows(d_y, n_out);
     let b = rows(w, n_in);
     product(d_y.len() / n_out, n_in, n_out, a, b, None, precision)
 }
 
-/// `d_y W` into `d_x`.
-pub(super) fn dense_input_gradient_into(
-    d_y: &[f32],
-    w: &[f32],
-    n_in: usize,
-    precision: Precision,
-    d_x: &mut [f32],
-) {
-    let n_out = w.len() / n_in;
-    let a = rows(d_y, n_out);
-    let b = rows(w, n_in);
-    gemm(d_y.len() / n_out, n_in, n_out, a, b, Start::Zero, d_x, precision);
-}
-
-/// `d_w (+)= d_yᵀ x` on slices.
+/// `d_yᵀ x`, added to what there is.
 pub(super) fn dense_weight_gradient(
     d_y: &[f32],
     x: &[f32],
-    n_in: usize,
-    accumulate: bool,
+    [n_out, n_in]: [usize; 2],
     precision: Precision,
-    d_w: &mut [f32],
-) {
-    let n_out = d_w.len() / n_in;
+    earlier: Option<Vec<f32>>,
+) -> Vec<f32> {
+    let n_rows = x.len() / n_in;
     let a = columns(d_y, n_out);
     let b = rows(x, n_in);
-    let start = if accumulate { Start::Result } else { Start::Zero };
-    gemm(n_out, n_in, x.len() / n_in, a, b, start, d_w, precision);
+    match earlier {
+        Some(mut sum) => {
+            gemm(n_out, n_in, n_rows, a, b, Start::Result, &mut sum, precision);
+            sum
+        }
+        None => product(n_out, n_in, n_rows, a, b, None, precision),
+    }
 }
 
 fn check_width(x: &Layout, n_in: usize) -> Result<()> {
@@ -303,13 +283,11 @@ impl CustomOp3 for DenseLinear {
         _: &Tensor,
         d_y: &Tensor,
     ) -> Result<(Option<Tensor>, Option<Tensor>, Option<Tensor>)> {
-        let (_, n_in) = w.dims2()?;
+        let (n_out, n_in) = w.dims2()?;
         let d_y = d_y.contiguous()?;
         let d_w = if w.is_variable() {
             with_slices([x, &d_y], |[x, d_y]| {
-                add_to(w, |d_w, is_first| {
-                    dense_weight_gradient(d_y, x, n_in, !is_first, self.precision, d_w);
-                })
+                add_to(w, |earlier| dense_weight_gradient(d_y, x, [n_out, n_in], self.precision, earlier))
             })??
         } else {
             None
@@ -360,10 +338,7 @@ impl CustomOp1 for FrozenLinear {
             candle_core::bail!("a fused activation has no gradient");
         }
         let d_x = with_slices([&d_y.contiguous()?], |[d_y]| {
-            let n_rows = d_y.len() / self.weight.out_features();
-            let mut d_x = vec![0.0; n_rows * self.weight.in_features()];
-            self.weight.input_gradient(d_y, n_rows, &mut d_x);
-            d_x
+            self.weight.input_gradient(d_y, d_y.len() / self.weight.out_features())
         })?;
         tensor(d_x, x).map(Some)
     }

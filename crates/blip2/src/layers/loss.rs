@@ -6,9 +6,10 @@ use std::sync::Arc;
 use blip2_kernels::column_sums::add_column_sums;
 use blip2_kernels::cross_entropy as kernels;
 use blip2_kernels::gemm::Precision;
+use blip2_kernels::linear::Epilogue;
 use candle_core::{CpuStorage, CustomOp1, CustomOp3, Layout, Result, Shape, Tensor};
 
-use super::linear::{dense_forward_into, dense_input_gradient_into, dense_weight_gradient};
+use super::linear::{dense_forward, dense_input_gradient, dense_weight_gradient};
 use super::view::{slice, tensor, with_slices};
 use super::weight_gradient::add_to;
 use super::{FrozenWeight, Linear, Weight};
@@ -78,20 +79,13 @@ impl Targets {
         (0..n_rows).step_by(ROWS_AT_A_TIME).map(move |start| start..(start + ROWS_AT_A_TIME).min(n_rows))
     }
 
-    /// Room for the logits of a block.
-    fn room(&self, n_classes: usize) -> Vec<f32> {
-        vec![0.0; ROWS_AT_A_TIME.min(self.classes.len()) * n_classes]
-    }
-
-    /// The loss of each row; `logits_of(rows, into)` computes the logits of a block.
-    fn losses(&self, n_classes: usize, logits_of: impl Fn(Range<usize>, &mut [f32])) -> (CpuStorage, Shape) {
+    /// The loss of each row; `logits_of(rows)` computes the logits of a block.
+    fn losses(&self, n_classes: usize, logits_of: impl Fn(Range<usize>) -> Vec<f32>) -> (CpuStorage, Shape) {
         let mut losses = vec![0.0; self.classes.len()];
-        let mut room = self.room(n_classes);
         for rows in self.blocks() {
-            let logits = &mut room[..rows.len() * n_classes];
-            logits_of(rows.clone(), logits);
+            let logits = logits_of(rows.clone());
             let (targets, losses) = (&self.classes[rows.clone()], &mut losses[rows]);
-            kernels::cross_entropy(logits, n_classes, targets, self.smoothing, losses);
+            kernels::cross_entropy(&logits, n_classes, targets, self.smoothing, losses);
         }
         (CpuStorage::F32(losses), Shape::from(self.classes.len()))
     }
@@ -101,17 +95,14 @@ impl Targets {
         &self,
         n_classes: usize,
         d_losses: &[f32],
-        logits_of: impl Fn(Range<usize>, &mut [f32]),
+        logits_of: impl Fn(Range<usize>) -> Vec<f32>,
         mut visit: impl FnMut(Range<usize>, &[f32]),
     ) {
-        let (mut room, mut d_room) = (self.room(n_classes), self.room(n_classes));
         for rows in self.blocks() {
-            let n = rows.len() * n_classes;
-            let (logits, d_logits) = (&mut room[..n], &mut d_room[..n]);
-            logits_of(rows.clone(), logits);
+            let mut logits = logits_of(rows.clone());
             let (targets, d_losses) = (&self.classes[rows.clone()], &d_losses[rows.clone()]);
-            kernels::cross_entropy_backward(logits, n_classes, targets, self.smoothing, d_losses, d_logits);
-            visit(rows, d_logits);
+            kernels::cross_entropy_backward(&mut logits, n_classes, targets, self.smoothing, d_losses);
+            visit(rows, &logits);
         }
     }
 }
@@ -140,8 +131,8 @@ impl CustomOp1 for CrossEntropy {
         let (_, n_classes) = logits.dims2()?;
         let Targets { classes, smoothing } = &self.0;
         let d_logits = with_slices([logits, &d_losses.contiguous()?], |[x, d_losses]| {
-            let mut d_x = vec![0.0; x.len()];
-            kernels::cross_entropy_backward(x, n_classes, classes, *smoothing, d_losses, &mut d_x);
+            let mut d_x = x.to_vec();
+            kernels::cross_entropy_backward(&mut d_x, n_classes, classes, *smoothing, d_losses);
             d_x
         })?;
         tensor(d_logits, logits).map(Some)
@@ -155,11 +146,9 @@ struct DenseCrossEntropy {
 
 impl DenseCrossEntropy {
     /// Computes the logits of some rows of `x`, `[N, n_in]`.
-    fn logits_of(&self, [x, w, bias]: [&[f32]; 3], n_in: usize) -> impl Fn(Range<usize>, &mut [f32]) {
+    fn logits_of(&self, [x, w, bias]: [&[f32]; 3], n_in: usize) -> impl Fn(Range<usize>) -> Vec<f32> {
         let precision = self.precision;
-        move |rows, logits| {
-            dense_forward_into(&x[elements(&rows, n_in)], w, bias, n_in, precision, logits);
-        }
+        move |rows| dense_forward(&x[elements(&rows, n_in)], w, bias, n_in, precision)
     }
 }
 
@@ -191,19 +180,20 @@ impl CustomOp3 for DenseCrossEntropy {
         d_losses: &Tensor,
     ) -> Result<(Option<Tensor>, Option<Tensor>, Option<Tensor>)> {
         let (n_classes, n_in) = w.dims2()?;
-        let (mut d_x, mut d_b) = (vec![0.0; x.elem_count()], vec![0.0; bias.elem_count()]);
+        let (mut d_x, mut d_b) = (Vec::with_capacity(x.elem_count()), vec![0.0; bias.elem_count()]);
         let d_w = with_slices([x, w, bias, &d_losses.contiguous()?], |[x, ws, bias, d_losses]| {
-            add_to(w, |d_w, is_first| {
+            add_to(w, |mut d_w| {
                 let logits_of = self.logits_of([x, ws, bias], n_in);
                 self.targets.backward(n_classes, d_losses, logits_of, |rows, d_logits| {
                     let own = elements(&rows, n_in);
-                    dense_input_gradient_into(d_logits, ws, n_in, self.precision, &mut d_x[own.clone()]);
-                    let accumulate = !is_first || rows.start > 0;
-                    dense_weight_gradient(d_logits, &x[own], n_in, accumulate, self.precision, d_w);
+                    d_x.extend_from_slice(&dense_input_gradient(d_logits, ws, n_in, self.precision));
+                    let shape = [n_classes, n_in];
+                    d_w = Some(dense_weight_gradient(d_logits, &x[own], shape, self.precision, d_w.take()));
                     if !d_b.is_empty() {
                         add_column_sums(d_logits, &mut d_b);
                     }
                 });
+                d_w.unwrap_or_else(|| vec![0.0; ws.len()])
             })
         })??;
         let d_b = if d_b.is_empty() { None } else { Some(tensor(d_b, bias)?) };
@@ -219,10 +209,10 @@ struct FrozenCrossEntropy {
 
 impl FrozenCrossEntropy {
     /// Computes the logits of some rows of `x`, `[N, n_in]`.
-    fn logits_of(&self, x: &[f32]) -> impl Fn(Range<usize>, &mut [f32]) {
-        move |rows, logits| {
+    fn logits_of(&self, x: &[f32]) -> impl Fn(Range<usize>) -> Vec<f32> {
+        move |rows| {
             let own = elements(&rows, self.weight.in_features());
-            self.weight.forward_into(&x[own], rows.len(), self.bias.as_deref(), logits);
+            self.weight.forward(&x[own], rows.len(), Epilogue::bias(self.bias.as_deref()))
         }
     }
 }
@@ -237,11 +227,11 @@ impl CustomOp1 for FrozenCrossEntropy {
     }
 
     fn bwd(&self, x: &Tensor, _: &Tensor, d_losses: &Tensor) -> Result<Option<Tensor>> {
-        let (n_in, n_classes) = (self.weight.in_features(), self.weight.out_features());
+        let n_classes = self.weight.out_features();
         let d_x = with_slices([x, &d_losses.contiguous()?], |[x, d_losses]| {
-            let mut d_x = vec![0.0; x.len()];
+            let mut d_x = Vec::with_capacity(x.len());
             self.targets.backward(n_classes, d_losses, self.logits_of(x), |rows, d_logits| {
-                self.weight.input_gradient(d_logits, rows.len(), &mut d_x[elements(&rows, n_in)]);
+                d_x.extend_from_slice(&self.weight.input_gradient(d_logits, rows.len()));
             });
             d_x
         })?;

@@ -43,15 +43,15 @@ pub fn backward(loss: &Tensor, sums: &mut WeightGradients) -> Result<GradStore> 
     Ok(store)
 }
 
-/// Adds to the gradient of `weight`, as part of an operation's backward pass: `add(gradient, is_first)` adds to what is there, or
-/// overwrites it where `is_first`; that is all zeros. Gives the gradient where nobody sums it, for the tensor engine.
-pub(super) fn add_to(weight: &Tensor, add: impl FnOnce(&mut [f32], bool)) -> Result<Option<Tensor>> {
+/// Adds to the gradient of `weight`, as part of an operation's backward pass: `add` is given what is there, if anything is, and
+/// gives that with its own added. Gives the gradient where nobody sums it, for the tensor engine.
+pub(super) fn add_to(
+    weight: &Tensor,
+    add: impl FnOnce(Option<Vec<f32>>) -> Vec<f32>,
+) -> Result<Option<Tensor>> {
     let earlier = SUMS.with_borrow_mut(|sums| sums.as_mut().map(|sums| sums.remove(&weight.id())));
     let is_summed = earlier.is_some();
-    let earlier = earlier.flatten();
-    let is_first = earlier.is_none();
-    let mut gradient = earlier.unwrap_or_else(|| vec![0.0; weight.elem_count()]);
-    add(&mut gradient, is_first);
+    let gradient = add(earlier.flatten());
     if !is_summed {
         return tensor(gradient, weight).map(Some);
     }
