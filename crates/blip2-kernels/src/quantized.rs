@@ -26,6 +26,9 @@ mod sums;
 #[cfg(test)]
 mod tests;
 
+#[cfg(target_arch = "x86_64")]
+use std::ops::Range;
+
 use rayon::prelude::*;
 
 #[cfg(target_arch = "x86_64")]
@@ -43,6 +46,10 @@ use sums::{Activations, MAX_ROWS, Tile, block_sums, integer_sums};
 
 /// Tasks for each thread: enough to even out their times.
 const TASKS_A_THREAD: usize = 4;
+
+/// How far ahead of the products of a few rows weights are fetched.
+#[cfg(target_arch = "x86_64")]
+const AHEAD: usize = 8192;
 
 /// Output rows widened at a time by the input gradient: a megabyte or so, not the whole matrix.
 const ROWS_A_GRADIENT_BLOCK: usize = 1024;
@@ -303,10 +310,10 @@ impl QuantizedWeight {
         let panel_bytes = bytes.len() / n_panels;
         let rows_a_tile = self.format.rows_a_tile();
         let (group, row_group) = (task / n_row_groups, task % n_row_groups);
-        let last_row = n_rows.min((row_group + 1) * rows_a_task);
+        let some = row_group * rows_a_task..n_rows.min((row_group + 1) * rows_a_task);
         let mut sums = Sums { tile: [[0.0; WIDTH]; MAX_ROWS], integers: [[0; WIDTH]; MAX_ROWS] };
         #[cfg(target_arch = "x86_64")]
-        let mut amx_sums = rows.registers().map(|_| AmxSums::new(rows, row_group * rows_a_task..last_row));
+        let mut amx_sums = rows.registers().map(|_| AmxSums::new(rows, some.clone()));
         // A machine with AMX has what writes past the caches; elsewhere it was not tried.
         #[cfg(target_arch = "x86_64")]
         let is_far = amx_sums.is_some() && n_rows * n_out >= FAR;
@@ -316,16 +323,18 @@ impl QuantizedWeight {
             if let Some(sums) = &mut amx_sums {
                 sums.fill(panel[4 * WIDTH..].as_chunks::<QUAD>().0);
             }
-            for first in (row_group * rows_a_task..last_row).step_by(rows_a_tile) {
-                let x = Activations::of(rows, first, rows_a_tile.min(last_row - first));
+            for first in some.clone().step_by(rows_a_tile) {
+                let x = Activations::of(rows, first, rows_a_tile.min(some.end - first));
                 #[cfg(target_arch = "x86_64")]
                 if let Some(amx_sums) = &amx_sums {
                     amx_sums.read(first, &mut sums.integers[..x.n_rows]);
                 } else {
-                    self.sums(isa, x, panel, &mut sums);
+                    let ahead =
+                        self.ahead(isa, p * panel_bytes..(p + 1) * panel_bytes, &some, x.n_rows, first);
+                    self.sums(isa, x, panel, ahead, &mut sums);
                 }
                 #[cfg(not(target_arch = "x86_64"))]
-                self.sums(isa, x, panel, &mut sums);
+                self.sums(isa, x, panel, &[], &mut sums);
                 self.finish(isa, x, panel, epilogue, first, p * WIDTH, &mut sums);
                 let width = WIDTH.min(n_out - p * WIDTH);
                 for (r, row) in sums.tile.iter().enumerate().take(x.n_rows) {
@@ -353,12 +362,36 @@ impl QuantizedWeight {
         }
     }
 
-    /// The sums of the rows `x` for a panel, of integers where there are no blocks.
-    fn sums(&self, isa: Isa, x: Activations<'_>, panel: &[u8], sums: &mut Sums) {
+    /// Bytes that are fetched while `n` rows of a task's, from `first` on, meet the panel that is `at` these bytes.
+    #[cfg(target_arch = "x86_64")]
+    fn ahead(&self, isa: Isa, at: Range<usize>, some: &Range<usize>, n: usize, first: usize) -> &[u8] {
+        let bytes = self.bytes();
+        let up_to = |start: usize, end: usize| &bytes[start.min(bytes.len())..end.min(bytes.len())];
+        if some.len() > self.format.rows_a_tile() {
+            if isa != Isa::Amx {
+                return &[];
+            }
+            // While all rows meet this panel, the next comes, a part with each tile.
+            let part = |row: usize| at.end + (row - some.start) * at.len() / some.len();
+            return up_to(part(first), part(first + n));
+        }
+        // On AMD's processors this makes weights below eight bits a fifth faster with five rows; with one row, and with eight bits,
+        // they read far ahead by themselves, and asking for it costs more than it gains. Intel's, which have AMX, read a token's
+        // weights of four bits a quarter faster with it.
+        let is_narrow = !matches!(self.format, Format::Int8 | Format::Int8Blocks);
+        if isa == Isa::Amx || is_narrow && (2..6).contains(&n) {
+            up_to(at.start + AHEAD, at.end + AHEAD)
+        } else {
+            &[]
+        }
+    }
+
+    /// The sums of the rows `x` for a panel, of integers where there are no blocks. Meanwhile `ahead` is fetched.
+    fn sums(&self, isa: Isa, x: Activations<'_>, panel: &[u8], ahead: &[u8], sums: &mut Sums) {
         if self.format == Format::Int8 {
             integer_sums(isa, x, panel[4 * WIDTH..].as_chunks::<QUAD>().0, &mut sums.integers);
         } else {
-            block_sums(isa, self.format, x, panel, &mut sums.tile);
+            block_sums(isa, self.format, x, panel, ahead, &mut sums.tile);
         }
     }
 

@@ -7,14 +7,20 @@ use super::format::{Layout, QUAD, SCALES, WIDTH};
 use super::sums::{Activations, Tile};
 use crate::isa::Isa;
 
-/// How far ahead of the products of a few rows weights are fetched.
-const AHEAD: usize = 8192;
-
-/// Whether weights are fetched ahead of the products of so many rows. On AMD's processors it makes weights below eight bits a fifth
-/// faster with five rows; with one row, and with eight bits, they read far ahead by themselves, and asking for it costs more than
-/// it gains. Intel's, which have AMX, read a token's weights a tenth faster with it.
-fn is_fetched_ahead<L: Layout>(isa: Isa, n_rows: usize) -> bool {
-    n_rows < 6 && (isa == Isa::Amx || L::BITS < 8 && n_rows > 1)
+/// Asks for the lines of some bytes, which are read soon. The second level of Intel's cache takes more lines at once than the first.
+#[inline(always)]
+pub(super) fn fetch(isa: Isa, bytes: &[u8]) {
+    for line in bytes.chunks(64) {
+        // SAFETY: nothing is read.
+        #[allow(unused_unsafe, reason = "safe in later versions of the language")]
+        unsafe {
+            if isa == Isa::Amx {
+                _mm_prefetch::<_MM_HINT_T1>(line.as_ptr().cast());
+            } else {
+                _mm_prefetch::<_MM_HINT_T0>(line.as_ptr().cast());
+            }
+        }
+    }
 }
 
 /// Four integers of a row in every lane.
@@ -69,9 +75,11 @@ pub(super) unsafe fn block_sums<const R: usize, L: Layout>(
     isa: Isa,
     x: Activations<'_>,
     panel: &[u8],
+    ahead: &[u8],
     sums: &mut Tile<f32>,
 ) {
-    let (low, is_ahead) = (_mm512_set1_epi8(15), is_fetched_ahead::<L>(isa, R));
+    let low = _mm512_set1_epi8(15);
+    let mut ahead = ahead.chunks(ahead.len().div_ceil(x.n_blocks).next_multiple_of(64).max(64));
     let mut acc = [[_mm512_setzero_ps(); 2]; R];
     for b in 0..x.n_blocks {
         // SAFETY: block b is there in `panel` and in R rows of values and scales, as the caller promised.
@@ -79,11 +87,8 @@ pub(super) unsafe fn block_sums<const R: usize, L: Layout>(
             let (group, i) = (panel.as_ptr().add(b / L::BLOCKS * L::GROUP), b % L::BLOCKS);
             let body = group.add(L::HEAD + i * L::BODY);
             let values = x.values.as_ptr().add(b * L::INPUTS);
-            if is_ahead {
-                let block = if L::BLOCKS == 1 { group } else { body };
-                for line in (0..L::GROUP / L::BLOCKS).step_by(64) {
-                    _mm_prefetch::<_MM_HINT_T0>(block.wrapping_add(AHEAD + line).cast());
-                }
+            if let Some(lines) = ahead.next() {
+                fetch(isa, lines);
             }
             let mut integers = [[_mm512_setzero_si512(); 2]; R];
             if !L::OFFSET {

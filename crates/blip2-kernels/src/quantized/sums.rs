@@ -152,18 +152,27 @@ fn add_quad(quad: &[u8; QUAD], x: &[i8; 4], zero_point: i32, sums: &mut [i32; WI
 }
 
 /// `Σ scale (Σ x (q - zero point)) + minimum Σ x` over the blocks of a panel, the sum inside a block in integers.
-pub(super) fn block_sums(isa: Isa, format: Format, x: Activations<'_>, panel: &[u8], sums: &mut Tile<f32>) {
+/// Meanwhile the bytes `ahead` are fetched, where the instructions have that.
+pub(super) fn block_sums(
+    isa: Isa,
+    format: Format,
+    x: Activations<'_>,
+    panel: &[u8],
+    ahead: &[u8],
+    sums: &mut Tile<f32>,
+) {
     with_layout!(format, L => {
         assert!(panel.len() == x.n_blocks.div_ceil(L::BLOCKS) * L::GROUP && x.n_blocks.is_multiple_of(L::BLOCKS));
         x.check(format.rows_a_tile(), x.n_blocks * L::INPUTS);
-        sums_of_blocks::<L>(isa, x, panel, sums)
+        sums_of_blocks::<L>(isa, x, panel, ahead, sums)
     }, unreachable!("{format:?} has no blocks"));
 }
 
 /// The sizes were checked.
-fn sums_of_blocks<L: Layout>(isa: Isa, x: Activations<'_>, panel: &[u8], sums: &mut Tile<f32>) {
+fn sums_of_blocks<L: Layout>(isa: Isa, x: Activations<'_>, panel: &[u8], ahead: &[u8], sums: &mut Tile<f32>) {
     assert!(isa.is_available());
     let n_rows = x.n_rows;
+    let _ = ahead;
     // As in `integer_sums`.
     #[allow(unused_macros, reason = "not every architecture has one")]
     macro_rules! rows_at_a_time {
@@ -188,7 +197,7 @@ fn sums_of_blocks<L: Layout>(isa: Isa, x: Activations<'_>, panel: &[u8], sums: &
         #[cfg(target_arch = "x86_64")]
         Isa::Avx512 | Isa::Amx => with_count!(n_rows, [1 2 3 4 5 6], R => {
             // SAFETY: the sizes were checked, and the instruction set is available.
-            unsafe { avx512::block_sums::<R, L>(isa, x, panel, sums) }
+            unsafe { avx512::block_sums::<R, L>(isa, x, panel, ahead, sums) }
         }),
         #[cfg(target_arch = "x86_64")]
         Isa::AvxVnni => rows_at_a_time!(3, x, sums => with_count!(x.n_rows, [1 2 3], R => {
