@@ -78,8 +78,8 @@ const TILES_A_TASK: usize = 8;
 /// From so many tasks a thread on, it does not matter how evenly they are divided.
 const MANY_TASKS: usize = 8;
 
-/// Words of `B` that are packed together, where that gains something: 16 MiB.
-const WORDS_TOGETHER: usize = 1 << 22;
+/// Words of `B` that are packed together, where that gains something: 16 MiB, and in tests so few that they are packed in turns too.
+const WORDS_TOGETHER: usize = if cfg!(test) { 1_400_000 } else { 1 << 22 };
 
 /// What a product is added to.
 #[derive(Debug, Clone, Copy)]
