@@ -174,23 +174,7 @@ impl PackedWeight {
     /// # Panics
     /// When the lengths do not fit.
     pub fn input_gradient(&self, d_y: &[f32], n_rows: usize) -> Vec<f32> {
-        let n = n_rows * self.in_features;
-        let mut d_x = Vec::with_capacity(n);
-        // SAFETY: the capacity is n_rows * in, and all of it is written.
-        unsafe {
-            self.input_gradient_to(d_y, n_rows, Output(d_x.as_mut_ptr()));
-            d_x.set_len(n);
-        }
-        d_x
-    }
-
-    /// # Safety
-    /// `d_x` must point to `n_rows * in_features` elements, which are all written.
-    unsafe fn input_gradient_to(&self, d_y: &[f32], n_rows: usize, d_x: Output) {
         assert_eq!(d_y.len(), n_rows * self.out_features, "d_y must be [n_rows, out]");
-        if n_rows == 0 {
-            return;
-        }
         let (block, precision) = (self.block_len(), self.format.precision());
         let blocks: Vec<_> = (0..self.out_features)
             .step_by(block)
@@ -200,8 +184,16 @@ impl PackedWeight {
             })
             .collect();
         let a = MatrixRef { data: d_y, row_stride: self.out_features, col_stride: 1 };
-        // SAFETY: the caller's promise.
-        unsafe { multiply(Isa::detect(), n_rows, a, &blocks, Start::Zero, d_x, None) };
+        let n = n_rows * self.in_features;
+        let mut d_x = Vec::with_capacity(n);
+        if n_rows > 0 {
+            // SAFETY: the capacity is n_rows * in, and all of it is written.
+            unsafe {
+                multiply(Isa::detect(), n_rows, a, &blocks, Start::Zero, Output(d_x.as_mut_ptr()), None);
+                d_x.set_len(n);
+            }
+        }
+        d_x
     }
 
     /// Panel `panel` of the transpose, 32 inputs of some outputs, which begin a panel of the matrix itself.
