@@ -201,9 +201,9 @@ unsafe fn gemm_to(
     // Taken, not borrowed: a waiting thread may run another task that multiplies too.
     let mut buffer = PANELS.take();
     let block = KW * precision.per_word();
-    let block_words = n.div_ceil(NR) * NR * KW;
+    let block_words = n.div_ceil(NR) * NR * block.min(k).div_ceil(precision.per_word());
     // With AMX the sums of several blocks stay near; without it each block is multiplied as soon as it is packed.
-    let n_together = if isa == Isa::Amx { (WORDS_TOGETHER / block_words).max(1) } else { 1 };
+    let n_together = if isa == Isa::Amx { (WORDS_TOGETHER / block_words.max(1)).max(1) } else { 1 };
     // An empty `k` is one empty block, which writes what `start` says.
     for first in (0..k.max(1)).step_by(n_together * block) {
         let end = k.min(first + n_together * block);

@@ -443,14 +443,16 @@ impl QuantizedWeight {
     pub fn input_gradient(&self, d_y: &[f32], n_rows: usize, precision: Precision) -> Vec<f32> {
         let (n_out, n_in) = (self.out_features, self.in_features);
         assert_eq!(d_y.len(), n_rows * n_out, "d_y must be [n_rows, out]");
+        if n_rows == 0 {
+            return Vec::new();
+        }
         let mut d_x: Option<Vec<f32>> = None;
         let mut rows = vec![0.0; ROWS_A_GRADIENT_BLOCK.min(n_out) * n_in];
         for first in (0..n_out).step_by(ROWS_A_GRADIENT_BLOCK) {
             let n = ROWS_A_GRADIENT_BLOCK.min(n_out - first);
             let rows = &mut rows[..n * n_in];
             rows.par_chunks_exact_mut(n_in).enumerate().for_each(|(i, row)| self.row(first + i, row));
-            let a =
-                MatrixRef { data: d_y.get(first..).unwrap_or_default(), row_stride: n_out, col_stride: 1 };
+            let a = MatrixRef { data: &d_y[first..], row_stride: n_out, col_stride: 1 };
             let b = MatrixRef { data: rows, row_stride: n_in, col_stride: 1 };
             match &mut d_x {
                 Some(d_x) => gemm(n_rows, n_in, n, a, b, Start::Result, d_x, precision),
