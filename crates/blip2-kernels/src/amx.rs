@@ -89,6 +89,24 @@ pub(crate) struct Operands {
     pub(crate) panel: *const u8,
     /// Products of registers one after another along `k`; at least one.
     pub(crate) n_steps: usize,
+    /// What is wanted next: [`AHEAD`] bytes of it a step are fetched into the second level of the cache meanwhile. Where nothing is,
+    /// the panel itself.
+    pub(crate) ahead: *const u8,
+}
+
+/// Bytes that are fetched with a step: all of a panel, while eight tiles of rows meet the one before it. Asked for in one go they
+/// would hold up the loads of rows.
+pub(crate) const AHEAD: usize = 256;
+
+/// Steps along `k` before sums are put back: 16 KiB of a panel, and as much of rows, which pass by. Twice as many would push the panel
+/// out of the first level.
+pub(crate) const STEPS: usize = 8;
+
+/// Which eighth of what is wanted next tile `i` of `n` fetches, if any.
+pub(crate) fn eighth(i: usize, n: usize) -> Option<usize> {
+    const PARTS: usize = 8 * ROWS * WORDS / AHEAD;
+    let at = |i: usize| i * PARTS / n.max(PARTS);
+    (at(i + 1) > at(i)).then(|| at(i))
 }
 
 /// The registers of this thread, with their shape while this lives: 32 × 32 sums, and operands on their way.
@@ -175,8 +193,13 @@ macro_rules! products {
                         asm!(
                             "2:",
                             "tileloadd tmm4, [{a} + {a_stride}]",
+                            "prefetcht1 [{ahead}]",
+                            "prefetcht1 [{ahead} + 64]",
                             "tileloadd tmm6, [{b} + {b_stride}]",
+                            "prefetcht1 [{ahead} + 128]",
+                            "prefetcht1 [{ahead} + 192]",
                             "tileloadd tmm7, [{b} + {b_stride} + 64]",
+                            "add {ahead}, 256",
                             "add {a}, 1024",
                             "add {b}, 2048",
                             concat!($product, " tmm0, tmm4, tmm6"),
@@ -187,6 +210,7 @@ macro_rules! products {
                             a_stride = in(reg) 4 * WORDS,
                             b = inout(reg) x.panel => _,
                             b_stride = in(reg) 8 * WORDS,
+                            ahead = inout(reg) x.ahead => _,
                             n = inout(reg) x.n_steps => _,
                             options(nostack, readonly),
                         );
@@ -195,15 +219,20 @@ macro_rules! products {
                     asm!(
                         "2:",
                         "tileloadd tmm4, [{a} + {a_stride}]",
+                        "prefetcht1 [{ahead}]",
                         "tileloadd tmm6, [{b} + {b_stride}]",
                         "tileloadd tmm5, [{lower} + {a_stride}]",
+                        "prefetcht1 [{ahead} + 64]",
                         concat!($product, " tmm0, tmm4, tmm6"),
                         "tileloadd tmm7, [{b} + {b_stride} + 64]",
+                        "prefetcht1 [{ahead} + 128]",
                         "add {a}, 1024",
                         concat!($product, " tmm2, tmm5, tmm6"),
                         "add {lower}, 1024",
                         "add {b}, 2048",
                         concat!($product, " tmm1, tmm4, tmm7"),
+                        "prefetcht1 [{ahead} + 192]",
+                        "add {ahead}, 256",
                         concat!($product, " tmm3, tmm5, tmm7"),
                         "dec {n}",
                         "jnz 2b",
@@ -212,6 +241,7 @@ macro_rules! products {
                         a_stride = in(reg) 4 * WORDS,
                         b = inout(reg) x.panel => _,
                         b_stride = in(reg) 8 * WORDS,
+                        ahead = inout(reg) x.ahead => _,
                         n = inout(reg) x.n_steps => _,
                         options(nostack, readonly),
                     );

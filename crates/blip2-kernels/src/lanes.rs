@@ -155,18 +155,38 @@ pub(crate) fn sigmoid(x: f32) -> f32 {
     1.0 / (1.0 + exp(-x))
 }
 
-/// The error function to 2e-7 absolute (Abramowitz and Stegun 7.1.26).
+/// `erf(x) / x` as a polynomial of `x² / 8 - 1`: a least-squares fit at 200 Chebyshev nodes, for `|x|` up to 4, beyond which the
+/// function is 1 in single precision.
+const ERF: [f32; 17] = [
+    0.353_531,
+    -0.176_576_2,
+    0.131_675_26,
+    -0.107_712_3,
+    0.090_206_07,
+    -0.074_700_09,
+    0.059_907_76,
+    -0.045_949_392,
+    0.032_998_22,
+    -0.021_833_49,
+    0.014_406_954,
+    -0.009_846_444,
+    0.004_950_848_4,
+    -0.001_246_793_5,
+    0.001_024_414_7,
+    -0.001_324_858_3,
+    0.000_489_034_86,
+];
+
+/// The error function to 2e-7 absolute and 3e-7 relative: no division and no exponential, which take longer than all of it.
 #[inline(always)]
 pub(crate) fn erf(x: f32) -> f32 {
-    let a = x.abs();
-    let t = 1.0 / a.mul_add(0.327_591_1, 1.0);
-    let mut p = 1.061_405_4f32;
-    p = p.mul_add(t, -1.453_152);
-    p = p.mul_add(t, 1.421_413_7);
-    p = p.mul_add(t, -0.284_496_74);
-    p = p.mul_add(t, 0.254_829_6);
-    let value = (-p * t).mul_add(exp_of_negative(-a * a), 1.0);
-    if x < 0.0 { -value } else { value }
+    let x = x.clamp(-4.0, 4.0);
+    let s = (x * x).mul_add(0.125, -1.0);
+    let mut p = ERF[16];
+    for c in ERF[..16].iter().rev() {
+        p = p.mul_add(s, *c);
+    }
+    (p * x).clamp(-1.0, 1.0)
 }
 
 #[cfg(test)]
@@ -200,18 +220,27 @@ mod tests {
     }
 
     #[test]
-    fn erf_matches_tabulated_values() {
-        for (x, expected) in [
-            (0.0, 0.0),
-            (0.1, 0.112_462_916),
-            (0.5, 0.520_499_878),
-            (1.0, 0.842_700_793),
-            (2.0, 0.995_322_265),
-            (4.0, 0.999_999_985),
-        ] {
-            assert!((f64::from(erf(x)) - expected).abs() < 3e-7, "{x}");
-            assert!((f64::from(erf(-x)) + expected).abs() < 3e-7, "-{x}");
+    fn erf_is_that_of_its_series() {
+        // 2/√π Σ (-1)ⁿ x²ⁿ⁺¹ / (n! (2n + 1)), whose terms are up to 3e5 below 4, in f64.
+        let series = |x: f64| {
+            let (mut power, mut sum) = (x, 0.0);
+            for n in 0..200 {
+                sum += power / f64::from(2 * n + 1);
+                power *= -x * x / f64::from(n + 1);
+            }
+            sum * std::f64::consts::FRAC_2_SQRT_PI
+        };
+        for i in 0..=40_000 {
+            let x = i as f32 * 1e-4;
+            let (value, expected) = (f64::from(erf(x)), series(f64::from(x)));
+            let error = (value - expected).abs();
+            assert!(error < 2e-7 && error <= 3e-7 * expected, "{x}: {value} {expected}");
+            assert_eq!(erf(-x), -erf(x), "{x}");
         }
+        for x in [4.0, 4.5, 1e20, f32::INFINITY] {
+            assert_eq!((erf(x), erf(-x)), (1.0, -1.0), "{x}");
+        }
+        assert!(erf(f32::NAN).is_nan());
     }
 
     #[test]

@@ -20,6 +20,7 @@ mod format;
 mod gguf;
 #[cfg(target_arch = "aarch64")]
 pub(crate) mod neon;
+mod results;
 mod rounding;
 mod rows;
 mod sums;
@@ -32,7 +33,7 @@ use std::ops::Range;
 use rayon::prelude::*;
 
 #[cfg(target_arch = "x86_64")]
-use crate::buffer::{FAR, all_written, put_row};
+use crate::buffer::{FAR, all_written};
 use crate::gemm::{MatrixRef, Output, Precision, Start, gemm, product};
 use crate::isa::{Isa, with_isa};
 use crate::linear::Epilogue;
@@ -40,12 +41,10 @@ use crate::memory::WeightMemory;
 #[cfg(target_arch = "x86_64")]
 use amx_sums::AmxSums;
 pub use format::{BLOCK, Format, SUPER_BLOCK};
-use format::{QUAD, WIDTH, f32_at};
+use format::{QUAD, WIDTH};
+use results::{Results, TileSums};
 use rows::Rows;
 use sums::{Activations, MAX_ROWS, Tile, block_sums, integer_sums};
-
-/// Tasks for each thread: enough to even out their times.
-const TASKS_A_THREAD: usize = 4;
 
 /// How far ahead of the products of a few rows weights are fetched.
 #[cfg(target_arch = "x86_64")]
@@ -282,7 +281,7 @@ impl QuantizedWeight {
         // A panel is read from memory once by a task, which keeps it in its cache for all of its rows. Rows are divided only
         // where there are not panels enough for the threads.
         let rows_a_tile = self.format.rows_a_tile();
-        let wanted = (TASKS_A_THREAD * rayon::current_num_threads()).div_ceil(n_weights);
+        let wanted = (rows.tasks_a_thread() * rayon::current_num_threads()).div_ceil(n_weights);
         let n_groups = wanted.min(n_panels);
         let n_tiles = n_rows.div_ceil(rows_a_tile);
         let tiles_a_task = n_tiles.div_ceil(wanted / n_groups);
@@ -305,67 +304,90 @@ impl QuantizedWeight {
         tasks: &Tasks,
         task: usize,
     ) {
-        let (n_out, bytes) = (self.out_features, self.bytes());
         let Tasks { n_panels, n_groups, rows_a_task, n_row_groups } = *tasks;
-        let panel_bytes = bytes.len() / n_panels;
-        let rows_a_tile = self.format.rows_a_tile();
         let (group, row_group) = (task / n_row_groups, task % n_row_groups);
+        let panels = group * n_panels / n_groups..(group + 1) * n_panels / n_groups;
         let some = row_group * rows_a_task..n_rows.min((row_group + 1) * rows_a_task);
+        #[cfg(target_arch = "x86_64")]
+        if rows.registers().is_some() {
+            // SAFETY: the caller's promise.
+            return unsafe { self.amx_task(rows, n_rows, epilogue, y, panels, some) };
+        }
+        let rows_a_tile = self.format.rows_a_tile();
         let mut sums = Sums { tile: [[0.0; WIDTH]; MAX_ROWS], integers: [[0; WIDTH]; MAX_ROWS] };
-        #[cfg(target_arch = "x86_64")]
-        let mut amx_sums = rows.registers().map(|_| AmxSums::new(rows, some.clone()));
-        // A machine with AMX has what writes past the caches; elsewhere it was not tried.
-        #[cfg(target_arch = "x86_64")]
-        let is_far = amx_sums.is_some() && n_rows * n_out >= FAR;
-        for p in group * n_panels / n_groups..(group + 1) * n_panels / n_groups {
-            let panel = &bytes[p * panel_bytes..(p + 1) * panel_bytes];
-            #[cfg(target_arch = "x86_64")]
-            if let Some(sums) = &mut amx_sums {
-                sums.fill(panel[4 * WIDTH..].as_chunks::<QUAD>().0);
-            }
+        for p in panels {
+            let panel = self.panel(p);
             for first in some.clone().step_by(rows_a_tile) {
                 let x = Activations::of(rows, first, rows_a_tile.min(some.end - first));
                 #[cfg(target_arch = "x86_64")]
-                if let Some(amx_sums) = &amx_sums {
-                    amx_sums.read(first, &mut sums.integers[..x.n_rows]);
-                } else {
-                    let ahead =
-                        self.ahead(isa, p * panel_bytes..(p + 1) * panel_bytes, &some, x.n_rows, first);
-                    self.sums(isa, x, panel, ahead, &mut sums);
-                }
+                let ahead = self.ahead(isa, p, &some, x.n_rows, first);
                 #[cfg(not(target_arch = "x86_64"))]
-                self.sums(isa, x, panel, &[], &mut sums);
-                self.finish(isa, x, panel, epilogue, first, p * WIDTH, &mut sums);
-                let width = WIDTH.min(n_out - p * WIDTH);
-                for (r, row) in sums.tile.iter().enumerate().take(x.n_rows) {
-                    // SAFETY: row `first + r` and columns `p * WIDTH ..+ width` lie in `y`; no other task has them.
-                    unsafe {
-                        let y = y.at((first + r) * n_out + p * WIDTH);
-                        #[cfg(target_arch = "x86_64")]
-                        if is_far {
-                            put_row(&row[..width], y, is_far);
-                            continue;
-                        }
-                        if width == WIDTH {
-                            // Of a length that the compiler knows.
-                            y.cast::<[f32; WIDTH]>().write_unaligned(*row);
-                        } else {
-                            std::ptr::copy_nonoverlapping(row.as_ptr(), y, width);
-                        }
-                    }
-                }
+                let ahead = &[];
+                let of = if self.format == Format::Int8 {
+                    let quads = panel[4 * WIDTH..].as_chunks::<QUAD>().0;
+                    integer_sums(isa, x, quads, &mut sums.integers);
+                    let sums = &sums.integers[..x.n_rows];
+                    TileSums::Integers { sums, starts: &[0; MAX_ROWS], scales: x.scales }
+                } else {
+                    block_sums(isa, self.format, x, panel, ahead, &mut sums.tile);
+                    TileSums::Scaled(&sums.tile[..x.n_rows])
+                };
+                let results = Results { epilogue, n_out: self.out_features, y, is_far: false };
+                // SAFETY: these rows and columns lie in `y`; no other task has them.
+                unsafe { results.finish(isa, of, panel, [first, p * WIDTH], None) };
             }
         }
-        #[cfg(target_arch = "x86_64")]
-        if is_far {
+    }
+
+    /// [`Self::task`] with AMX.
+    ///
+    /// # Safety
+    /// As there.
+    #[cfg(target_arch = "x86_64")]
+    unsafe fn amx_task(
+        &self,
+        rows: &Rows,
+        n_rows: usize,
+        epilogue: Epilogue<'_>,
+        y: Output,
+        panels: Range<usize>,
+        some: Range<usize>,
+    ) {
+        let n_out = self.out_features;
+        let results = Results { epilogue, n_out, y, is_far: n_rows * n_out >= FAR };
+        let mut sums = AmxSums::new(rows, some);
+        let together = sums.panels_together();
+        for first in panels.clone().step_by(together) {
+            let n = together.min(panels.end - first);
+            let quads: Vec<_> = (first..panels.end.min(first + n + 1))
+                .map(|p| self.panel(p)[4 * WIDTH..].as_chunks::<QUAD>().0)
+                .collect();
+            sums.fill(n, &quads);
+            let all = (first..).zip(0..n).flat_map(|(p, i)| sums.tiles().map(move |tile| (p, i, tile)));
+            let mut all = all.peekable();
+            while let Some((p, i, tile)) = all.next() {
+                let (starts, scales) = (&rows.starts[tile.clone()], &rows.scales[tile.clone()]);
+                let of = TileSums::Integers { sums: sums.rows(i, tile.start, tile.len()), starts, scales };
+                let next = all.peek().map(|(p, _, tile)| [tile.start, p * WIDTH]);
+                // SAFETY: these rows and columns lie in `y`; no other task has them.
+                unsafe { results.finish(Isa::Amx, of, self.panel(p), [tile.start, p * WIDTH], next) };
+            }
+        }
+        if results.is_far {
             all_written();
         }
     }
 
-    /// Bytes that are fetched while `n` rows of a task's, from `first` on, meet the panel that is `at` these bytes.
+    fn panel(&self, p: usize) -> &[u8] {
+        let n_bytes = self.bytes().len() / self.out_features.div_ceil(WIDTH);
+        &self.bytes()[p * n_bytes..(p + 1) * n_bytes]
+    }
+
+    /// Bytes that are fetched while `n` rows of a task's, from `first` on, meet panel `p`.
     #[cfg(target_arch = "x86_64")]
-    fn ahead(&self, isa: Isa, at: Range<usize>, some: &Range<usize>, n: usize, first: usize) -> &[u8] {
-        let bytes = self.bytes();
+    fn ahead(&self, isa: Isa, p: usize, some: &Range<usize>, n: usize, first: usize) -> &[u8] {
+        let (bytes, n_bytes) = (self.bytes(), self.panel(p).len());
+        let at = p * n_bytes..(p + 1) * n_bytes;
         let up_to = |start: usize, end: usize| &bytes[start.min(bytes.len())..end.min(bytes.len())];
         if some.len() > self.format.rows_a_tile() {
             if isa != Isa::Amx {
@@ -384,55 +406,6 @@ impl QuantizedWeight {
         } else {
             &[]
         }
-    }
-
-    /// The sums of the rows `x` for a panel, of integers where there are no blocks. Meanwhile `ahead` is fetched.
-    fn sums(&self, isa: Isa, x: Activations<'_>, panel: &[u8], ahead: &[u8], sums: &mut Sums) {
-        if self.format == Format::Int8 {
-            integer_sums(isa, x, panel[4 * WIDTH..].as_chunks::<QUAD>().0, &mut sums.integers);
-        } else {
-            block_sums(isa, self.format, x, panel, ahead, &mut sums.tile);
-        }
-    }
-
-    /// The results of the rows `x`, which begin at row `first_row`, for the panel of the outputs from `first_out`, from their sums
-    /// into `sums.tile`.
-    #[allow(clippy::too_many_arguments, reason = "a part of a product")]
-    fn finish(
-        &self,
-        isa: Isa,
-        x: Activations<'_>,
-        panel: &[u8],
-        epilogue: Epilogue<'_>,
-        first_row: usize,
-        first_out: usize,
-        sums: &mut Sums,
-    ) {
-        let n_out = self.out_features;
-        let Sums { tile, integers } = sums;
-        with_isa(
-            isa,
-            #[inline(always)]
-            || {
-                if self.format == Format::Int8 {
-                    let scales: [f32; WIDTH] = std::array::from_fn(
-                        #[inline(always)]
-                        |o| f32_at(panel, o),
-                    );
-                    for (r, (row, integers)) in tile.iter_mut().zip(&*integers).enumerate().take(x.n_rows) {
-                        for (o, y) in row.iter_mut().enumerate() {
-                            *y = integers[o] as f32 * (x.scales[r] * scales[o]);
-                        }
-                    }
-                }
-                for (r, row) in tile.iter_mut().enumerate().take(x.n_rows) {
-                    if let Some(bias) = epilogue.bias {
-                        row.iter_mut().zip(&bias[first_out..]).for_each(|(y, bias)| *y += bias);
-                    }
-                    epilogue.finish(row, (first_row + r) * n_out + first_out);
-                }
-            },
-        );
     }
 
     /// `d_y W`; `d_y` is `[n_rows, out]`, the result `[n_rows, in]`. The weights are widened some rows at a time, and the products
@@ -469,9 +442,7 @@ impl QuantizedWeight {
     pub fn row(&self, output: usize, into: &mut [f32]) {
         assert!(output < self.out_features, "row {output} of {}", self.out_features);
         assert_eq!(into.len(), self.in_features, "a row has `in` elements");
-        let panel_bytes = self.bytes().len() / self.out_features.div_ceil(WIDTH);
-        let panel = &self.bytes()[output / WIDTH * panel_bytes..][..panel_bytes];
-        format::read_row(self.format, panel, output % WIDTH, into);
+        format::read_row(self.format, self.panel(output / WIDTH), output % WIDTH, into);
     }
 }
 

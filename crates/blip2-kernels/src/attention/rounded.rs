@@ -141,7 +141,7 @@ fn multiply(isa: Isa, [n, width, n_words]: [usize; 3], words: &Words, c: &mut [f
                 match &mut registers {
                     Some(registers) => {
                         let a = (a_registers, first / amx::ROWS, 0);
-                        amx_blocks::tile(registers, a, [panel].into_iter(), tile_of);
+                        amx_blocks::tile(registers, a, [panel].into_iter(), None, tile_of);
                     }
                     None => tile(isa, Precision::Bf16, &a[first * n_words..], n_words, panel, tile_of),
                 }

@@ -1,8 +1,8 @@
 //! Products of bf16 with AMX, which multiplies faster than the second level of the cache is read: what is read most is kept nearest.
 //!
 //! Rows are rounded once, for all tasks. A task has a group of panels and a block of rows, and takes all of `k`, block by block: a
-//! panel's block stays in the first level while it meets all of the task's rows; the sums, the rows' words along one block and the
-//! panels stay in the second.
+//! part of a panel's block stays in the first level while it meets all of the task's rows, and the next part comes from memory
+//! meanwhile; the sums and the rows' words along one block stay in the second.
 
 use std::cell::RefCell;
 
@@ -11,7 +11,7 @@ use rayon::prelude::*;
 use super::micro::Tile;
 use super::pack::{Panels, pack_rows};
 use super::{Finish, KW, MR, MatrixRef, NR, Output, Part, Precision, Start};
-use crate::amx::{self, Aligned, Registers};
+use crate::amx::{self, AHEAD, Aligned, Registers, STEPS, eighth};
 use crate::buffer::{FAR, all_written, keep, put_row};
 use crate::isa::Isa;
 
@@ -123,36 +123,52 @@ pub(super) unsafe fn multiply(
         // SAFETY: the machine has them, and nothing in here waits for another task.
         let mut registers = unsafe { Registers::take() };
         for (i, block) in blocks.iter().enumerate() {
-            let mut some_sums = all_sums.iter_mut();
             for panel in group.clone() {
                 let columns = panel * NR..n.min((panel + 1) * NR);
                 let words = block.panel(Isa::Amx, panel, &mut turned);
+                let following = if panel + 1 < group.end {
+                    block.start(panel + 1)
+                } else {
+                    blocks.get(i + 1).and_then(|block| block.start(group.start))
+                };
                 let mut row = [0.0; NR];
                 if let Start::Row(whole) = start {
                     row[..columns.len()].copy_from_slice(&whole[columns.clone()]);
                 }
-                for (first, Aligned(sums)) in tiles.clone().map(|tile| tile * ROWS).zip(&mut some_sums) {
-                    let n_rows = ROWS.min(m - first);
-                    if i == 0 && matches!(start, Start::Result) {
-                        for (r, row) in sums.chunks_exact_mut(NR).enumerate().take(n_rows) {
-                            // SAFETY: this row and these columns lie in `out`, which is m * n and holds something; no other task
-                            // has them.
-                            let c = unsafe { out.at((first + r) * n + columns.start) };
-                            // SAFETY: as above.
-                            unsafe { row.as_mut_ptr().copy_from_nonoverlapping(c, columns.len()) };
+                let n_steps = words.len().div_ceil(NR * amx::WORDS);
+                let part_steps = n_steps.div_ceil(n_steps.div_ceil(STEPS));
+                let mut parts = words.chunks(part_steps * NR * amx::WORDS).enumerate().peekable();
+                let panel_sums = &mut all_sums[(panel - group.start) * tiles.len()..][..tiles.len()];
+                while let Some((p, part)) = parts.next() {
+                    let ahead = parts.peek().map(|(_, part)| part.as_ptr().cast()).or(following);
+                    for (t, (tile_number, Aligned(sums))) in tiles.clone().zip(&mut *panel_sums).enumerate() {
+                        let first = tile_number * ROWS;
+                        let n_rows = ROWS.min(m - first);
+                        let is_start = i == 0 && p == 0;
+                        if is_start && matches!(start, Start::Result) {
+                            for (r, row) in sums.chunks_exact_mut(NR).enumerate().take(n_rows) {
+                                // SAFETY: this row and these columns lie in `out`, which is m * n and holds something; no other
+                                // task has them.
+                                let c = unsafe { out.at((first + r) * n + columns.start) };
+                                // SAFETY: as above.
+                                unsafe { row.as_mut_ptr().copy_from_nonoverlapping(c, columns.len()) };
+                            }
                         }
+                        let c = sums.as_mut_ptr();
+                        let (from, from_stride) = match start {
+                            Start::Zero | Start::Row(_) if is_start => (row.as_ptr(), 0),
+                            _ => (c.cast_const(), NR),
+                        };
+                        let n_rows = n_rows.next_multiple_of(amx::ROWS);
+                        let a = (&rows, first / amx::ROWS, i * KW / amx::WORDS + p * part_steps);
+                        let of = Tile { n_rows, width: NR, from, from_stride, c, c_stride: NR };
+                        let ahead = ahead.and_then(|ahead| {
+                            let n_bytes = eighth(t, tiles.len())? * part_steps * AHEAD;
+                            Some(ahead.wrapping_add(n_bytes))
+                        });
+                        // SAFETY: the sums are 32 rows of 32; `from` are these, or the same row again.
+                        unsafe { tile(&mut registers, a, [part].into_iter(), ahead, of) };
                     }
-                    let c = sums.as_mut_ptr();
-                    let (from, from_stride) = match start {
-                        Start::Zero | Start::Row(_) if i == 0 => (row.as_ptr(), 0),
-                        _ => (c.cast_const(), NR),
-                    };
-                    let n_rows = n_rows.next_multiple_of(amx::ROWS);
-                    let a = (&rows, first / amx::ROWS, i * KW / amx::WORDS);
-                    let of = Tile { n_rows, width: NR, from, from_stride, c, c_stride: NR };
-                    let words = [words].into_iter();
-                    // SAFETY: the sums are 32 rows of 32; `from` are these, or the same row again.
-                    unsafe { tile(&mut registers, a, words, of) };
                 }
             }
         }
@@ -182,7 +198,8 @@ pub(super) unsafe fn multiply(
 }
 
 /// [`tile`](super::tile) of up to 32 rows, with pieces of a panel that follow one another along `k`, all but the last of them a
-/// multiple of 16 words. `a` are rows from a register of them on, which is given by its number, and from a step along `k` on.
+/// multiple of 16 words. `a` are rows from a register of them on, which is given by its number, and from a step along `k` on. What is
+/// wanted next is fetched meanwhile.
 ///
 /// # Safety
 /// `from` must be readable and `c` writable as [`Tile`] says.
@@ -190,6 +207,7 @@ pub(crate) unsafe fn tile<'a>(
     registers: &mut Registers,
     (a, first, mut step): (&Words, usize, usize),
     pieces: impl Iterator<Item = &'a [u32]>,
+    mut ahead: Option<*const u8>,
     of: Tile,
 ) {
     let Tile { n_rows, width, from, from_stride, c, c_stride } = of;
@@ -206,7 +224,7 @@ pub(crate) unsafe fn tile<'a>(
         let padded =
             Tile { n_rows: n_whole, width: NR, from: inside, from_stride: NR, c: inside, c_stride: NR };
         // SAFETY: `whole` has 32 rows of 32 elements.
-        unsafe { tile(registers, (a, first, step), pieces, padded) };
+        unsafe { tile(registers, (a, first, step), pieces, ahead, padded) };
         for (r, row) in whole.chunks_exact(NR).enumerate().take(n_rows) {
             // SAFETY: row `r` of `c` has `width` elements.
             unsafe { c.add(r * c_stride).copy_from_nonoverlapping(row.as_ptr(), width) };
@@ -223,7 +241,10 @@ pub(crate) unsafe fn tile<'a>(
         if n_steps > 0 {
             let a = [first, second].map(|i| a.registers(i, step));
             assert!(a.iter().all(|a| a.len() >= n_steps));
-            let x = amx::Operands { a: a.map(|a| a.as_ptr().cast()), panel: piece.as_ptr().cast(), n_steps };
+            let panel = piece.as_ptr().cast();
+            let a = a.map(|a| a.as_ptr().cast());
+            let x = amx::Operands { a, panel, n_steps, ahead: ahead.unwrap_or(panel) };
+            ahead = ahead.map(|ahead| ahead.wrapping_add(n_steps * AHEAD));
             // SAFETY: so many steps are in both, as was checked, and in the piece.
             unsafe { registers.add_bf16(n_rows, x) };
         }

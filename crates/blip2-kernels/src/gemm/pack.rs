@@ -53,6 +53,17 @@ impl<'a> Panels<'a> {
         }
     }
 
+    /// Where panel `i` begins in memory, if it is there as it is read.
+    #[cfg(target_arch = "x86_64")]
+    pub(super) fn start(&self, i: usize) -> Option<*const u8> {
+        match self.source {
+            Source::Stored(words, Format::Bf16) => {
+                words.get(i * Format::Bf16.panel_words(self.k_len)..).map(|words| words.as_ptr().cast())
+            }
+            _ => None,
+        }
+    }
+
     /// The same panels, all of them in memory.
     pub(super) fn stored<'b>(&self, isa: Isa, buffer: &'b mut Vec<u32>) -> Panels<'b>
     where

@@ -186,3 +186,20 @@ unsafe fn scales(numbers: *const u8, factors: usize, half: usize, has_factors: b
         _mm512_mul_ps(numbers_of_half, _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(factors)))
     }
 }
+
+/// The integers nearest to `x * scale`, which are less than 128, and their sum.
+#[inline]
+#[target_feature(enable = "avx512f")]
+pub(super) fn round_line(x: &[f32; 64], scale: f32, to: &mut [i8; 64]) -> i32 {
+    let mut sum = _mm512_setzero_si512();
+    for at in (0..64).step_by(16) {
+        // SAFETY: 16 elements from `at` on are there.
+        unsafe {
+            let x = _mm512_mul_ps(_mm512_loadu_ps(x.as_ptr().add(at)), _mm512_set1_ps(scale));
+            let rounded = _mm512_cvtps_epi32(x);
+            sum = _mm512_add_epi32(sum, rounded);
+            _mm_storeu_si128(to.as_mut_ptr().add(at).cast(), _mm512_cvtepi32_epi8(rounded));
+        }
+    }
+    _mm512_reduce_add_epi32(sum)
+}

@@ -5,7 +5,7 @@ use std::cell::RefCell;
 use rayon::prelude::*;
 
 #[cfg(target_arch = "x86_64")]
-use super::amx_sums;
+use super::{amx_sums, avx512};
 #[cfg(target_arch = "x86_64")]
 use crate::amx::{self, Aligned};
 use crate::buffer::keep;
@@ -77,10 +77,20 @@ impl Rows {
             self.stride += LINE;
         }
         let n_scales = n_rows * self.n_blocks;
-        self.values.resize(n_rows * self.stride, 0);
         self.scales.resize(n_scales, 0.0);
         self.starts.resize(n_scales, 0);
         self.totals.resize(n_scales, 0.0);
+        #[cfg(target_arch = "x86_64")]
+        {
+            // Whole registers along a row; few rows would leave most of a register empty.
+            let is_whole = self.n_blocks == 1 && width.is_multiple_of(LINE);
+            self.registers.clear();
+            if isa == Isa::Amx && n_rows > FEW_ROWS && is_whole {
+                self.values.clear();
+                return self.fill_registers(x, width, zero_point);
+            }
+        }
+        self.values.resize(n_rows * self.stride, 0);
         self.values
             .par_chunks_exact_mut(self.stride)
             .zip(self.scales.par_chunks_exact_mut(self.n_blocks))
@@ -103,34 +113,59 @@ impl Rows {
                     },
                 );
             });
-        #[cfg(target_arch = "x86_64")]
-        {
-            // Whole registers along a row; few rows would leave most of a register empty.
-            let is_whole = self.n_blocks == 1 && width.is_multiple_of(LINE);
-            let is_for_amx = isa == Isa::Amx && n_rows > FEW_ROWS && is_whole;
-            self.fill_registers(if is_for_amx { n_rows } else { 0 });
-        }
     }
 
+    /// Rows of one block each, to where AMX reads them.
     #[cfg(target_arch = "x86_64")]
-    fn fill_registers(&mut self, n_rows: usize) {
-        let n_steps = self.stride / LINE;
-        self.registers.resize(n_rows.div_ceil(amx::ROWS) * n_steps, Aligned([0; amx::BYTES]));
-        self.registers.par_chunks_exact_mut(n_steps).enumerate().for_each(|(i, registers)| {
-            let rows = self.values.chunks_exact(self.stride).skip(amx::ROWS * i).take(amx::ROWS);
-            for (r, row) in rows.enumerate() {
-                for (line, Aligned(to)) in row.as_chunks::<LINE>().0.iter().zip(&mut *registers) {
-                    to.as_chunks_mut::<LINE>().0[r] = *line;
-                }
-            }
-        });
+    fn fill_registers(&mut self, x: &[f32], width: usize, zero_point: i32) {
+        let n_steps = width / LINE;
+        let n = self.scales.len().div_ceil(amx::ROWS) * n_steps;
+        self.registers.resize(n, Aligned([0; amx::BYTES]));
+        self.registers
+            .par_chunks_exact_mut(n_steps)
+            .zip(self.scales.par_chunks_mut(amx::ROWS))
+            .zip(self.starts.par_chunks_mut(amx::ROWS))
+            .zip(self.totals.par_chunks_mut(amx::ROWS))
+            .zip(x.par_chunks(amx::ROWS * width))
+            .for_each(|((((registers, scales), starts), totals), x)| {
+                with_isa(
+                    Isa::Amx,
+                    #[inline(always)]
+                    || {
+                        for (r, x) in x.chunks_exact(width).enumerate() {
+                            let (scale, inverse) = scale_of(x);
+                            let mut sum = 0;
+                            for (x, Aligned(to)) in x.as_chunks::<LINE>().0.iter().zip(&mut *registers) {
+                                let line = &mut to.as_chunks_mut::<LINE>().0[r];
+                                match inverse {
+                                    // SAFETY: a machine with AMX has AVX-512.
+                                    Some(inverse) => sum += unsafe { avx512::round_line(x, inverse, line) },
+                                    None => *line = [0; LINE],
+                                }
+                            }
+                            scales[r] = scale;
+                            starts[r] = -zero_point * sum;
+                            totals[r] = scale * sum as f32;
+                        }
+                    },
+                );
+            });
+    }
+
+    /// Tasks for each thread: enough to even out their times. With AMX each reads all rows into its cache once more.
+    pub(super) fn tasks_a_thread(&self) -> usize {
+        #[cfg(target_arch = "x86_64")]
+        if self.registers().is_some() {
+            return 2;
+        }
+        4
     }
 
     /// How many rows a task has that could have so many: with AMX no more than stay in the cache while it reads panel after panel.
     pub(super) fn rows_a_task(&self, n: usize) -> usize {
         #[cfg(target_arch = "x86_64")]
         if self.registers().is_some() {
-            return amx_sums::rows_a_task(self.stride).min(n.next_multiple_of(amx_sums::ROWS));
+            return amx_sums::rows_a_task(n);
         }
         n
     }
@@ -138,27 +173,37 @@ impl Rows {
     /// The registers of 16 rows after another, and how many each has; nothing where AMX does not multiply them.
     #[cfg(target_arch = "x86_64")]
     pub(super) fn registers(&self) -> Option<(&[RegisterOfRows], usize)> {
-        (!self.registers.is_empty()).then(|| (&*self.registers, self.stride / LINE))
+        (!self.registers.is_empty())
+            .then(|| (&*self.registers, self.registers.len() / self.scales.len().div_ceil(amx::ROWS)))
     }
+}
+
+/// The scale of some elements and what they are multiplied with to be rounded; where that is nothing, their integers are zero.
+#[inline(always)]
+fn scale_of(x: &[f32]) -> (f32, Option<f32>) {
+    // Magnitudes order as their bits do, infinity and NaN last.
+    let largest = f32::from_bits(x.iter().fold(0, |largest, x| largest.max(x.to_bits() & 0x7fff_ffff)));
+    if !largest.is_finite() || largest < SMALLEST {
+        return (if largest.is_finite() { 0.0 } else { f32::NAN }, None);
+    }
+    (largest / 127.0, Some(127.0 / largest))
 }
 
 /// The scale and the sum of the integers.
 #[inline(always)]
 fn round_block(x: &[f32], values: &mut [i8]) -> (f32, i32) {
-    // Magnitudes order as their bits do, infinity and NaN last.
-    let largest = f32::from_bits(x.iter().fold(0, |largest, x| largest.max(x.to_bits() & 0x7fff_ffff)));
-    if !largest.is_finite() || largest < SMALLEST {
+    let (scale, inverse) = scale_of(x);
+    let Some(inverse) = inverse else {
         values[..x.len()].fill(0);
-        return (if largest.is_finite() { 0.0 } else { f32::NAN }, 0);
-    }
-    let inverse = 127.0 / largest;
+        return (scale, 0);
+    };
     let mut sum = 0i32;
     for (x, value) in x.iter().zip(values) {
         let rounded = round(x * inverse);
         *value = rounded as i8;
         sum += rounded;
     }
-    (largest / 127.0, sum)
+    (scale, sum)
 }
 
 #[cfg(test)]
