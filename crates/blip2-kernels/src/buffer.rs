@@ -12,9 +12,9 @@ pub(crate) fn keep<T: Default>(place: &'static LocalKey<RefCell<T>>, memory: T) 
     place.set(if cfg!(test) { T::default() } else { memory });
 }
 
-/// From so many numbers on, results leave the caches of the cores before they are read again.
+/// From so many numbers on, results leave the second level of the cache before they are read again.
 #[cfg(target_arch = "x86_64")]
-pub(crate) const FAR: usize = 1 << 21;
+pub(crate) const FAR: usize = 1 << 18;
 
 /// Copies 32 results or fewer to their place, past the caches where `is_far`: else each line that is written is first read. Before
 /// other threads may read them, [`all_written`] must be called.

@@ -11,7 +11,7 @@
 //! | rows | [`norm`], [`activation`], [`dropout`], [`column_sums`], [`cross_entropy`] |
 //! | pictures | [`conv`] |
 //! | training | [`adamw`] |
-//! | the machine | [`isa`], [`peak`] |
+//! | the machine | [`isa`], [`peak`], [`awake`] |
 //!
 //! # How a kernel is chosen
 //!
@@ -29,6 +29,7 @@ pub mod adamw;
 #[cfg(target_arch = "x86_64")]
 mod amx;
 pub mod attention;
+pub mod awake;
 mod buffer;
 pub mod column_sums;
 pub mod conv;

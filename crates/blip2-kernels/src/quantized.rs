@@ -46,9 +46,9 @@ use results::{Results, TileSums};
 use rows::Rows;
 use sums::{Activations, MAX_ROWS, Tile, block_sums, integer_sums};
 
-/// How far ahead of the products of a few rows weights are fetched.
+/// How far ahead of the products of a few rows weights are fetched, into the first level of the cache and into the second.
 #[cfg(target_arch = "x86_64")]
-const AHEAD: usize = 8192;
+const AHEAD: [usize; 2] = [8 << 10, 16 << 10];
 
 /// Output rows widened at a time by the input gradient: a megabyte or so, not the whole matrix.
 const ROWS_A_GRADIENT_BLOCK: usize = 1024;
@@ -354,7 +354,8 @@ impl QuantizedWeight {
         some: Range<usize>,
     ) {
         let n_out = self.out_features;
-        let results = Results { epilogue, n_out, y, is_far: n_rows * n_out >= FAR };
+        // Of one picture's the next operation finds enough in the caches.
+        let results = Results { epilogue, n_out, y, is_far: n_rows * n_out >= 8 * FAR };
         let mut sums = AmxSums::new(rows, some);
         let together = sums.panels_together();
         for first in panels.clone().step_by(together) {
@@ -402,7 +403,8 @@ impl QuantizedWeight {
         // weights of four bits a quarter faster with it.
         let is_narrow = !matches!(self.format, Format::Int8 | Format::Int8Blocks);
         if isa == Isa::Amx || is_narrow && (2..6).contains(&n) {
-            up_to(at.start + AHEAD, at.end + AHEAD)
+            let ahead = AHEAD[usize::from(isa == Isa::Amx)];
+            up_to(at.start + ahead, at.end + ahead)
         } else {
             &[]
         }

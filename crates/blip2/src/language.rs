@@ -14,6 +14,7 @@ mod t5;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
+use blip2_kernels::awake::awake;
 use candle_core::Tensor;
 
 use causal::Causal;
@@ -214,11 +215,11 @@ impl LanguageModel {
     /// When the rows are not those of the texts, or a text is longer than the context.
     pub fn forward_branched(&self, embeds: &Tensor, texts: &[Branched]) -> Result<Tensor> {
         let (positions, plan) = branched_texts(texts);
-        match self {
+        awake(|| match self {
             Self::Llama(model) => model.forward(embeds, &positions, &plan),
             Self::Opt(model) => model.forward(embeds, &positions, &plan),
             Self::T5(model) => model.forward(embeds, texts),
-        }
+        })
     }
 
     /// As [`forward`](Self::forward), for rows that continue texts of a cache: `sequences[i]` is lengthened by
@@ -234,11 +235,11 @@ impl LanguageModel {
         sequences: &mut [CachedSequence],
         lengths: &[usize],
     ) -> Result<Tensor> {
-        match self {
+        awake(|| match self {
             Self::Llama(model) => model.forward_cached(embeds, cache, sequences, lengths),
             Self::Opt(model) => model.forward_cached(embeds, cache, sequences, lengths),
             Self::T5(model) => model.forward_cached(embeds, cache, sequences, lengths),
-        }
+        })
     }
 
     /// Reads prompts into a cache, the rows of each packed after the other: `sequences[i]` is lengthened by its
@@ -255,7 +256,7 @@ impl LanguageModel {
         lengths: &[usize],
     ) -> Result<Tensor> {
         if let Self::T5(model) = self {
-            return model.begin(embeds, cache, sequences, lengths);
+            return awake(|| model.begin(embeds, cache, sequences, lengths));
         }
         let hidden = self.forward_cached(embeds, cache, sequences, lengths)?;
         let ends = lengths.iter().scan(0, |end, len| {

@@ -22,6 +22,7 @@ mod text_batch;
 
 use std::ops::Range;
 
+use blip2_kernels::awake::awake;
 use candle_core::Tensor;
 
 use crate::layers::{DropoutRng, LayerNorm, Loader, Plan, Sequence, Span};
@@ -138,13 +139,11 @@ impl QFormer {
                 "{n_rows} picture tokens do not divide into {n_images} pictures"
             )));
         }
-        let x = self.normalize_image(image_embeds)?;
-        let layers = self
-            .layers
-            .iter()
-            .filter_map(|layer| layer.crossattention.as_ref())
-            .map(|cross| Ok((cross.key.forward(&x)?, cross.value.forward(&x)?)))
-            .collect::<Result<_>>()?;
+        let layers = awake(|| {
+            let x = self.normalize_image(image_embeds)?;
+            let crosses = self.layers.iter().filter_map(|layer| layer.crossattention.as_ref());
+            crosses.map(|cross| Ok((cross.key.forward(&x)?, cross.value.forward(&x)?))).collect::<Result<_>>()
+        })?;
         Ok(ImageKeys { layers, n_tokens: n_rows / n_images, n_images })
     }
 
@@ -180,7 +179,7 @@ impl QFormer {
             n_query_rows: self.n_queries(images.len()),
         };
         let plan = (0..images.len()).map(|i| Sequence::mutual(vec![self.query_span(i)])).collect();
-        Ok(self.run(rows, &plan, Some((image, &images)), None, notes, dropout)?.hidden)
+        Ok(awake(|| self.run(rows, &plan, Some((image, &images)), None, notes, dropout))?.hidden)
     }
 
     /// Runs texts alone; row `spans[i].start` of the result is the `[CLS]` feature of text `i`.
@@ -190,7 +189,7 @@ impl QFormer {
     pub fn encode_text(&self, texts: &TextBatch, dropout: &mut DropoutRng) -> Result<Tensor> {
         let rows = Rows { hidden: self.embed_text(texts, dropout)?, n_query_rows: 0 };
         let plan = (0..texts.len()).map(|i| Sequence::mutual(vec![span(texts.span(i), 0)])).collect();
-        Ok(self.run(rows, &plan, None, None, Notes::default(), dropout)?.hidden)
+        Ok(awake(|| self.run(rows, &plan, None, None, Notes::default(), dropout))?.hidden)
     }
 
     /// Runs queries and text together, fully bidirectional: pair `i` is picture `images[i]` with text `i`.
@@ -246,7 +245,7 @@ impl QFormer {
             .map(|i| Sequence::mutual(vec![self.query_span(i), span(texts.span(i), n_query_rows)]))
             .collect();
         let rows = Rows { hidden, n_query_rows };
-        Ok(self.run(rows, &plan, Some((image, images)), None, notes, dropout)?.hidden)
+        Ok(awake(|| self.run(rows, &plan, Some((image, images)), None, notes, dropout))?.hidden)
     }
 
     /// Runs texts causally on top of a query pass: each token sees all queries of its picture and the tokens up
@@ -269,7 +268,7 @@ impl QFormer {
             })
             .collect();
         let rows = Rows { hidden: self.embed_text(texts, dropout)?, n_query_rows: 0 };
-        Ok(self.run(rows, &plan, None, Some(queries), Notes::default(), dropout)?.hidden)
+        Ok(awake(|| self.run(rows, &plan, None, Some(queries), Notes::default(), dropout))?.hidden)
     }
 
     fn n_queries(&self, n_images: usize) -> usize {

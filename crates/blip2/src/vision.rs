@@ -8,6 +8,7 @@ pub mod vit;
 
 use std::path::Path;
 
+use blip2_kernels::awake::awake;
 use candle_core::{Device, Tensor};
 
 use self::efficientnet::{EfficientNet, EfficientNetConfig};
@@ -159,10 +160,10 @@ impl VisionEncoder {
         if !pixels.len().is_multiple_of(n_values) {
             return Err(Error::Request(format!("{} values are no pictures of {n_values}", pixels.len())));
         }
-        match &self.tower {
+        awake(|| match &self.tower {
             Tower::EfficientNet(network) => Ok(network.forward(pixels)),
             Tower::Vit(vit, _) => Ok(vit.forward(pixels)?.flatten_all()?.to_vec1()?),
-        }
+        })
     }
 }
 
