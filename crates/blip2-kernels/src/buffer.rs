@@ -16,6 +16,22 @@ pub(crate) fn keep<T: Default>(place: &'static LocalKey<RefCell<T>>, memory: T) 
 #[cfg(target_arch = "x86_64")]
 pub(crate) const FAR: usize = 1 << 18;
 
+/// Asks for 32 numbers from `at` on, which are read soon and lie where no processor looks by itself.
+#[inline(always)]
+pub(crate) fn fetch_row(from: &[f32], at: usize) {
+    #[cfg(target_arch = "x86_64")]
+    for line in [at, at + 16] {
+        use std::arch::x86_64::{_MM_HINT_T0, _mm_prefetch};
+        // SAFETY: nothing is read.
+        #[allow(unused_unsafe, reason = "safe in later versions of the language")]
+        unsafe {
+            _mm_prefetch::<_MM_HINT_T0>(from.as_ptr().wrapping_add(line).cast());
+        }
+    }
+    #[cfg(not(target_arch = "x86_64"))]
+    let _ = (from, at);
+}
+
 /// Copies 32 results or fewer to their place, past the caches where `is_far`: else each line that is written is first read. Before
 /// other threads may read them, [`all_written`] must be called.
 ///

@@ -7,6 +7,7 @@ use std::ops::Range;
 use rayon::prelude::*;
 
 use crate::activation::{Activation, activate_few};
+use crate::buffer::fetch_row;
 use crate::gemm::{
     Finish, KW, MatrixRef, NR, Output, Panels, Part, Precision, Source, Start, multiply, pack_panels,
 };
@@ -153,8 +154,13 @@ impl PackedWeight {
                 isa,
                 #[inline(always)]
                 || {
+                    let n = part.rows.len();
                     for row in part.rows.clone() {
                         let at = row * n_out + part.columns.start;
+                        if let Some(residual) = epilogue.residual {
+                            // Of the rows after these, which come next.
+                            fetch_row(residual, at + n * n_out);
+                        }
                         epilogue.finish(part.row(row), at);
                     }
                 },

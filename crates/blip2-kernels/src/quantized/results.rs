@@ -5,6 +5,8 @@ use std::arch::x86_64::*;
 
 use super::format::{WIDTH, f32_at};
 use crate::activation::{Activation, activate_few};
+#[cfg(target_arch = "x86_64")]
+use crate::buffer::fetch_row;
 use crate::gemm::Output;
 use crate::isa::{Isa, with_isa};
 use crate::linear::Epilogue;
@@ -143,12 +145,13 @@ macro_rules! wide {
                             activate_few(&mut row, epilogue.activation);
                         }
                         let at = at + $r * n_out;
+                        if let Some(residual) = epilogue.residual {
+                            fetch_row(residual, next + $r * n_out);
+                        }
                         for o in (0..WIDTH).step_by(LANES) {
                             let mut value = $load(row.as_ptr().add(o));
                             if let Some(residual) = residual {
                                 value = $add(value, $load(residual.add(at + o)));
-                                let next = residual.wrapping_add(next + $r * n_out + o);
-                                _mm_prefetch::<_MM_HINT_T0>(next.cast());
                             }
                             if is_far {
                                 $stream(y.at(at + o), value);
