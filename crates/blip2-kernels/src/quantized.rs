@@ -332,7 +332,13 @@ impl QuantizedWeight {
                     block_sums(isa, self.format, x, panel, ahead, &mut sums.tile);
                     TileSums::Scaled(&sums.tile[..x.n_rows])
                 };
-                let results = Results { epilogue, n_out: self.out_features, y, is_far: false };
+                let results = Results {
+                    epilogue,
+                    n_out: self.out_features,
+                    y,
+                    #[cfg(target_arch = "x86_64")]
+                    is_far: false,
+                };
                 // SAFETY: these rows and columns lie in `y`; no other task has them.
                 unsafe { results.finish(isa, of, panel, [first, p * WIDTH], None) };
             }

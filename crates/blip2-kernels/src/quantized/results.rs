@@ -4,6 +4,7 @@
 use std::arch::x86_64::*;
 
 use super::format::{WIDTH, f32_at};
+#[cfg(target_arch = "x86_64")]
 use crate::activation::{Activation, activate_few};
 #[cfg(target_arch = "x86_64")]
 use crate::buffer::fetch_row;
@@ -38,6 +39,7 @@ pub(super) struct Results<'a> {
     pub(super) y: Output,
     /// Whether they go past the caches; [`all_written`](crate::buffer::all_written) must follow then. Only with AMX: elsewhere it was
     /// not tried.
+    #[cfg(target_arch = "x86_64")]
     pub(super) is_far: bool,
 }
 
