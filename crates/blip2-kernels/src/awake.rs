@@ -1,7 +1,8 @@
 //! Threads that wait for the next operation without going to sleep.
 
 use std::cell::Cell;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 
 use rayon::Yield;
 
@@ -9,6 +10,12 @@ use rayon::Yield;
 const MOST_LOOKS: usize = 2000;
 /// Pauses between them, which leave the processor's units to a thread that shares them.
 const PAUSES: usize = 32;
+/// Requests to a thread to stay awake that it has not come to; more are not made. A thread of the pool that waits for something else
+/// comes to none.
+const MOST_REQUESTS: usize = 64;
+
+/// Requests that no thread has come to.
+static N_REQUESTS: AtomicUsize = AtomicUsize::new(0);
 
 thread_local!(static IS_AWAKE: Cell<bool> = const { Cell::new(false) });
 
@@ -16,7 +23,8 @@ thread_local!(static IS_AWAKE: Cell<bool> = const { Cell::new(false) });
 /// awake for its next operation. Threads of rayon's sleep where there is nothing to do for some microseconds, and waking them takes
 /// longer than a product of a few rows.
 ///
-/// Inside another call of it this is the work alone. What it returns, and what is computed, is the same without it.
+/// Inside another call of it this is the work alone. What it returns, and what is computed, is the same without it; it waits for no
+/// thread that the work does not wait for.
 ///
 /// # Panics
 /// When `work` does.
@@ -24,24 +32,27 @@ pub fn awake<R: Send>(work: impl FnOnce() -> R + Send) -> R {
     if IS_AWAKE.get() {
         return work();
     }
-    let is_done = AtomicBool::new(false);
-    let is_done = &is_done;
-    rayon::scope(|scope| {
-        let this = rayon::current_thread_index();
-        scope.spawn_broadcast(move |_, context| {
-            if Some(context.index()) != this {
-                wait(is_done);
-            }
-        });
-        // Whatever the work does: the others wait for it.
-        let _done = Done(is_done);
+    rayon::scope(|_| {
+        let n_threads = rayon::current_num_threads();
+        let done = Done(Arc::new(AtomicBool::new(false)));
+        if n_threads > 1 && N_REQUESTS.load(Ordering::Relaxed) < MOST_REQUESTS * n_threads {
+            N_REQUESTS.fetch_add(n_threads, Ordering::Relaxed);
+            let (this, is_done) = (rayon::current_thread_index(), done.0.clone());
+            rayon::spawn_broadcast(move |context| {
+                N_REQUESTS.fetch_sub(1, Ordering::Relaxed);
+                if Some(context.index()) != this && !IS_AWAKE.get() {
+                    wait(&is_done);
+                }
+            });
+        }
         inside(work)
     })
 }
 
-struct Done<'a>(&'a AtomicBool);
+/// Lets the others go, whatever the work does.
+struct Done(Arc<AtomicBool>);
 
-impl Drop for Done<'_> {
+impl Drop for Done {
     fn drop(&mut self) {
         self.0.store(true, Ordering::Relaxed);
     }
@@ -96,6 +107,20 @@ mod tests {
         }
         // And from one that is not.
         std::thread::spawn(|| assert!(awake(|| rayon::current_thread_index().is_some()))).join().unwrap();
+    }
+
+    /// As the main thread of a program does that made itself part of the pool.
+    #[test]
+    fn a_thread_of_the_pool_may_wait_for_work_of_another_thread() {
+        let pool =
+            rayon::ThreadPoolBuilder::new().num_threads(2).use_current_thread().build().expect("threads");
+        std::thread::scope(|scope| {
+            let sums = scope.spawn(|| {
+                let sum = || awake(|| (0..1000u64).into_par_iter().sum::<u64>());
+                (0..200).all(|_| pool.install(sum) == 499_500)
+            });
+            assert!(sums.join().unwrap());
+        });
     }
 
     #[test]

@@ -40,6 +40,9 @@ pub(super) struct Rows {
     /// does not matter.
     #[cfg(target_arch = "x86_64")]
     registers: Vec<RegisterOfRows>,
+    /// Registers along a row; none where AMX does not multiply these rows.
+    #[cfg(target_arch = "x86_64")]
+    n_steps: usize,
     pub(super) n_blocks: usize,
     /// Per row and block: an element is its integer times this.
     pub(super) scales: Vec<f32>,
@@ -84,7 +87,7 @@ impl Rows {
         {
             // Whole registers along a row; few rows would leave most of a register empty.
             let is_whole = self.n_blocks == 1 && width.is_multiple_of(LINE);
-            self.registers.clear();
+            self.n_steps = 0;
             if isa == Isa::Amx && n_rows > FEW_ROWS && is_whole {
                 self.values.clear();
                 return self.fill_registers(x, width, zero_point);
@@ -120,8 +123,11 @@ impl Rows {
     fn fill_registers(&mut self, x: &[f32], width: usize, zero_point: i32) {
         let n_steps = width / LINE;
         let n = self.scales.len().div_ceil(amx::ROWS) * n_steps;
-        self.registers.resize(n, Aligned([0; amx::BYTES]));
-        self.registers
+        self.n_steps = n_steps;
+        if self.registers.len() < n {
+            self.registers.resize(n, Aligned([0; amx::BYTES]));
+        }
+        self.registers[..n]
             .par_chunks_exact_mut(n_steps)
             .zip(self.scales.par_chunks_mut(amx::ROWS))
             .zip(self.starts.par_chunks_mut(amx::ROWS))
@@ -173,8 +179,7 @@ impl Rows {
     /// The registers of 16 rows after another, and how many each has; nothing where AMX does not multiply them.
     #[cfg(target_arch = "x86_64")]
     pub(super) fn registers(&self) -> Option<(&[RegisterOfRows], usize)> {
-        (!self.registers.is_empty())
-            .then(|| (&*self.registers, self.registers.len() / self.scales.len().div_ceil(amx::ROWS)))
+        (self.n_steps > 0).then_some((&*self.registers, self.n_steps))
     }
 }
 
