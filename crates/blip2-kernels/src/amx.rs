@@ -97,6 +97,7 @@ pub(crate) struct Operands {
 /// Bytes that are fetched with a step: all of a panel, while eight tiles of rows meet the one before it. Asked for in one go they
 /// would hold up the loads of rows.
 pub(crate) const AHEAD: usize = 256;
+const _: () = assert!(AHEAD == 256, "the assembly of the products has it too");
 
 /// Steps along `k` before sums are put back: 16 KiB of a panel, and as much of rows, which pass by. Twice as many would push the panel
 /// out of the first level.

@@ -20,6 +20,7 @@ const STEPS_A_BLOCK: usize = 24;
 const ROWS_A_TASK: usize = 17 * ROWS;
 /// Tiles of sums at most that are kept while the rows are read block by block: 640 KiB.
 const TILES_TOGETHER: usize = 160;
+
 type Tile = Aligned<[[i32; WIDTH]; ROWS]>;
 
 thread_local!(static SUMS: RefCell<Vec<Tile>> = const { RefCell::new(Vec::new()) });
