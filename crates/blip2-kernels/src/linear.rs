@@ -129,14 +129,14 @@ impl PackedWeight {
         y
     }
 
-    /// [`Self::forward`] with the bias alone, into `y`.
+    /// [`Self::forward`] into `y`.
     ///
     /// # Panics
     /// When the lengths do not fit.
-    pub fn forward_into(&self, x: &[f32], n_rows: usize, bias: Option<&[f32]>, y: &mut [f32]) {
+    pub fn forward_into(&self, x: &[f32], n_rows: usize, epilogue: Epilogue<'_>, y: &mut [f32]) {
         assert_eq!(y.len(), n_rows * self.out_features, "y must be [n_rows, out]");
         // SAFETY: `y` has n_rows * out elements.
-        unsafe { self.forward_to(x, n_rows, Epilogue::bias(bias), Output(y.as_mut_ptr())) };
+        unsafe { self.forward_to(x, n_rows, epilogue, Output(y.as_mut_ptr())) };
     }
 
     /// # Safety

@@ -47,14 +47,14 @@ pub trait Decoder {
     ///
     /// # Errors
     /// When the model fails.
-    fn prompt_logits(&mut self) -> Result<Vec<f32>>;
+    fn prompt_logits(&mut self) -> Result<&[f32]>;
 
     /// Replaces the live texts by `continuations`; gives the logits after every new token,
     /// `[sum of the lengths, vocab_size]`.
     ///
     /// # Errors
     /// When the model fails.
-    fn extend(&mut self, continuations: &[Continuation<'_>]) -> Result<Vec<f32>>;
+    fn extend(&mut self, continuations: &[Continuation<'_>]) -> Result<&[f32]>;
 }
 
 /// A live text and the tokens that come after it; none leaves it as it is.
@@ -169,7 +169,7 @@ pub fn generate<D: Decoder + ?Sized>(
     let mut is_cancelled = false;
     loop {
         for (prompt, growth) in texts.iter_mut().enumerate().filter(|(_, growth)| growth.n_running() > 0) {
-            growth.step(&logits, vocab_size, &rules(prompt), on_event, &mut is_cancelled)?;
+            growth.step(logits, vocab_size, &rules(prompt), on_event, &mut is_cancelled)?;
         }
         if is_cancelled {
             texts.iter_mut().for_each(|growth| growth.cancel(request.config));
@@ -292,7 +292,7 @@ pub fn score<D: Decoder + ?Sized>(decoder: &mut D, answers: &[Vec<u32>]) -> Resu
         }
     }
     let log_prob = |row: &[f32], token: u32| row[token as usize] - log_sum_exp(row);
-    let after_prompt = decoder.prompt_logits()?;
+    let after_prompt = decoder.prompt_logits()?.to_vec();
     let mut scores = Vec::with_capacity(answers.len());
     let mut rest = answers;
     while !rest.is_empty() {

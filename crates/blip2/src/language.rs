@@ -289,6 +289,11 @@ impl LanguageModel {
         Ok(self.head().forward(hidden)?)
     }
 
+    /// [`logits`](Self::logits) of rows that need no gradient, in place of what is in `into`.
+    pub(crate) fn logits_into(&self, hidden: &Tensor, into: &mut Vec<f32>) -> Result<()> {
+        Ok(self.head().forward_into(hidden, into)?)
+    }
+
     /// The output head, for a loss that never holds all logits
     /// ([`linear_cross_entropy`](crate::layers::linear_cross_entropy)).
     pub fn head(&self) -> &Linear {

@@ -39,7 +39,7 @@ fn the_encoder_and_the_decoders_logits_are_pytorchs() {
 
         let mut cache = model.new_cache();
         let mut session = Session::new(&model, &mut cache, prompts(&golden, name)).expect("a session");
-        let first = session.prompt_logits().expect("logits");
+        let first = session.prompt_logits().expect("logits").to_vec();
         let continuations: Vec<_> = answers[name]
             .iter()
             .enumerate()

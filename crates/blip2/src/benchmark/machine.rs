@@ -90,7 +90,7 @@ fn of_kernels(numbers: Numbers) -> f64 {
     let row = |i: usize, row: &mut [f32]| row.fill((i % 7) as f32 * 0.1);
     let mut plain = |precision: Precision| {
         let weight = PackedWeight::pack(n_out, n_in, precision.into(), &row);
-        fastest(|| weight.forward_into(&x, n_rows, None, black_box(&mut y)))
+        fastest(|| weight.forward_into(&x, n_rows, Epilogue::bias(None), black_box(&mut y)))
     };
     let seconds = match numbers {
         Numbers::F32 => plain(Precision::F32),

@@ -34,6 +34,8 @@ pub struct Batch<'a> {
     n_joined: usize,
     /// The logits that their texts begin with, a row a text.
     joined: Vec<f32>,
+    /// The logits that texts go on from, a row for each of `live`.
+    logits: Vec<f32>,
     /// Prompts of which more is to be read, in the order they came.
     readers: Vec<Reader>,
     /// How many rows of a prompt are read at once.
@@ -121,6 +123,7 @@ impl<'a> Batch<'a> {
             members: Vec::new(),
             live: Vec::new(),
             joined: Vec::new(),
+            logits: Vec::new(),
             n_joined: 0,
             readers: Vec::new(),
             prompt_rows: PROMPT_ROWS_A_STEP,
@@ -277,7 +280,7 @@ impl<'a> Batch<'a> {
         stop: &StopRules<'_>,
         on_event: &mut dyn FnMut(Event<'_>),
     ) -> Result<Vec<Finished>> {
-        let logits = self.read().inspect_err(|_| {
+        self.read().inspect_err(|_| {
             *self =
                 Self { next_id: self.next_id, ..Self::new(self.model).with_prompt_rows(self.prompt_rows) };
         })?;
@@ -293,7 +296,7 @@ impl<'a> Batch<'a> {
             let rules = Rules { prompt: id, config, stop, seen, limit };
             // A complete text has no row any more.
             let row = growth.only_row().filter(|_| keep);
-            match growth.step(&logits, vocab_size, &rules, on_event, &mut false) {
+            match growth.step(&self.logits, vocab_size, &rules, on_event, &mut false) {
                 Err(error) => finished.push(Finished { id, result: Err(error), read: None }),
                 Ok(()) if growth.n_running() > 0 => kept.push(member),
                 Ok(()) => {
@@ -312,20 +315,19 @@ impl<'a> Batch<'a> {
         Ok(finished)
     }
 
-    /// Reads on in prompts, then the last tokens of all texts that have one; gives the logits of all: a row for each of
-    /// `live`.
-    fn read(&mut self) -> Result<Vec<f32>> {
+    /// Reads on in prompts, then the last tokens of all texts that have one, for the logits of all.
+    fn read(&mut self) -> Result<()> {
         // The new ones, which are the last, have had their part.
         let n_due = self.readers.iter().take_while(|reader| !reader.is_new).count();
         self.readers.iter_mut().for_each(|reader| reader.is_new = false);
         let share = (self.prompt_rows / n_due.max(1)).max(1);
         self.read_on(0..n_due, share)?;
         let unread: Vec<_> = self.members.iter().flat_map(|member| member.growth.unread()).collect();
-        let mut logits = extend(self.model, &mut self.cache, &mut self.live, &unread)?;
-        logits.append(&mut self.joined);
+        extend(self.model, &mut self.cache, &mut self.live, &unread, &mut self.logits)?;
+        self.logits.append(&mut self.joined);
         self.n_joined = 0;
         place(self.members.iter_mut().map(|member| &mut member.growth));
-        Ok(logits)
+        Ok(())
     }
 
     /// After members left: `live` is what the others go on from.

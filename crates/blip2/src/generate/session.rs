@@ -18,6 +18,8 @@ pub struct Session<'a> {
     prompts: Vec<CachedSequence>,
     live: Vec<CachedSequence>,
     prompt_logits: Vec<f32>,
+    /// After the last tokens that were read.
+    logits: Vec<f32>,
     /// Rows of the cache that stay.
     n_kept_rows: usize,
 }
@@ -43,6 +45,7 @@ impl<'a> Session<'a> {
             live: sequences.clone(),
             prompts: sequences,
             prompt_logits,
+            logits: Vec::new(),
         })
     }
 
@@ -72,36 +75,39 @@ impl Decoder for Session<'_> {
     }
 
     /// Also returns to the prompts, when something was generated before.
-    fn prompt_logits(&mut self) -> Result<Vec<f32>> {
+    fn prompt_logits(&mut self) -> Result<&[f32]> {
         self.cache.rewind(self.n_kept_rows);
         self.live.clone_from(&self.prompts);
-        Ok(self.prompt_logits.clone())
+        Ok(&self.prompt_logits)
     }
 
-    fn extend(&mut self, continuations: &[Continuation<'_>]) -> Result<Vec<f32>> {
-        extend(self.model, self.cache, &mut self.live, continuations)
+    fn extend(&mut self, continuations: &[Continuation<'_>]) -> Result<&[f32]> {
+        extend(self.model, self.cache, &mut self.live, continuations, &mut self.logits)?;
+        Ok(&self.logits)
     }
 }
 
-/// Replaces the texts `live` of a cache by `continuations`; gives the logits after every new token. When the model fails
-/// nothing has changed.
+/// Replaces the texts `live` of a cache by `continuations`, and `logits` by those after every new token. When the model fails the
+/// texts are as before.
 pub(super) fn extend(
     model: &LanguageModel,
     cache: &mut KvCache,
     live: &mut Vec<CachedSequence>,
     continuations: &[Continuation<'_>],
-) -> Result<Vec<f32>> {
+    logits: &mut Vec<f32>,
+) -> Result<()> {
     let mut next: Vec<_> = continuations.iter().map(|c| live[c.parent].clone()).collect();
     let lengths: Vec<_> = continuations.iter().map(|c| c.tokens.len()).collect();
     let tokens: Vec<u32> = continuations.iter().flat_map(|c| c.tokens).copied().collect();
-    let mut logits = Vec::new();
-    if !tokens.is_empty() {
+    if tokens.is_empty() {
+        logits.clear();
+    } else {
         let embeds = model.embed(&tokens)?;
         let hidden = model.forward_cached(&embeds, cache, &mut next, &lengths)?;
-        logits = model.logits(&hidden)?.flatten_all()?.to_vec1()?;
+        model.logits_into(&hidden, logits)?;
     }
     *live = next;
-    Ok(logits)
+    Ok(())
 }
 
 /// Reads prompts: lengthens each of `sequences` by its rows of embeddings; gives the logits after each,
@@ -121,13 +127,15 @@ pub(super) fn read_prompts(
     }
     let (n_rows, n_memory_rows) = (cache.n_rows(), cache.n_memory_rows());
     let embeds = Tensor::cat(embeds, 0)?.detach();
-    let logits = model
+    let mut logits = Vec::new();
+    model
         .read_prompts(&embeds, cache, sequences, &lengths)
-        .and_then(|hidden| Ok(model.logits(&hidden)?.flatten_all()?.to_vec1()?));
-    logits.inspect_err(|_| {
-        cache.rewind(n_rows);
-        cache.rewind_memory(n_memory_rows);
-    })
+        .and_then(|hidden| model.logits_into(&hidden, &mut logits))
+        .inspect_err(|_| {
+            cache.rewind(n_rows);
+            cache.rewind_memory(n_memory_rows);
+        })?;
+    Ok(logits)
 }
 
 /// Whether a text can be lengthened by the `n_rows` rows of a prompt.

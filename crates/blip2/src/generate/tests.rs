@@ -12,6 +12,7 @@ struct Mock<F> {
     prompts: Vec<Vec<u32>>,
     live: Vec<Vec<u32>>,
     logits: F,
+    last: Vec<f32>,
     room: usize,
     /// Tokens read, over all calls.
     n_read: usize,
@@ -20,7 +21,7 @@ struct Mock<F> {
 impl<F: Fn(&[u32]) -> [f32; VOCAB]> Mock<F> {
     fn new(prompts: &[&[u32]], logits: F) -> Self {
         let prompts: Vec<_> = prompts.iter().map(|p| p.to_vec()).collect();
-        Self { live: prompts.clone(), prompts, logits, room: 1000, n_read: 0 }
+        Self { live: prompts.clone(), prompts, logits, last: Vec::new(), room: 1000, n_read: 0 }
     }
 }
 
@@ -37,24 +38,25 @@ impl<F: Fn(&[u32]) -> [f32; VOCAB]> Decoder for Mock<F> {
         self.room
     }
 
-    fn prompt_logits(&mut self) -> Result<Vec<f32>> {
-        Ok(self.prompts.iter().flat_map(|prompt| (self.logits)(prompt)).collect())
+    fn prompt_logits(&mut self) -> Result<&[f32]> {
+        self.last = self.prompts.iter().flat_map(|prompt| (self.logits)(prompt)).collect();
+        Ok(&self.last)
     }
 
-    fn extend(&mut self, continuations: &[Continuation<'_>]) -> Result<Vec<f32>> {
-        let mut logits = Vec::new();
+    fn extend(&mut self, continuations: &[Continuation<'_>]) -> Result<&[f32]> {
+        self.last.clear();
         let mut next = Vec::new();
         for continuation in continuations {
             let mut text = self.live[continuation.parent].clone();
             for &token in continuation.tokens {
                 text.push(token);
-                logits.extend((self.logits)(&text));
+                self.last.extend((self.logits)(&text));
                 self.n_read += 1;
             }
             next.push(text);
         }
         self.live = next;
-        Ok(logits)
+        Ok(&self.last)
     }
 }
 

@@ -224,6 +224,14 @@ impl FrozenWeight {
         }
     }
 
+    /// [`forward`](Self::forward) into `y`.
+    pub(super) fn forward_into(&self, x: &[f32], n_rows: usize, epilogue: Epilogue<'_>, y: &mut [f32]) {
+        match self {
+            Self::Packed(w) => w.forward_into(x, n_rows, epilogue, y),
+            Self::Quantized(w) => w.forward_into(x, n_rows, epilogue, y),
+        }
+    }
+
     /// [`forward`](Self::forward) of several matrices to the same `x`.
     pub(super) fn forward_all(products: &[(&Self, Epilogue<'_>)], x: &[f32], n_rows: usize) -> Vec<Vec<f32>> {
         let quantized: Option<Vec<_>> = products

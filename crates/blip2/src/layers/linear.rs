@@ -77,6 +77,25 @@ impl Linear {
         }
     }
 
+    /// [`forward`](Self::forward) without a gradient, into memory that is used again: what a large result takes anew, the system
+    /// gives page by page.
+    ///
+    /// # Errors
+    /// As [`forward`](Self::forward).
+    pub(crate) fn forward_into(&self, x: &Tensor, y: &mut Vec<f32>) -> Result<()> {
+        let Weight::Frozen(weight) = &self.weight else {
+            y.clear();
+            return with_slices([&self.forward(x)?], |[result]| y.extend_from_slice(result));
+        };
+        check_width(x.layout(), weight.in_features())?;
+        let layer = self.frozen(weight, Activation::Identity)?;
+        with_slices([&x.contiguous()?], |[x]| {
+            let n_rows = x.len() / weight.in_features();
+            y.resize(n_rows * weight.out_features(), 0.0);
+            weight.forward_into(x, n_rows, Epilogue::bias(layer.bias.as_deref()), y);
+        })
+    }
+
     /// `activation(x Wᵀ + b) + residual`. Where the weight is frozen and nothing before has a gradient, it is one pass
     /// over the result; everywhere it is the same, bit for bit, and has its gradient.
     ///
