@@ -6,7 +6,7 @@ use blip2_kernels::quantized::{Format, QuantizedWeight};
 use candle_core::{Device, Tensor};
 
 use crate::layers::{
-    FrozenFormat, FrozenWeight, LayerNorm, Linear, Quantization, RmsNorm, TensorSource, Weight,
+    FrozenFormat, FrozenWeight, LayerNorm, Linear, Precision, Quantization, RmsNorm, TensorSource, Weight,
 };
 use crate::weights::gguf::Gguf;
 use crate::weights::safetensors::Safetensors;
@@ -18,7 +18,7 @@ use crate::{Error, Result};
 pub(super) struct Table(pub(super) FrozenWeight);
 
 impl Table {
-    /// The embeddings of tokens, one a row.
+    /// The embeddings of tokens, or of positions, one a row.
     ///
     /// # Errors
     /// [`Error::Request`] when a token is not in the vocabulary.
@@ -203,7 +203,20 @@ impl<'a> Loader<'a> {
         Ok(RmsNorm::new(Tensor::from_vec(weight, size, &Device::Cpu)?, eps))
     }
 
-    /// A matrix that is kept as it is: positions.
+    /// Positions that have been learned, a row each.
+    pub(super) fn positions(&mut self, name: &str, n_rows: usize, width: usize) -> Result<Table> {
+        let weight = if let File::Random(weights) = self.file {
+            weights.matrix(name, n_rows, width, None, Precision::F32)
+        } else {
+            let (rows, name) = self.tensor(name)?;
+            FrozenWeight::pack_table(&name, &rows.expect_shape(&name, &[n_rows, width])?, self.format)?
+        };
+        self.n_parameters += n_rows * width;
+        self.n_bytes += weight.n_bytes();
+        Ok(Table(weight))
+    }
+
+    /// A matrix that is kept as it is: a bias of attention.
     pub(super) fn matrix(&mut self, name: &str, n_rows: usize, width: usize) -> Result<Tensor> {
         let values = self.values(name, &[n_rows, width])?;
         self.n_parameters += values.len();

@@ -5,7 +5,7 @@ mod config;
 
 use std::sync::Arc;
 
-use candle_core::{Device, Tensor};
+use candle_core::Tensor;
 
 pub use self::config::OptConfig;
 use super::causal::{Causal, check_rows};
@@ -30,7 +30,7 @@ pub struct Opt {
     /// `[vocab_size, word_embed_proj_dim]`; the same object as the head's weight where they are tied.
     embed_tokens: Table,
     /// `[max_position_embeddings + 2, hidden_size]`.
-    embed_positions: Tensor,
+    embed_positions: Table,
     project_in: Option<Linear>,
     layers: Arc<[Layer]>,
     final_layer_norm: Option<LayerNorm>,
@@ -82,7 +82,7 @@ impl Opt {
         let decoder = |name: &str| format!("{root}.{name}");
         let embed_tokens = loader.table(&decoder("embed_tokens.weight"), config.vocab_size, width)?;
         let n_positions = config.max_position_embeddings + POSITION_OFFSET;
-        let embed_positions = loader.matrix(&decoder("embed_positions.weight"), n_positions, d)?;
+        let embed_positions = loader.positions(&decoder("embed_positions.weight"), n_positions, d)?;
         let projects = width != d;
         let project = |loader: &mut Loader<'_>, name: &str, n_out, n_in| -> Result<Option<Linear>> {
             projects.then(|| loader.linear(&decoder(name), n_out, n_in, false, None)).transpose()
@@ -189,9 +189,7 @@ impl Causal for Opt {
         let config = &self.config;
         check_rows(embeds, positions, config.word_embed_proj_dim, config.max_position_embeddings)?;
         let places: Vec<u32> = positions.iter().map(|position| position + POSITION_OFFSET as u32).collect();
-        let places = self
-            .embed_positions
-            .index_select(&Tensor::from_vec(places, positions.len(), &Device::Cpu)?, 0)?;
+        let places = self.embed_positions.rows(&places)?;
         let embeds =
             self.project_in.as_ref().map_or(Ok(embeds.clone()), |project| project.forward(embeds))?;
         let mut x = (embeds + places)?; // [N, D]

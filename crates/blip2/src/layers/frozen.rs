@@ -125,6 +125,30 @@ impl FrozenWeight {
             (Precision::F32, Encoding::Bf16) => PlainFormat::WideBf16,
             (precision, _) => precision.into(),
         };
+        Self::pack_as(name, rows, format, stored_row)
+    }
+
+    /// Packs a stored table whose rows are added, not multiplied: as [`pack`](Self::pack) does for f32, but where the matrices
+    /// beside it are in few bits, not in more than sixteen.
+    ///
+    /// # Errors
+    /// [`Error::NotFinite`].
+    pub(crate) fn pack_table(name: &str, rows: &TensorRows<'_>, format: FrozenFormat) -> Result<Self> {
+        let stored_row = &|row| row;
+        match (format.quantization, rows.encoding()) {
+            (Some(_), encoding) if encoding != Encoding::Bf16 => {
+                Self::pack_as(name, rows, PlainFormat::WideF16, stored_row)
+            }
+            _ => Self::pack(name, rows, Precision::F32, stored_row),
+        }
+    }
+
+    fn pack_as(
+        name: &str,
+        rows: &TensorRows<'_>,
+        format: PlainFormat,
+        stored_row: &(dyn Fn(usize) -> usize + Sync),
+    ) -> Result<Self> {
         let packed = read_finite(name, rows, stored_row, |row| {
             PackedWeight::pack(rows.n_rows(), rows.row_len(), format, row)
         })?;
