@@ -16,6 +16,7 @@ use std::ops::Range;
 
 use rayon::prelude::*;
 
+use crate::awake::each;
 use crate::dropout::Dropout;
 use crate::gemm::{Output, Precision};
 use crate::isa::{Isa, with_isa};
@@ -192,7 +193,8 @@ fn mix<E: Element>(
             some.map(move |(number, n)| (number, i * shape.n_heads / n..(i + 1) * shape.n_heads / n))
         })
         .collect();
-    tasks.into_par_iter().for_each(|(number, heads)| {
+    each(tasks.len(), |at| {
+        let (number, heads) = tasks[at].clone();
         let sequence = &sequences[number];
         let mut scratch = Scratch::take();
         let put = |query: usize, head: usize, result: &[f32]| {

@@ -5,6 +5,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 
 use rayon::Yield;
+use rayon::prelude::*;
 
 /// Looks for work, one after another without any, before a thread goes to sleep after all: some milliseconds.
 const MOST_LOOKS: usize = 2000;
@@ -47,6 +48,39 @@ pub fn awake<R: Send>(work: impl FnOnce() -> R + Send) -> R {
         }
         inside(work)
     })
+}
+
+/// Calls `task` with each number below `n_tasks`, on all threads. Inside [`awake`] whoever is done takes the next one, and waits for
+/// the last without going to sleep: a product of a few rows takes a few hundred microseconds, and rayon's threads, which divide
+/// the numbers among them at first, sleep when the other has some tens of them more to do.
+pub(crate) fn each(n_tasks: usize, task: impl Fn(usize) + Sync) {
+    if n_tasks < 2 || !IS_AWAKE.get() {
+        return (0..n_tasks).into_par_iter().for_each(&task);
+    }
+    let (next, n_done) = (AtomicUsize::new(0), AtomicUsize::new(0));
+    let work = || {
+        loop {
+            let i = next.fetch_add(1, Ordering::Relaxed);
+            if i >= n_tasks {
+                return;
+            }
+            task(i);
+            n_done.fetch_add(1, Ordering::Relaxed);
+        }
+    };
+    rayon::scope(|scope| {
+        for _ in 1..n_tasks.min(rayon::current_num_threads()) {
+            scope.spawn(|_| work());
+        }
+        work();
+        // The end of the scope waits for the others, who have begun all that there is, and sees what they have written.
+        for _ in 0..MOST_LOOKS {
+            if n_done.load(Ordering::Relaxed) == n_tasks {
+                break;
+            }
+            (0..PAUSES).for_each(|_| std::hint::spin_loop());
+        }
+    });
 }
 
 /// Lets the others go, whatever the work does.

@@ -15,8 +15,8 @@ mod pack;
 use std::cell::RefCell;
 use std::ops::Range;
 
-use rayon::prelude::*;
 
+use crate::awake::each;
 use crate::buffer::keep;
 use crate::isa::Isa;
 pub(crate) use micro::{Tile, tile};
@@ -319,7 +319,7 @@ unsafe fn multiply_block(
 ) {
     let n = panels.n;
     let cuts = Cuts::new(m, n, rayon::current_num_threads());
-    (0..cuts.n()).into_par_iter().for_each(|task| {
+    each(cuts.n(), |task| {
         thread_local! {
             static ROWS: RefCell<Vec<u32>> = const { RefCell::new(Vec::new()) };
             static WIDE: RefCell<Vec<u32>> = const { RefCell::new(Vec::new()) };

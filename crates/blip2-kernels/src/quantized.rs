@@ -32,6 +32,7 @@ use std::ops::Range;
 
 use rayon::prelude::*;
 
+use crate::awake::each;
 #[cfg(target_arch = "x86_64")]
 use crate::buffer::{FAR, all_written};
 use crate::gemm::{MatrixRef, Output, Precision, Start, gemm, product};
@@ -224,7 +225,8 @@ impl QuantizedWeight {
                 .enumerate()
                 .flat_map(|(i, tasks)| (0..tasks.n()).map(move |task| (i, task)))
                 .collect();
-            which.into_par_iter().for_each(|(i, task)| {
+            each(which.len(), |at| {
+                let (i, task) = which[at];
                 let (weight, epilogue) = products[i];
                 // SAFETY: result `i` has capacity for n_rows * out elements.
                 unsafe { weight.task(isa, rows, n_rows, epilogue, outputs[i], &tasks[i], task) };
@@ -258,7 +260,7 @@ impl QuantizedWeight {
         let block = self.format.scaled_together(self.in_features);
         Rows::with(isa, x, n_rows, block, self.format.zero_point(), |rows| {
             let tasks = self.tasks(rows, n_rows, 1);
-            (0..tasks.n()).into_par_iter().for_each(|task| {
+            each(tasks.n(), |task| {
                 // SAFETY: the caller's promise.
                 unsafe { self.task(isa, rows, n_rows, epilogue, y, &tasks, task) };
             });

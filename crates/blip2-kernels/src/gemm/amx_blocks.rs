@@ -12,6 +12,7 @@ use super::micro::Tile;
 use super::pack::{Panels, pack_rows};
 use super::{Finish, KW, MR, MatrixRef, NR, Output, Part, Precision, Start};
 use crate::amx::{self, AHEAD, Aligned, Registers, STEPS, eighth};
+use crate::awake::each;
 use crate::buffer::{FAR, all_written, keep, put_row};
 use crate::isa::Isa;
 
@@ -112,7 +113,7 @@ pub(super) unsafe fn multiply(
     let n_groups = n_panels.div_ceil(PANELS_A_TASK).max(4).next_multiple_of(n_threads).min(n_panels);
     let is_far = m * n >= FAR;
     let share = |n: usize, i: usize, of: usize| i * n / of..(i + 1) * n / of;
-    (0..n_groups * n_row_blocks).into_par_iter().for_each(|task| {
+    each(n_groups * n_row_blocks, |task| {
         let group = share(n_panels, task / n_row_blocks, n_groups);
         let tiles = share(n_tiles, task % n_row_blocks, n_row_blocks);
         let (mut all_sums, mut turned) = (SUMS.take(), TURNED.take());
