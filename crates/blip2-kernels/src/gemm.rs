@@ -15,7 +15,6 @@ mod pack;
 use std::cell::RefCell;
 use std::ops::Range;
 
-
 use crate::awake::each;
 use crate::buffer::keep;
 use crate::isa::Isa;
