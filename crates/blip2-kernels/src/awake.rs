@@ -143,6 +143,21 @@ mod tests {
         std::thread::spawn(|| assert!(awake(|| rayon::current_thread_index().is_some()))).join().unwrap();
     }
 
+    #[test]
+    fn each_number_comes_once() {
+        for (n_threads, n_tasks) in [(1, 5), (2, 1), (2, 2), (2, 33), (3, 2), (3, 100)] {
+            let pool = rayon::ThreadPoolBuilder::new().num_threads(n_threads).build().expect("threads");
+            let counts: Vec<_> = (0..n_tasks).map(|_| AtomicUsize::new(0)).collect();
+            let count = |i: usize| {
+                counts[i].fetch_add(1, Ordering::Relaxed);
+            };
+            pool.install(|| awake(|| each(n_tasks, count)));
+            pool.install(|| each(n_tasks, count));
+            let is_right = |count: &AtomicUsize| count.load(Ordering::Relaxed) == 2;
+            assert!(counts.iter().all(is_right), "{n_tasks} tasks, {n_threads} threads");
+        }
+    }
+
     /// As the main thread of a program does that made itself part of the pool.
     #[test]
     fn a_thread_of_the_pool_may_wait_for_work_of_another_thread() {
