@@ -33,7 +33,7 @@ pub(crate) enum WeightMemory {
 /// Bytes of a region that are one weight's alone.
 ///
 /// Huge pages are of two megabytes, at multiples of that. In a mapping of its own a weight would have small pages at its two ends,
-/// which for four megabytes are half of it, and reading those is half as fast. So weights share mappings.
+/// which for four megabytes are half of it, and those are read little more than half as fast. So weights share mappings.
 #[derive(Debug)]
 pub(crate) struct Part {
     region: Arc<MmapRaw>,

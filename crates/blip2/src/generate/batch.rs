@@ -346,6 +346,7 @@ impl<'a> Batch<'a> {
     pub fn rest(&mut self) {
         if self.is_empty() {
             self.cache = self.model.new_cache();
+            self.logits = Vec::new();
         }
     }
 
