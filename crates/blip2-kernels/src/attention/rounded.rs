@@ -134,6 +134,7 @@ fn multiply(isa: Isa, [n, width, n_words]: [usize; 3], words: &Words, c: &mut [f
                 from_stride: 0,
                 c: c[first * width + p * NR..].as_mut_ptr(),
                 c_stride: width,
+                ahead: &[],
             };
             // SAFETY: `from` is 32 zeros for every row; rows `first` to `first + n_rows` of `c` and these columns lie in it, as was
             // checked above, and so do the rows of `a`.

@@ -162,7 +162,7 @@ pub(super) unsafe fn multiply(
                         };
                         let n_rows = n_rows.next_multiple_of(amx::ROWS);
                         let a = (&rows, first / amx::ROWS, i * KW / amx::WORDS + p * part_steps);
-                        let of = Tile { n_rows, width: NR, from, from_stride, c, c_stride: NR };
+                        let of = Tile { n_rows, width: NR, from, from_stride, c, c_stride: NR, ahead: &[] };
                         let ahead = ahead.and_then(|ahead| {
                             let n_bytes = eighth(t, tiles.len())? * part_steps * AHEAD;
                             Some(ahead.wrapping_add(n_bytes))
@@ -211,7 +211,7 @@ pub(crate) unsafe fn tile<'a>(
     mut ahead: Option<*const u8>,
     of: Tile,
 ) {
-    let Tile { n_rows, width, from, from_stride, c, c_stride } = of;
+    let Tile { n_rows, width, from, from_stride, c, c_stride, .. } = of;
     let n_whole = n_rows.next_multiple_of(amx::ROWS);
     assert!(n_whole <= ROWS);
     if n_rows < n_whole || width < NR {
@@ -222,8 +222,15 @@ pub(crate) unsafe fn tile<'a>(
             unsafe { row.as_mut_ptr().copy_from_nonoverlapping(from.add(r * from_stride), width) };
         }
         let inside = whole.as_mut_ptr();
-        let padded =
-            Tile { n_rows: n_whole, width: NR, from: inside, from_stride: NR, c: inside, c_stride: NR };
+        let padded = Tile {
+            n_rows: n_whole,
+            width: NR,
+            from: inside,
+            from_stride: NR,
+            c: inside,
+            c_stride: NR,
+            ahead: &[],
+        };
         // SAFETY: `whole` has 32 rows of 32 elements.
         unsafe { tile(registers, (a, first, step), pieces, ahead, padded) };
         for (r, row) in whole.chunks_exact(NR).enumerate().take(n_rows) {
@@ -261,7 +268,8 @@ pub(crate) unsafe fn tile<'a>(
                 // SAFETY: row `row` is there.
                 let c = unsafe { c.add(row * c_stride) };
                 let n_rows = MR.min(rows.end - row);
-                let some = Tile { n_rows, width: NR, from: c, from_stride: c_stride, c, c_stride };
+                let some =
+                    Tile { n_rows, width: NR, from: c, from_stride: c_stride, c, c_stride, ahead: &[] };
                 let a = &a.registers(i, step)[0].0[at * amx::WORDS..];
                 // SAFETY: these rows of sums are there.
                 unsafe { super::tile(Isa::Avx512, Precision::Bf16, a, amx::WORDS, rest, some) };

@@ -11,7 +11,7 @@ use crate::isa::Isa;
 
 /// Where a tile's result goes, and what it is added to.
 #[derive(Clone, Copy)]
-pub(crate) struct Tile {
+pub(crate) struct Tile<'a> {
     /// 1 to 12.
     pub(crate) n_rows: usize,
     /// Columns, 1 to 32.
@@ -22,6 +22,8 @@ pub(crate) struct Tile {
     /// Rows of `width` elements, `c_stride` apart; `from` may point here.
     pub(crate) c: *mut f32,
     pub(crate) c_stride: usize,
+    /// What is read next, which a kernel may fetch meanwhile.
+    pub(crate) ahead: &'a [u32],
 }
 
 /// `c = from + a * panel`.
@@ -35,9 +37,9 @@ pub(crate) unsafe fn tile(
     a: &[u32],
     a_stride: usize,
     panel: &[u32],
-    tile: Tile,
+    tile: Tile<'_>,
 ) {
-    let Tile { n_rows, width, from, from_stride, c, c_stride } = tile;
+    let Tile { n_rows, width, from, from_stride, c, c_stride, .. } = tile;
     let n_words = panel.len() / NR;
     assert!((n_rows - 1) * a_stride + n_words <= a.len());
     if width < NR {
@@ -48,7 +50,7 @@ pub(crate) unsafe fn tile(
             // SAFETY: row r of `from` has `width` elements, `whole` has 12 rows of NR.
             unsafe { std::ptr::copy_nonoverlapping(from.add(r * from_stride), inside.add(r * NR), width) };
         }
-        let padded = Tile { n_rows, width: NR, from: inside, from_stride: NR, c: inside, c_stride: NR };
+        let padded = Tile { width: NR, from: inside, from_stride: NR, c: inside, c_stride: NR, ..tile };
         // SAFETY: `whole` has n_rows rows of NR elements.
         unsafe { self::tile(isa, precision, a, a_stride, panel, padded) };
         for r in 0..n_rows {
@@ -65,9 +67,10 @@ pub(crate) unsafe fn tile(
                 let a = &a[first * a_stride..];
                 // SAFETY: row `first` lies in both.
                 let (from, c) = unsafe { (from.add(first * from_stride), c.add(first * c_stride)) };
+                let some = Tile { from, c, ..tile };
                 match $most.min(n_rows - first) {
                     // SAFETY: the caller's promises, and the instruction set is available.
-                    $($n => unsafe { $module::$kernel::<$n>(a, a_stride, panel, from, from_stride, c, c_stride) },)*
+                    $($n => unsafe { $module::$kernel::<$n>(a, a_stride, panel, some) },)*
                     _ => unreachable!("a tile has 1 to 12 rows"),
                 }
             }

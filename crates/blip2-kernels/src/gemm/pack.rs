@@ -53,6 +53,17 @@ impl<'a> Panels<'a> {
         }
     }
 
+    /// Panel `i`, if it is in memory and in f32.
+    pub(super) fn in_f32(&self, i: usize) -> Option<&'a [u32]> {
+        match self.source {
+            Source::Stored(words, Format::F32) => {
+                let len = Format::F32.panel_words(self.k_len);
+                words.get(i * len..(i + 1) * len)
+            }
+            _ => None,
+        }
+    }
+
     /// Where panel `i` begins in memory, if it is there as it is read.
     #[cfg(target_arch = "x86_64")]
     pub(super) fn start(&self, i: usize) -> Option<*const u8> {

@@ -5,19 +5,12 @@
 
 use std::arch::aarch64::*;
 
-use super::NR;
+use super::{NR, Tile};
 
 /// # Safety
 /// As [`tile`](super::tile), with R rows, at most six, and 32 columns.
-pub(super) unsafe fn f32<const R: usize>(
-    a: &[u32],
-    a_stride: usize,
-    panel: &[u32],
-    from: *const f32,
-    from_stride: usize,
-    c: *mut f32,
-    c_stride: usize,
-) {
+pub(super) unsafe fn f32<const R: usize>(a: &[u32], a_stride: usize, panel: &[u32], tile: Tile<'_>) {
+    let Tile { from, from_stride, c, c_stride, .. } = tile;
     let (a, n_words) = (a.as_ptr().cast::<f32>(), panel.len() / NR);
     for half in [0, NR / 2] {
         // SAFETY: `from` and c have R rows of 32 elements; a has R rows of n_words words, the panel n_words rows of 32.
@@ -40,15 +33,8 @@ pub(super) unsafe fn f32<const R: usize>(
 
 /// # Safety
 /// As [`tile`](super::tile), with R rows, at most four, and 32 columns.
-pub(super) unsafe fn bf16<const R: usize>(
-    a: &[u32],
-    a_stride: usize,
-    panel: &[u32],
-    from: *const f32,
-    from_stride: usize,
-    c: *mut f32,
-    c_stride: usize,
-) {
+pub(super) unsafe fn bf16<const R: usize>(a: &[u32], a_stride: usize, panel: &[u32], tile: Tile<'_>) {
+    let Tile { from, from_stride, c, c_stride, .. } = tile;
     let (a, n_words) = (a.as_ptr(), panel.len() / NR);
     for half in [0, NR / 2] {
         // SAFETY: `from` and c have R rows of 32 elements; a has R rows of n_words words, the panel n_words rows of 32.

@@ -1,6 +1,6 @@
 //! The register tiles in plain Rust: the reference.
 
-use super::NR;
+use super::{NR, Tile};
 
 /// # Safety
 /// `from` must have R rows of NR elements, `stride` apart.
@@ -22,15 +22,8 @@ unsafe fn store<const R: usize>(sums: &[[f32; NR]; R], c: *mut f32, c_stride: us
 
 /// # Safety
 /// As [`tile`](super::tile), with R rows and 32 columns.
-pub(super) unsafe fn f32<const R: usize>(
-    a: &[u32],
-    a_stride: usize,
-    panel: &[u32],
-    from: *const f32,
-    from_stride: usize,
-    c: *mut f32,
-    c_stride: usize,
-) {
+pub(super) unsafe fn f32<const R: usize>(a: &[u32], a_stride: usize, panel: &[u32], tile: Tile<'_>) {
+    let Tile { from, from_stride, c, c_stride, .. } = tile;
     // SAFETY: the caller's promise.
     let mut sums = unsafe { load::<R>(from, from_stride) };
     for (p, b) in panel.as_chunks::<NR>().0.iter().enumerate() {
@@ -47,15 +40,8 @@ pub(super) unsafe fn f32<const R: usize>(
 
 /// # Safety
 /// As [`tile`](super::tile), with R rows and 32 columns.
-pub(super) unsafe fn bf16<const R: usize>(
-    a: &[u32],
-    a_stride: usize,
-    panel: &[u32],
-    from: *const f32,
-    from_stride: usize,
-    c: *mut f32,
-    c_stride: usize,
-) {
+pub(super) unsafe fn bf16<const R: usize>(a: &[u32], a_stride: usize, panel: &[u32], tile: Tile<'_>) {
+    let Tile { from, from_stride, c, c_stride, .. } = tile;
     let low = |word: u32| f32::from_bits(word << 16);
     let high = |word: u32| f32::from_bits(word & 0xffff_0000);
     // SAFETY: the caller's promise.

@@ -2,23 +2,23 @@
 
 use std::arch::x86_64::*;
 
-use super::NR;
+use super::{NR, Tile};
 
+/// Words of a line of the cache.
+const LINE: usize = 16;
+
+/// Lines of `ahead` are fetched meanwhile, one or two with each row of the panel, as far as there are.
+///
 /// # Safety
 /// As [`tile`](super::tile), with R rows and 32 columns.
 #[target_feature(enable = "avx512f")]
-pub(super) unsafe fn avx512_f32<const R: usize>(
-    a: &[u32],
-    a_stride: usize,
-    panel: &[u32],
-    from: *const f32,
-    from_stride: usize,
-    c: *mut f32,
-    c_stride: usize,
-) {
+pub(super) unsafe fn avx512_f32<const R: usize>(a: &[u32], a_stride: usize, panel: &[u32], tile: Tile<'_>) {
+    let Tile { from, from_stride, c, c_stride, ahead, .. } = tile;
     let (a, n_words) = (a.as_ptr().cast::<f32>(), panel.len() / NR);
     let mut b = panel.as_ptr().cast::<f32>();
     let mut sums = [[_mm512_setzero_ps(); 2]; R];
+    let lines = ahead.len().div_ceil(LINE * n_words.max(1));
+    let mut ahead = ahead.as_ptr();
     // SAFETY: `from` and c have R rows of 32 elements; a has R rows of n_words words; b walks the panel's n_words rows of 32.
     unsafe {
         for (r, sums) in sums.iter_mut().enumerate() {
@@ -26,6 +26,10 @@ pub(super) unsafe fn avx512_f32<const R: usize>(
             *sums = [_mm512_loadu_ps(from), _mm512_loadu_ps(from.add(16))];
         }
         for p in 0..n_words {
+            for _ in 0..lines {
+                _mm_prefetch::<_MM_HINT_T1>(ahead.cast());
+                ahead = ahead.wrapping_add(LINE);
+            }
             let (b0, b1) = (_mm512_loadu_ps(b), _mm512_loadu_ps(b.add(16)));
             b = b.add(NR);
             for (r, sums) in sums.iter_mut().enumerate() {
@@ -44,15 +48,8 @@ pub(super) unsafe fn avx512_f32<const R: usize>(
 /// # Safety
 /// As [`tile`](super::tile), with R rows and 32 columns.
 #[target_feature(enable = "avx512f,avx512bf16")]
-pub(super) unsafe fn avx512_bf16<const R: usize>(
-    a: &[u32],
-    a_stride: usize,
-    panel: &[u32],
-    from: *const f32,
-    from_stride: usize,
-    c: *mut f32,
-    c_stride: usize,
-) {
+pub(super) unsafe fn avx512_bf16<const R: usize>(a: &[u32], a_stride: usize, panel: &[u32], tile: Tile<'_>) {
+    let Tile { from, from_stride, c, c_stride, .. } = tile;
     let n_words = panel.len() / NR;
     let (a, mut b) = (a.as_ptr().cast::<i32>(), panel.as_ptr());
     let mut sums = [[_mm512_setzero_ps(); 2]; R];
@@ -83,15 +80,8 @@ pub(super) unsafe fn avx512_bf16<const R: usize>(
 /// # Safety
 /// As [`tile`](super::tile), with R rows and 32 columns; three rows of sums fill twelve of sixteen registers.
 #[target_feature(enable = "avx2,fma")]
-pub(super) unsafe fn avx2_f32<const R: usize>(
-    a: &[u32],
-    a_stride: usize,
-    panel: &[u32],
-    from: *const f32,
-    from_stride: usize,
-    c: *mut f32,
-    c_stride: usize,
-) {
+pub(super) unsafe fn avx2_f32<const R: usize>(a: &[u32], a_stride: usize, panel: &[u32], tile: Tile<'_>) {
+    let Tile { from, from_stride, c, c_stride, .. } = tile;
     let (a, n_words) = (a.as_ptr().cast::<f32>(), panel.len() / NR);
     let mut b = panel.as_ptr().cast::<f32>();
     let mut sums = [[_mm256_setzero_ps(); 4]; R];
@@ -134,15 +124,8 @@ fn halves(words: __m256i) -> [__m256; 2] {
 /// # Safety
 /// As [`tile`](super::tile), with R rows and 32 columns.
 #[target_feature(enable = "avx2,fma")]
-pub(super) unsafe fn avx2_bf16<const R: usize>(
-    a: &[u32],
-    a_stride: usize,
-    panel: &[u32],
-    from: *const f32,
-    from_stride: usize,
-    c: *mut f32,
-    c_stride: usize,
-) {
+pub(super) unsafe fn avx2_bf16<const R: usize>(a: &[u32], a_stride: usize, panel: &[u32], tile: Tile<'_>) {
+    let Tile { from, from_stride, c, c_stride, .. } = tile;
     let n_words = panel.len() / NR;
     let (a, mut b) = (a.as_ptr().cast::<i32>(), panel.as_ptr());
     let mut sums = [[_mm256_setzero_ps(); 4]; R];
