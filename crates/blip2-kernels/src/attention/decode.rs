@@ -81,10 +81,16 @@ pub(super) fn decode<E: Element>(
         for (h, head) in heads.clone().enumerate() {
             let part = |row: usize| &v.values[row * v.stride + key_head(head) * d..][..d];
             let (p, out) = (&scratch.p[h * m + first..][..n], &mut scratch.out[h * wide..][..d]);
-            ahead.iter().flatten().for_each(|&row| prefetch(part(row)));
-            match p.first_chunk() {
-                Some(p) => add_values([part(some[0]), part(some[1]), part(some[2]), part(some[3])], p, out),
-                None => p.iter().zip(some).for_each(|(&p, row)| add_values([part(row)], &[p], out)),
+            for &row in ahead.iter().flatten() {
+                prefetch(part(row));
+            }
+            if let Some(p) = p.first_chunk() {
+                add_values([part(some[0]), part(some[1]), part(some[2]), part(some[3])], p, out);
+                continue;
+            }
+            // In a closure it would be compiled for any machine, where each product calls a function.
+            for (&p, row) in p.iter().zip(some) {
+                add_values([part(row)], &[p], out);
             }
         }
     }

@@ -3,7 +3,7 @@
 
 use std::arch::x86_64::*;
 
-use super::format::{Layout, QUAD, SCALES, WIDTH};
+use super::format::{BLOCK, Layout, QUAD, SCALES, WIDTH};
 use super::sums::{Activations, Tile};
 use crate::isa::Isa;
 
@@ -187,12 +187,24 @@ unsafe fn scales(numbers: *const u8, factors: usize, half: usize, has_factors: b
     }
 }
 
+/// The bits of the largest magnitude; they order as magnitudes do, infinity and NaN last.
+#[inline]
+#[target_feature(enable = "avx512f")]
+pub(super) fn largest(x: &[f32; BLOCK]) -> u32 {
+    let magnitude = _mm512_set1_epi32(i32::MAX);
+    // SAFETY: 32 numbers are there.
+    let [low, high] = [0, 16].map(|at| unsafe { _mm512_loadu_si512(x.as_ptr().add(at).cast()) });
+    let (low, high) = (_mm512_and_si512(low, magnitude), _mm512_and_si512(high, magnitude));
+    _mm512_reduce_max_epu32(_mm512_max_epu32(low, high))
+}
+
 /// The integers nearest to `x * scale`, which are less than 128, and their sum.
 #[inline]
 #[target_feature(enable = "avx512f")]
-pub(super) fn round_line(x: &[f32; 64], scale: f32, to: &mut [i8; 64]) -> i32 {
+pub(super) fn round_all<const N: usize>(x: &[f32; N], scale: f32, to: &mut [i8; N]) -> i32 {
+    const { assert!(N.is_multiple_of(16)) };
     let mut sum = _mm512_setzero_si512();
-    for at in (0..64).step_by(16) {
+    for at in (0..N).step_by(16) {
         // SAFETY: 16 elements from `at` on are there.
         unsafe {
             let x = _mm512_mul_ps(_mm512_loadu_ps(x.as_ptr().add(at)), _mm512_set1_ps(scale));

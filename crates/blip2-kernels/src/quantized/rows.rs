@@ -5,7 +5,7 @@ use std::cell::RefCell;
 use rayon::prelude::*;
 
 #[cfg(target_arch = "x86_64")]
-use super::{amx_sums, avx512};
+use super::{amx_sums, avx512, format::BLOCK};
 #[cfg(target_arch = "x86_64")]
 use crate::amx::{self, Aligned};
 use crate::buffer::keep;
@@ -108,7 +108,7 @@ impl Rows {
                     #[inline(always)]
                     || {
                         for (i, (x, values)) in x.chunks(block).zip(values.chunks_mut(block)).enumerate() {
-                            let (scale, sum) = round_block(x, values);
+                            let (scale, sum) = round_block(isa, x, values);
                             scales[i] = scale;
                             starts[i] = -zero_point * sum;
                             totals[i] = scale * sum as f32;
@@ -139,13 +139,13 @@ impl Rows {
                     #[inline(always)]
                     || {
                         for (r, x) in x.chunks_exact(width).enumerate() {
-                            let (scale, inverse) = scale_of(x);
+                            let (scale, inverse) = scale_of(largest(x));
                             let mut sum = 0;
                             for (x, Aligned(to)) in x.as_chunks::<LINE>().0.iter().zip(&mut *registers) {
                                 let line = &mut to.as_chunks_mut::<LINE>().0[r];
                                 match inverse {
                                     // SAFETY: a machine with AMX has AVX-512.
-                                    Some(inverse) => sum += unsafe { avx512::round_line(x, inverse, line) },
+                                    Some(inverse) => sum += unsafe { avx512::round_all(x, inverse, line) },
                                     None => *line = [0; LINE],
                                 }
                             }
@@ -183,11 +183,17 @@ impl Rows {
     }
 }
 
-/// The scale of some elements and what they are multiplied with to be rounded; where that is nothing, their integers are zero.
+/// The bits of the largest magnitude; they order as magnitudes do, infinity and NaN last.
 #[inline(always)]
-fn scale_of(x: &[f32]) -> (f32, Option<f32>) {
-    // Magnitudes order as their bits do, infinity and NaN last.
-    let largest = f32::from_bits(x.iter().fold(0, |largest, x| largest.max(x.to_bits() & 0x7fff_ffff)));
+fn largest(x: &[f32]) -> u32 {
+    x.iter().fold(0, |largest, x| largest.max(x.to_bits() & 0x7fff_ffff))
+}
+
+/// The scale of elements of which the [`largest`] is given, and what they are multiplied with to be rounded; where that is nothing,
+/// their integers are zero.
+#[inline(always)]
+fn scale_of(largest: u32) -> (f32, Option<f32>) {
+    let largest = f32::from_bits(largest);
     if !largest.is_finite() || largest < SMALLEST {
         return (if largest.is_finite() { 0.0 } else { f32::NAN }, None);
     }
@@ -196,8 +202,23 @@ fn scale_of(x: &[f32]) -> (f32, Option<f32>) {
 
 /// The scale and the sum of the integers.
 #[inline(always)]
-fn round_block(x: &[f32], values: &mut [i8]) -> (f32, i32) {
-    let (scale, inverse) = scale_of(x);
+fn round_block(isa: Isa, x: &[f32], values: &mut [i8]) -> (f32, i32) {
+    // The compiler takes half as long again for a block whose length it does not know.
+    #[cfg(target_arch = "x86_64")]
+    if matches!(isa, Isa::Avx512 | Isa::Amx)
+        && let (Ok(x), Some(values)) = (<&[f32; BLOCK]>::try_from(x), values.first_chunk_mut::<BLOCK>())
+    {
+        // SAFETY: the machine has AVX-512.
+        let (scale, inverse) = scale_of(unsafe { avx512::largest(x) });
+        let Some(inverse) = inverse else {
+            *values = [0; BLOCK];
+            return (scale, 0);
+        };
+        // SAFETY: as above.
+        return (scale, unsafe { avx512::round_all(x, inverse, values) });
+    }
+    let _ = isa;
+    let (scale, inverse) = scale_of(largest(x));
     let Some(inverse) = inverse else {
         values[..x.len()].fill(0);
         return (scale, 0);
@@ -254,9 +275,9 @@ mod tests {
     #[test]
     fn the_smallest_and_the_largest_numbers_have_a_scale() {
         let mut values = [0; 2];
-        assert_eq!(round_block(&[f32::MIN_POSITIVE, 0.0], &mut values), (0.0, 0));
-        assert_eq!(round_block(&[f32::MAX, f32::MIN], &mut values), (f32::MAX / 127.0, 0));
+        assert_eq!(round_block(Isa::Scalar, &[f32::MIN_POSITIVE, 0.0], &mut values), (0.0, 0));
+        assert_eq!(round_block(Isa::Scalar, &[f32::MAX, f32::MIN], &mut values), (f32::MAX / 127.0, 0));
         assert_eq!(values, [127, -127]);
-        assert_eq!(round_block(&[-1e-35, 0.0], &mut values).1, -127);
+        assert_eq!(round_block(Isa::Scalar, &[-1e-35, 0.0], &mut values).1, -127);
     }
 }
