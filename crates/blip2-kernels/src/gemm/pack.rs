@@ -92,7 +92,7 @@ impl<'a> Panels<'a> {
 }
 
 /// Words of a line of the cache.
-const LINE: usize = 16;
+pub(super) const LINE: usize = 16;
 
 /// The bits of `x` rounded to the nearest bf16, ties to even; NaN stays NaN.
 #[inline(always)]

@@ -3,9 +3,7 @@
 use std::arch::x86_64::*;
 
 use super::{NR, Tile};
-
-/// Words of a line of the cache.
-const LINE: usize = 16;
+use crate::gemm::pack::LINE;
 
 /// Lines of `ahead` are fetched meanwhile, one or two with each row of the panel, as far as there are.
 ///
