@@ -407,6 +407,15 @@ impl Output {
 mod tests {
     use super::*;
 
+    #[test]
+    fn every_word_of_the_next_panel_is_fetched_once() {
+        let panel: Vec<u32> = (0..7 * NR as u32).collect();
+        for n in 1..=8 {
+            let parts: Vec<u32> = (0..n).flat_map(|i| part_of(&panel, i, n)).copied().collect();
+            assert_eq!(parts, panel, "{n} tiles");
+        }
+    }
+
     fn numbers(n: usize, seed: u32) -> Vec<f32> {
         let mut state = seed.wrapping_mul(2_654_435_761).wrapping_add(1);
         (0..n)

@@ -520,8 +520,8 @@ impl KvCache {
     }
 
     fn reserve(&mut self, n_rows: usize) {
-        /// A prompt and five beams of 30 tokens after it. What is not used yet is mostly no memory, and to grow meanwhile takes
-        /// tens of milliseconds for a large model, whose new pages come one by one.
+        /// A picture, a few words and five beams of 30 tokens. To grow meanwhile takes tens of milliseconds for a large model,
+        /// whose new pages come one by one, and what was there is in memory twice until the allocator gives it back.
         const CHUNK: usize = 192;
         let needed = (self.n_rows + n_rows) * self.width;
         self.layers.iter_mut().for_each(|layer| layer.reserve(needed, CHUNK * self.width.max(1)));

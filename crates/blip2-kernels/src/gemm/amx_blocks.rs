@@ -222,15 +222,8 @@ pub(crate) unsafe fn tile<'a>(
             unsafe { row.as_mut_ptr().copy_from_nonoverlapping(from.add(r * from_stride), width) };
         }
         let inside = whole.as_mut_ptr();
-        let padded = Tile {
-            n_rows: n_whole,
-            width: NR,
-            from: inside,
-            from_stride: NR,
-            c: inside,
-            c_stride: NR,
-            ahead: &[],
-        };
+        let padded =
+            Tile { n_rows: n_whole, width: NR, from: inside, from_stride: NR, c: inside, c_stride: NR, ..of };
         // SAFETY: `whole` has 32 rows of 32 elements.
         unsafe { tile(registers, (a, first, step), pieces, ahead, padded) };
         for (r, row) in whole.chunks_exact(NR).enumerate().take(n_rows) {
@@ -268,8 +261,7 @@ pub(crate) unsafe fn tile<'a>(
                 // SAFETY: row `row` is there.
                 let c = unsafe { c.add(row * c_stride) };
                 let n_rows = MR.min(rows.end - row);
-                let some =
-                    Tile { n_rows, width: NR, from: c, from_stride: c_stride, c, c_stride, ahead: &[] };
+                let some = Tile { n_rows, from: c, from_stride: c_stride, c, ..of };
                 let a = &a.registers(i, step)[0].0[at * amx::WORDS..];
                 // SAFETY: these rows of sums are there.
                 unsafe { super::tile(Isa::Avx512, Precision::Bf16, a, amx::WORDS, rest, some) };
