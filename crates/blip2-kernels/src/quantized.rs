@@ -108,8 +108,8 @@ impl QuantizedWeight {
     /// those of row `i`. The numbers stay what they are.
     ///
     /// # Panics
-    /// When a size is zero, a row of `in_features` is not whole blocks, the format has no blocks, or a row is of another
-    /// length.
+    /// When a size is zero, a row of `in_features` is not whole blocks, the format is none of [`Format::STORED`], or a
+    /// row is of another length.
     pub fn from_gguf_blocks<'a>(
         out_features: usize,
         in_features: usize,
@@ -216,8 +216,7 @@ impl QuantizedWeight {
         let mut results: Vec<Vec<f32>> =
             products.iter().map(|(weight, _)| Vec::with_capacity(n_rows * weight.out_features)).collect();
         let outputs: Vec<_> = results.iter_mut().map(|result| Output(result.as_mut_ptr())).collect();
-        let block = first.format.scaled_together(first.in_features);
-        Rows::with(isa, x, n_rows, block, first.format.zero_point(), |rows| {
+        Rows::with(isa, x, n_rows, first.format, |rows| {
             let tasks: Vec<_> =
                 products.iter().map(|(weight, _)| weight.tasks(rows, n_rows, products.len())).collect();
             let which: Vec<_> = tasks
@@ -257,8 +256,7 @@ impl QuantizedWeight {
         if n_rows == 0 {
             return;
         }
-        let block = self.format.scaled_together(self.in_features);
-        Rows::with(isa, x, n_rows, block, self.format.zero_point(), |rows| {
+        Rows::with(isa, x, n_rows, self.format, |rows| {
             let tasks = self.tasks(rows, n_rows, 1);
             each(tasks.n(), |task| {
                 // SAFETY: the caller's promise.
@@ -409,7 +407,7 @@ impl QuantizedWeight {
         // On AMD's processors this makes weights below eight bits a fifth faster with five rows; with one row, and with eight bits,
         // they read far ahead by themselves, and asking for it costs more than it gains. Intel's, which have AMX, read a token's
         // weights of four bits a quarter faster with it.
-        let is_narrow = !matches!(self.format, Format::Int8 | Format::Int8Blocks);
+        let is_narrow = !matches!(self.format, Format::Int8 | Format::Int8Blocks | Format::Int8LongBlocks);
         if isa == Isa::Amx || is_narrow && (2..6).contains(&n) {
             let ahead = AHEAD[usize::from(isa == Isa::Amx)];
             up_to(at.start + ahead, at.end + ahead)

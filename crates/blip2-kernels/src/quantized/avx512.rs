@@ -3,9 +3,12 @@
 
 use std::arch::x86_64::*;
 
-use super::format::{BLOCK, Layout, QUAD, SCALES, WIDTH};
+use super::format::{Layout, QUAD, SCALES, WIDTH};
 use super::sums::{Activations, Tile};
 use crate::isa::Isa;
+
+/// Quads that are multiplied between two [fetches](fetch).
+const QUADS_A_PART: usize = 8;
 
 /// Asks for the lines of some bytes, which are read soon. The second level of Intel's cache takes more lines at once than the first.
 #[inline(always)]
@@ -79,7 +82,9 @@ pub(super) unsafe fn block_sums<const R: usize, L: Layout>(
     sums: &mut Tile<f32>,
 ) {
     let low = _mm512_set1_epi8(15);
-    let mut ahead = ahead.chunks(ahead.len().div_ceil(x.n_blocks).next_multiple_of(64).max(64));
+    // A part with some quads: many lines at once wait for each other.
+    let n_parts = x.n_blocks * L::QUADS.div_ceil(QUADS_A_PART);
+    let mut ahead = ahead.chunks(ahead.len().div_ceil(n_parts).next_multiple_of(64).max(64));
     let mut acc = [[_mm512_setzero_ps(); 2]; R];
     for b in 0..x.n_blocks {
         // SAFETY: block b is there in `panel` and in R rows of values and scales, as the caller promised.
@@ -87,9 +92,6 @@ pub(super) unsafe fn block_sums<const R: usize, L: Layout>(
             let (group, i) = (panel.as_ptr().add(b / L::BLOCKS * L::GROUP), b % L::BLOCKS);
             let body = group.add(L::HEAD + i * L::BODY);
             let values = x.values.as_ptr().add(b * L::INPUTS);
-            if let Some(lines) = ahead.next() {
-                fetch(isa, lines);
-            }
             let mut integers = [[_mm512_setzero_si512(); 2]; R];
             if !L::OFFSET {
                 for (r, integers) in integers.iter_mut().enumerate() {
@@ -97,6 +99,11 @@ pub(super) unsafe fn block_sums<const R: usize, L: Layout>(
                 }
             }
             for p in 0..L::QUADS {
+                if p % QUADS_A_PART == 0
+                    && let Some(lines) = ahead.next()
+                {
+                    fetch(isa, lines);
+                }
                 let quad = body.add(p * QUAD);
                 let (q0, q1) = (_mm512_loadu_si512(quad.cast()), _mm512_loadu_si512(quad.add(64).cast()));
                 if L::BITS == 8 {
@@ -190,12 +197,16 @@ unsafe fn scales(numbers: *const u8, factors: usize, half: usize, has_factors: b
 /// The bits of the largest magnitude; they order as magnitudes do, infinity and NaN last.
 #[inline]
 #[target_feature(enable = "avx512f")]
-pub(super) fn largest(x: &[f32; BLOCK]) -> u32 {
+pub(super) fn largest<const N: usize>(x: &[f32; N]) -> u32 {
+    const { assert!(N.is_multiple_of(16)) };
     let magnitude = _mm512_set1_epi32(i32::MAX);
-    // SAFETY: 32 numbers are there.
-    let [low, high] = [0, 16].map(|at| unsafe { _mm512_loadu_si512(x.as_ptr().add(at).cast()) });
-    let (low, high) = (_mm512_and_si512(low, magnitude), _mm512_and_si512(high, magnitude));
-    _mm512_reduce_max_epu32(_mm512_max_epu32(low, high))
+    let mut largest = _mm512_setzero_si512();
+    for at in (0..N).step_by(16) {
+        // SAFETY: 16 elements from `at` on are there.
+        let x = unsafe { _mm512_loadu_si512(x.as_ptr().add(at).cast()) };
+        largest = _mm512_max_epu32(largest, _mm512_and_si512(x, magnitude));
+    }
+    _mm512_reduce_max_epu32(largest)
 }
 
 /// The integers nearest to `x * scale`, which are less than 128, and their sum.

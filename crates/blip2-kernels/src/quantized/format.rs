@@ -10,6 +10,8 @@ use half::f16;
 pub(super) const WIDTH: usize = 32;
 /// Inputs of a block, which have a scale of their own for each output.
 pub const BLOCK: usize = 32;
+/// Inputs of a long block.
+pub(super) const LONG_BLOCK: usize = 64;
 /// Inputs of a super-block of the k-quants, whose blocks' scales are integers under one scale.
 pub const SUPER_BLOCK: usize = 256;
 /// Bytes of a quad of eight-bit values.
@@ -29,6 +31,11 @@ pub enum Format {
     ///
     /// A panel: for each block 32 scales in f16, then 8 quads.
     Int8Blocks,
+    /// Eight bits and a scale for each output and 64 inputs: [`Int8Blocks`](Self::Int8Blocks) with half as many scales, which are
+    /// memory to be read and products to be scaled.
+    ///
+    /// A panel: for each block 32 scales in f16, then 16 quads.
+    Int8LongBlocks,
     /// Four bits and a scale for each output and 32 inputs (GGUF's Q4_0): `w = scale[o, b] * (q - 8)`. Activations as
     /// with [`Int8Blocks`](Self::Int8Blocks).
     ///
@@ -150,6 +157,14 @@ impl Layout for Int8Blocks {
     const ZERO_POINT: i32 = 128;
 }
 
+/// [`Format::Int8LongBlocks`].
+pub(super) struct Int8LongBlocks;
+impl Layout for Int8LongBlocks {
+    const BITS: usize = 8;
+    const INPUTS: usize = LONG_BLOCK;
+    const ZERO_POINT: i32 = 128;
+}
+
 /// [`Format::Int4`].
 pub(super) struct Int4;
 impl Layout for Int4 {
@@ -192,7 +207,7 @@ impl Layout for Q6K {
 /// Calls `$body` with the layout of a format as the type `$L`; `$without` where the format has no blocks.
 macro_rules! with_layout {
     ($format:expr, $L:ident => $body:expr, $without:expr) => {
-        with_layout!($format, $L => $body, $without; Int8Blocks Int4 Int4Offset Q4K Q5K Q6K)
+        with_layout!($format, $L => $body, $without; Int8Blocks Int8LongBlocks Int4 Int4Offset Q4K Q5K Q6K)
     };
     ($format:expr, $L:ident => $body:expr, $without:expr; $($name:ident)*) => {
         match $format {
@@ -208,11 +223,24 @@ pub(super) use with_layout;
 
 impl Format {
     /// All formats.
-    pub const ALL: [Self; 7] =
-        [Self::Int8, Self::Int8Blocks, Self::Int4, Self::Int4Offset, Self::Q4K, Self::Q5K, Self::Q6K];
+    pub const ALL: [Self; 8] = [
+        Self::Int8,
+        Self::Int8Blocks,
+        Self::Int8LongBlocks,
+        Self::Int4,
+        Self::Int4Offset,
+        Self::Q4K,
+        Self::Q5K,
+        Self::Q6K,
+    ];
 
     /// Those that weights can be rounded to; the others are made from stored blocks only.
-    pub const ROUNDED: [Self; 4] = [Self::Int8, Self::Int8Blocks, Self::Int4, Self::Int4Offset];
+    pub const ROUNDED: [Self; 5] =
+        [Self::Int8, Self::Int8Blocks, Self::Int8LongBlocks, Self::Int4, Self::Int4Offset];
+
+    /// Those that a GGUF file's blocks can be.
+    pub const STORED: [Self; 6] =
+        [Self::Int8Blocks, Self::Int4, Self::Int4Offset, Self::Q4K, Self::Q5K, Self::Q6K];
 
     /// Bytes of a weight of this shape, or nothing when that is more than memory can address.
     pub fn n_bytes(self, out_features: usize, in_features: usize) -> Option<usize> {
@@ -234,9 +262,9 @@ impl Format {
         with_layout!(self, L => if L::BLOCKS == 1 { 1 } else { L::INPUTS * L::BLOCKS }, 1)
     }
 
-    /// Inputs that share a scale of the activations.
-    pub(super) fn scaled_together(self, in_features: usize) -> usize {
-        with_layout!(self, L => L::INPUTS, in_features)
+    /// Inputs that share a scale of the activations; nothing where all of a row do.
+    pub(super) fn block(self) -> Option<usize> {
+        with_layout!(self, L => Some(L::INPUTS), None)
     }
 
     /// The integer that stands for zero.

@@ -20,10 +20,10 @@ struct Group {
     values: [u8; SUPER_BLOCK],
 }
 
-/// Bytes of a block, or super-block, that a format is made from; the format has blocks.
+/// Bytes of a block, or super-block, that a format is made from; the format is one of [`Format::STORED`].
 fn stored_bytes(format: Format) -> usize {
     match format {
-        Format::Int8 => panic!("{format:?} has no blocks"),
+        Format::Int8 | Format::Int8LongBlocks => panic!("no GGUF file has blocks of {format:?}"),
         Format::Int8Blocks => 2 + 32,
         Format::Int4 => 2 + 16,
         Format::Int4Offset => 4 + 16,
@@ -36,7 +36,7 @@ fn stored_bytes(format: Format) -> usize {
 /// Copies a row of GGUF blocks into output `o` of a panel.
 ///
 /// # Panics
-/// When the format has no blocks or `row` is not as many as the panel has.
+/// When the format is none of [`Format::STORED`] or `row` is not as many as the panel has.
 pub(super) fn write_row(format: Format, panel: &mut [u8], o: usize, row: &[u8]) {
     let size = stored_bytes(format);
     with_layout!(format, L => {
@@ -78,7 +78,7 @@ fn write<L: Layout>(group: &Group, to: &mut [u8], o: usize) {
 fn read(format: Format, stored: &[u8], group: &mut Group) {
     let half = |at: usize| f16::from_le_bytes([stored[at], stored[at + 1]]);
     match format {
-        Format::Int8 => {}
+        Format::Int8 | Format::Int8LongBlocks => {}
         Format::Int8Blocks => {
             group.scale = half(0);
             for (q, stored) in group.values.iter_mut().zip(&stored[2..]) {

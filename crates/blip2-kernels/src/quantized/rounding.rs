@@ -4,7 +4,9 @@ use half::f16;
 
 use crate::lanes::{dot, round};
 
-use super::format::{BLOCK, Format, Int4, Int4Offset, Int8Blocks, Layout, QUAD, SCALES, WIDTH};
+use super::format::{
+    BLOCK, Format, Int4, Int4Offset, Int8Blocks, Int8LongBlocks, LONG_BLOCK, Layout, QUAD, SCALES, WIDTH,
+};
 
 /// A panel of zeros is not all bytes zero: integers are stored unsigned.
 pub(super) fn clear(format: Format, panel: &mut [u8]) {
@@ -12,6 +14,7 @@ pub(super) fn clear(format: Format, panel: &mut [u8]) {
     let (zero, head, group) = match format {
         Format::Int8 => (128, 4 * WIDTH, panel.len()),
         Format::Int8Blocks => (128, Int8Blocks::HEAD, Int8Blocks::GROUP),
+        Format::Int8LongBlocks => (128, Int8LongBlocks::HEAD, Int8LongBlocks::GROUP),
         Format::Int4 => (0x88, Int4::HEAD, Int4::GROUP),
         // The smallest value is zero, or the scale of the super-block is.
         Format::Int4Offset | Format::Q4K | Format::Q5K | Format::Q6K => return,
@@ -27,9 +30,10 @@ pub(super) fn clear(format: Format, panel: &mut [u8]) {
 pub(super) fn write_row(format: Format, panel: &mut [u8], o: usize, row: &[f32]) {
     match format {
         Format::Int8 => write_whole(panel, o, row),
-        Format::Int8Blocks => write_blocks::<Int8Blocks>(format, panel, o, row),
-        Format::Int4 => write_blocks::<Int4>(format, panel, o, row),
-        Format::Int4Offset => write_blocks::<Int4Offset>(format, panel, o, row),
+        Format::Int8Blocks => write_blocks::<Int8Blocks, BLOCK>(format, panel, o, row),
+        Format::Int8LongBlocks => write_blocks::<Int8LongBlocks, LONG_BLOCK>(format, panel, o, row),
+        Format::Int4 => write_blocks::<Int4, BLOCK>(format, panel, o, row),
+        Format::Int4Offset => write_blocks::<Int4Offset, BLOCK>(format, panel, o, row),
         Format::Q4K | Format::Q5K | Format::Q6K => panic!("{format:?} is made from stored blocks only"),
     }
 }
@@ -50,9 +54,10 @@ fn write_whole(panel: &mut [u8], o: usize, row: &[f32]) {
 }
 
 #[inline(always)]
-fn write_blocks<L: Layout>(format: Format, panel: &mut [u8], o: usize, row: &[f32]) {
-    for (values, block) in row.chunks(BLOCK).zip(panel.chunks_exact_mut(L::GROUP)) {
-        let mut padded = [0.0; BLOCK];
+fn write_blocks<L: Layout, const N: usize>(format: Format, panel: &mut [u8], o: usize, row: &[f32]) {
+    const { assert!(N == L::INPUTS) };
+    for (values, block) in row.chunks(N).zip(panel.chunks_exact_mut(L::GROUP)) {
+        let mut padded = [0.0; N];
         padded[..values.len()].copy_from_slice(values);
         let rounded = round_block(format, &padded, values.len());
         block[2 * o..2 * o + 2].copy_from_slice(&rounded.scale.to_le_bytes());
@@ -63,19 +68,19 @@ fn write_blocks<L: Layout>(format: Format, panel: &mut [u8], o: usize, row: &[f3
     }
 }
 
-/// 32 weights of one output.
-struct Block {
+/// Weights of one output and a block of inputs.
+struct Block<const N: usize> {
     scale: f16,
     minimum: f16,
-    values: [u8; BLOCK],
+    values: [u8; N],
 }
 
-/// Rounds 32 weights, of which the first `len` are there and the rest are zero.
+/// Rounds the weights of a block, of which the first `len` are there and the rest are zero.
 #[inline(always)]
-fn round_block(format: Format, x: &[f32; BLOCK], len: usize) -> Block {
+fn round_block<const N: usize>(format: Format, x: &[f32; N], len: usize) -> Block<N> {
     let largest = largest(x);
     let zero_point = format.zero_point();
-    let none = Block { scale: f16::NAN, minimum: f16::ZERO, values: [zero_point as u8; BLOCK] };
+    let none = Block { scale: f16::NAN, minimum: f16::ZERO, values: [zero_point as u8; N] };
     if !largest.is_finite() {
         return none;
     }
@@ -89,7 +94,7 @@ fn round_block(format: Format, x: &[f32; BLOCK], len: usize) -> Block {
         _ => (f16::from_f32(largest / 127.0), f16::ZERO),
     };
     let inverse = inverse(scale.to_f32());
-    let (first, last) = if format == Format::Int8Blocks { (1, 255) } else { (0, 15) };
+    let (first, last) = if matches!(format, Format::Int4 | Format::Int4Offset) { (0, 15) } else { (1, 255) };
     // Beyond half precision.
     if !scale.is_finite() || !minimum.is_finite() {
         return none;
@@ -105,7 +110,7 @@ fn round_block(format: Format, x: &[f32; BLOCK], len: usize) -> Block {
 /// The scale of -8 to 7 with the smallest squared error of a few: the weight that is largest either way keeps its place at an
 /// end of the range or a little beyond, and the scale then is the least-squares one for the rounded values.
 #[inline(always)]
-fn best_scale(x: &[f32; BLOCK]) -> f32 {
+fn best_scale<const N: usize>(x: &[f32; N]) -> f32 {
     let extreme = x.iter().fold(0.0f32, |extreme, &x| if x.abs() > extreme.abs() { x } else { extreme });
     if extreme == 0.0 {
         return 0.0;

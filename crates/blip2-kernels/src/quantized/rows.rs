@@ -4,8 +4,11 @@ use std::cell::RefCell;
 
 use rayon::prelude::*;
 
+use super::format::Format;
 #[cfg(target_arch = "x86_64")]
-use super::{amx_sums, avx512, format::BLOCK};
+use super::format::{BLOCK, LONG_BLOCK};
+#[cfg(target_arch = "x86_64")]
+use super::{amx_sums, avx512};
 #[cfg(target_arch = "x86_64")]
 use crate::amx::{self, Aligned};
 use crate::buffer::keep;
@@ -55,25 +58,27 @@ pub(super) struct Rows {
 thread_local!(static ROWS: RefCell<Rows> = RefCell::default());
 
 impl Rows {
-    /// Calls `f` with `n_rows` rows of `x` in eight bits, in memory that this thread keeps.
+    /// Calls `f` with `n_rows` rows of `x` in eight bits, as weights of `format` are multiplied, in memory that this thread keeps.
     pub(super) fn with<R>(
         isa: Isa,
         x: &[f32],
         n_rows: usize,
-        block: usize,
-        zero_point: i32,
+        format: Format,
         f: impl FnOnce(&Self) -> R,
     ) -> R {
         // Taken, not borrowed: a waiting thread may run another task that quantises too.
         let mut rows = ROWS.take();
-        rows.fill(isa, x, n_rows, block, zero_point);
+        rows.fill(isa, x, n_rows, format.block(), format.zero_point());
         let result = f(&rows);
         keep(&ROWS, rows);
         result
     }
 
-    fn fill(&mut self, isa: Isa, x: &[f32], n_rows: usize, block: usize, zero_point: i32) {
+    /// In blocks, or in one scale for a whole row.
+    fn fill(&mut self, isa: Isa, x: &[f32], n_rows: usize, block: Option<usize>, zero_point: i32) {
         let width = x.len() / n_rows;
+        let is_by_row = block.is_none();
+        let block = block.unwrap_or(width);
         self.n_blocks = width.div_ceil(block);
         self.stride = width.next_multiple_of(LINE);
         if self.stride.is_multiple_of(4 * LINE) {
@@ -86,7 +91,7 @@ impl Rows {
         #[cfg(target_arch = "x86_64")]
         {
             // Whole registers along a row; few rows would leave most of a register empty.
-            let is_whole = self.n_blocks == 1 && width.is_multiple_of(LINE);
+            let is_whole = is_by_row && width.is_multiple_of(LINE);
             self.n_steps = 0;
             if isa == Isa::Amx && n_rows > FEW_ROWS && is_whole {
                 self.values.clear();
@@ -200,22 +205,37 @@ fn scale_of(largest: u32) -> (f32, Option<f32>) {
     (largest / 127.0, Some(127.0 / largest))
 }
 
+/// [`round_block`] of `N` elements, where there are just so many. The compiler takes half as long again for a block whose length it
+/// does not know.
+///
+/// # Safety
+/// The machine must have AVX-512.
+#[cfg(target_arch = "x86_64")]
+#[inline(always)]
+unsafe fn round_whole_block<const N: usize>(x: &[f32], values: &mut [i8]) -> Option<(f32, i32)> {
+    let (x, values) = (<&[f32; N]>::try_from(x).ok()?, values.first_chunk_mut::<N>()?);
+    // SAFETY: the caller's promise.
+    let (scale, inverse) = scale_of(unsafe { avx512::largest(x) });
+    let Some(inverse) = inverse else {
+        *values = [0; N];
+        return Some((scale, 0));
+    };
+    // SAFETY: as above.
+    Some((scale, unsafe { avx512::round_all(x, inverse, values) }))
+}
+
 /// The scale and the sum of the integers.
 #[inline(always)]
 fn round_block(isa: Isa, x: &[f32], values: &mut [i8]) -> (f32, i32) {
-    // The compiler takes half as long again for a block whose length it does not know.
     #[cfg(target_arch = "x86_64")]
-    if matches!(isa, Isa::Avx512 | Isa::Amx)
-        && let (Ok(x), Some(values)) = (<&[f32; BLOCK]>::try_from(x), values.first_chunk_mut::<BLOCK>())
-    {
+    if matches!(isa, Isa::Avx512 | Isa::Amx) {
         // SAFETY: the machine has AVX-512.
-        let (scale, inverse) = scale_of(unsafe { avx512::largest(x) });
-        let Some(inverse) = inverse else {
-            *values = [0; BLOCK];
-            return (scale, 0);
+        let rounded = unsafe {
+            round_whole_block::<BLOCK>(x, values).or_else(|| round_whole_block::<LONG_BLOCK>(x, values))
         };
-        // SAFETY: as above.
-        return (scale, unsafe { avx512::round_all(x, inverse, values) });
+        if let Some(rounded) = rounded {
+            return rounded;
+        }
     }
     let _ = isa;
     let (scale, inverse) = scale_of(largest(x));
@@ -234,15 +254,16 @@ fn round_block(isa: Isa, x: &[f32], values: &mut [i8]) -> (f32, i32) {
 
 #[cfg(test)]
 mod tests {
+    use super::super::format::{BLOCK, LONG_BLOCK};
     use super::*;
 
     #[test]
     fn elements_are_within_half_a_step_on_every_instruction_set() {
         let (n_rows, width) = (3, 75);
         let mut x: Vec<f32> = (0..n_rows * width).map(|i| (i as f32 * 0.7).sin() * 3.0).collect();
-        x[width..width + 32].fill(0.0);
+        x[width..width + 64].fill(0.0);
         x[2 * width + 40] = f32::NEG_INFINITY;
-        for block in [32, width] {
+        for block in [Some(BLOCK), Some(LONG_BLOCK), None] {
             let mut first = Rows::default();
             first.fill(Isa::Scalar, &x, n_rows, block, 128);
             for isa in Isa::all_available() {
@@ -253,6 +274,7 @@ mod tests {
                 let bits = |x: &[f32]| x.iter().map(|x| x.to_bits()).collect::<Vec<_>>();
                 assert_eq!(bits(&rows.scales), bits(&first.scales), "{isa:?}");
             }
+            let block = block.unwrap_or(width);
             for (i, row) in x.chunks_exact(width).enumerate() {
                 for (b, x) in row.chunks(block).enumerate() {
                     let at = i * first.n_blocks + b;

@@ -45,7 +45,7 @@ fn weight(format: Format, n_out: usize, n_in: usize) -> QuantizedWeight {
 /// Inputs and bytes of a block in GGUF, and where in it numbers in half precision are.
 fn stored_block(format: Format) -> (usize, usize, &'static [usize]) {
     match format {
-        Format::Int8 => panic!("it has no blocks"),
+        Format::Int8 | Format::Int8LongBlocks => panic!("GGUF does not have it"),
         Format::Int8Blocks => (32, 34, &[0]),
         Format::Int4 => (32, 18, &[0]),
         Format::Int4Offset => (32, 20, &[0, 2]),
@@ -120,7 +120,7 @@ fn products_equal_the_reference_for_all_tails_and_the_widths_of_the_models() {
                 Epilogue { bias: Some(&bias), activation: Activation::Relu, residual: Some(&residual) };
             let y = w.forward_with(Isa::Scalar, x, n_rows, epilogue);
             let mut row = vec![0.0; n_in];
-            let block = format.scaled_together(n_in);
+            let block = format.block().unwrap_or(n_in);
             let x_rounded: Vec<Vec<f64>> = x.chunks_exact(n_in).map(|x| rounded(x, block)).collect();
             for (o, &bias) in bias.iter().enumerate() {
                 w.row(o, &mut row);
@@ -225,6 +225,7 @@ fn weights_come_back_within_their_step() {
     for (format, largest) in [
         (Format::Int8, 0.5 / 127.0),
         (Format::Int8Blocks, 0.57 / 127.0),
+        (Format::Int8LongBlocks, 0.57 / 127.0),
         (Format::Int4, 0.2),
         (Format::Int4Offset, 0.5 * 2.0 / 15.0 + 0.005),
     ] {
@@ -267,7 +268,7 @@ fn weights_that_are_not_finite_show() {
 #[test]
 fn stored_scales_that_are_not_finite_show() {
     let (n_out, n_in) = (35, 512);
-    for format in Format::ALL.into_iter().filter(|&format| format != Format::Int8) {
+    for format in Format::STORED {
         let mut stored = stored_rows(format, n_out, n_in);
         let row_bytes = stored.len() / n_out;
         let (_, size, halves) = stored_block(format);
@@ -291,7 +292,7 @@ fn stored_scales_that_are_not_finite_show() {
 #[test]
 fn gguf_blocks_keep_their_numbers() {
     let (n_out, n_in) = (35, 512);
-    for format in Format::ALL.into_iter().filter(|&format| format != Format::Int8) {
+    for format in Format::STORED {
         let (inputs, size, _) = stored_block(format);
         let stored = stored_rows(format, n_out, n_in);
         let row_bytes = stored.len() / n_out;
@@ -316,7 +317,7 @@ fn stored_value(format: Format, block: &[u8], i: usize) -> f32 {
     // Of 256 values: run `i / 32`, of which two share the bytes of nibbles, low ones first.
     let (run, j) = (i / 32, i % 32);
     match format {
-        Format::Int8 => panic!("it has no blocks"),
+        Format::Int8 | Format::Int8LongBlocks => panic!("GGUF does not have it"),
         Format::Int8Blocks => half(0) * f32::from(block[2 + i] as i8),
         Format::Int4 | Format::Int4Offset => {
             let byte = block[block.len() - 16 + i % 16];
@@ -416,7 +417,7 @@ fn weights_that_share_their_input_give_what_each_gives_alone() {
 #[test]
 fn every_instruction_set_rounds_to_the_same_bytes() {
     for format in Format::ROUNDED {
-        for n_in in [1, 31, 32, 33, 200] {
+        for n_in in [1, 31, 32, 33, 64, 200] {
             let mut w = numbers(35 * n_in, 5);
             // A row of subnormal numbers, one beyond half precision, one of zeros and a block that is not a number.
             w[..n_in].iter_mut().for_each(|x| *x *= 1e-40);

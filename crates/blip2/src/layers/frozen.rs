@@ -33,7 +33,7 @@ impl Quantization {
     /// feed-forward layers): scaled by blocks, these cost their neighbours only.
     pub(crate) fn language(self) -> Format {
         match self {
-            Self::Int8 => Format::Int8Blocks,
+            Self::Int8 => Format::Int8LongBlocks,
             Self::Int4 => Format::Int4,
         }
     }
@@ -45,7 +45,7 @@ impl Quantization {
 
     /// The format of a language model's embeddings and output head.
     pub(crate) fn vocabulary(self) -> Format {
-        Format::Int8Blocks
+        Format::Int8LongBlocks
     }
 }
 
@@ -165,7 +165,9 @@ impl FrozenWeight {
             (Encoding::Q4K, _) => Some(Format::Q4K),
             (Encoding::Q5K, _) => Some(Format::Q5K),
             (Encoding::Q6K, _) => Some(Format::Q6K),
-            (Encoding::Q8_0, Format::Int8 | Format::Int8Blocks) => Some(Format::Int8Blocks),
+            (Encoding::Q8_0, Format::Int8 | Format::Int8Blocks | Format::Int8LongBlocks) => {
+                Some(Format::Int8Blocks)
+            }
             _ => None,
         }
     }
@@ -292,14 +294,14 @@ mod tests {
         let path = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/golden/gguf_types.gguf");
         let file = Gguf::open(path).expect("a file");
         for (name, wanted, kept) in [
-            ("Q8_0", Format::Int8Blocks, Format::Int8Blocks),
+            ("Q8_0", Format::Int8LongBlocks, Format::Int8Blocks),
             ("Q8_0", Format::Int4, Format::Int4),
             ("Q4_0", Format::Int8, Format::Int4),
             ("Q4_1", Format::Int4, Format::Int4Offset),
             ("Q4_K", Format::Int4, Format::Q4K),
-            ("Q5_K", Format::Int8Blocks, Format::Q5K),
+            ("Q5_K", Format::Int8LongBlocks, Format::Q5K),
             ("Q6_K", Format::Int4, Format::Q6K),
-            ("Q3_K", Format::Int8Blocks, Format::Int8Blocks),
+            ("Q3_K", Format::Int8LongBlocks, Format::Int8LongBlocks),
         ] {
             let rows = file.tensor(name).expect("a tensor");
             let weight = FrozenWeight::quantize(name, &rows, wanted, &|row| 2 - row).expect("a weight");

@@ -50,6 +50,7 @@ pub(super) struct Matrix {
 enum StoredFormat {
     Int8,
     Int8Blocks,
+    Int8LongBlocks,
     Int4,
     Int4Offset,
     Q4K,
@@ -62,6 +63,7 @@ impl From<StoredFormat> for Format {
         match format {
             StoredFormat::Int8 => Self::Int8,
             StoredFormat::Int8Blocks => Self::Int8Blocks,
+            StoredFormat::Int8LongBlocks => Self::Int8LongBlocks,
             StoredFormat::Int4 => Self::Int4,
             StoredFormat::Int4Offset => Self::Int4Offset,
             StoredFormat::Q4K => Self::Q4K,
@@ -76,6 +78,7 @@ impl From<Format> for StoredFormat {
         match format {
             Format::Int8 => Self::Int8,
             Format::Int8Blocks => Self::Int8Blocks,
+            Format::Int8LongBlocks => Self::Int8LongBlocks,
             Format::Int4 => Self::Int4,
             Format::Int4Offset => Self::Int4Offset,
             Format::Q4K => Self::Q4K,

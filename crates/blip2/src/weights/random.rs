@@ -139,7 +139,7 @@ mod tests {
             (None, Precision::F32, 1e-3),
             (None, Precision::Bf16, 1e-2),
             (Some(Format::Int8), Precision::F32, 2e-2),
-            (Some(Format::Int8Blocks), Precision::F32, 2e-2),
+            (Some(Format::Int8LongBlocks), Precision::F32, 2e-2),
             (Some(Format::Int4), Precision::F32, 2e-1),
         ] {
             let matrix = weights.matrix("w", n_out, n_in, format, precision);
