@@ -9,6 +9,8 @@
 //! that are not finite (with blocks: where a block of them is not).
 
 #[cfg(target_arch = "x86_64")]
+mod amx_blocks;
+#[cfg(target_arch = "x86_64")]
 mod amx_sums;
 #[cfg(target_arch = "x86_64")]
 mod avx2;
@@ -39,6 +41,8 @@ use crate::gemm::{MatrixRef, Output, Precision, Start, gemm, product};
 use crate::isa::{Isa, with_isa};
 use crate::linear::Epilogue;
 use crate::memory::WeightMemory;
+#[cfg(target_arch = "x86_64")]
+use amx_blocks::AmxBlocks;
 #[cfg(target_arch = "x86_64")]
 use amx_sums::AmxSums;
 pub use format::{BLOCK, Format, SUPER_BLOCK};
@@ -311,7 +315,13 @@ impl QuantizedWeight {
         #[cfg(target_arch = "x86_64")]
         if rows.registers().is_some() {
             // SAFETY: the caller's promise.
-            return unsafe { self.amx_task(rows, n_rows, epilogue, y, panels, some) };
+            return unsafe {
+                if self.format == Format::Int8 {
+                    self.amx_task(rows, n_rows, epilogue, y, panels, some);
+                } else {
+                    self.amx_blocks_task(rows, epilogue, y, panels, some);
+                }
+            };
         }
         let rows_a_tile = self.format.rows_a_tile();
         let mut sums = Sums { tile: [[0.0; WIDTH]; MAX_ROWS], integers: [[0; WIDTH]; MAX_ROWS] };
@@ -382,6 +392,32 @@ impl QuantizedWeight {
         }
         if results.is_far {
             all_written();
+        }
+    }
+
+    /// [`Self::task`] of long blocks with AMX.
+    ///
+    /// # Safety
+    /// As there.
+    #[cfg(target_arch = "x86_64")]
+    unsafe fn amx_blocks_task(
+        &self,
+        rows: &Rows,
+        epilogue: Epilogue<'_>,
+        y: Output,
+        panels: Range<usize>,
+        some: Range<usize>,
+    ) {
+        let results = Results { epilogue, n_out: self.out_features, y, is_far: false };
+        let mut sums = AmxBlocks::new(rows, some);
+        for p in panels.clone() {
+            let panel = self.panel(p);
+            let ahead = if p + 1 < panels.end { self.panel(p + 1) } else { &[] };
+            sums.fill(panel, ahead);
+            for (first, sums) in sums.tiles() {
+                // SAFETY: these rows and columns lie in `y`; no other task has them.
+                unsafe { results.finish(Isa::Amx, TileSums::Scaled(sums), panel, [first, p * WIDTH], None) };
+            }
         }
     }
 

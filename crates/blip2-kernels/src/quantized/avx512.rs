@@ -182,7 +182,7 @@ unsafe fn extra_bits<L: Layout>(extra: *const u8, p: usize) -> [__m512i; 2] {
 /// `numbers` must point to 64 bytes, and 32 must be at `factors` from there.
 #[inline]
 #[target_feature(enable = "avx512f")]
-unsafe fn scales(numbers: *const u8, factors: usize, half: usize, has_factors: bool) -> __m512 {
+pub(super) unsafe fn scales(numbers: *const u8, factors: usize, half: usize, has_factors: bool) -> __m512 {
     // SAFETY: the caller's promise.
     unsafe {
         let numbers_of_half = _mm512_cvtph_ps(_mm256_loadu_si256(numbers.add(32 * half).cast()));

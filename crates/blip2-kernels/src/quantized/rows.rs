@@ -25,6 +25,9 @@ const LINE: usize = 64;
 /// Up to so many rows the products of AVX-512 take less time than those of AMX.
 #[cfg(target_arch = "x86_64")]
 const FEW_ROWS: usize = 4;
+/// The same of rows in long blocks, where a product of registers is stored before it is scaled.
+#[cfg(target_arch = "x86_64")]
+const FEW_ROWS_OF_BLOCKS: usize = 12;
 
 /// 64 integers of each of 16 rows.
 #[cfg(target_arch = "x86_64")]
@@ -36,7 +39,7 @@ pub(super) type RegisterOfRows = Aligned<[i8; amx::BYTES]>;
 /// row NaN.
 #[derive(Default)]
 pub(super) struct Rows {
-    /// Rows of `stride` integers; from the row's end to a multiple of 32 they are zero.
+    /// Rows of `stride` integers; from the end of a row to that of its last block they are zero.
     pub(super) values: Vec<i8>,
     pub(super) stride: usize,
     /// The same as AMX reads them, where it does: 16 rows at a time, and of these 64 integers at a time. What is beyond the last row
@@ -91,11 +94,12 @@ impl Rows {
         #[cfg(target_arch = "x86_64")]
         {
             // Whole registers along a row; few rows would leave most of a register empty.
-            let is_whole = is_by_row && width.is_multiple_of(LINE);
+            let (is_whole, is_long) = (width.is_multiple_of(LINE), block == LONG_BLOCK);
+            let is_many = n_rows > if is_by_row { FEW_ROWS } else { FEW_ROWS_OF_BLOCKS };
             self.n_steps = 0;
-            if isa == Isa::Amx && n_rows > FEW_ROWS && is_whole {
+            if isa == Isa::Amx && is_many && is_whole && (is_by_row || is_long) {
                 self.values.clear();
-                return self.fill_registers(x, width, zero_point);
+                return self.fill_registers(x, n_rows, block, zero_point);
             }
         }
         self.values.resize(n_rows * self.stride, 0);
@@ -123,40 +127,43 @@ impl Rows {
             });
     }
 
-    /// Rows of one block each, to where AMX reads them.
+    /// Rows of blocks of whole registers, to where AMX reads them.
     #[cfg(target_arch = "x86_64")]
-    fn fill_registers(&mut self, x: &[f32], width: usize, zero_point: i32) {
+    fn fill_registers(&mut self, x: &[f32], n_rows: usize, block: usize, zero_point: i32) {
+        let (width, n_blocks) = (x.len() / n_rows, self.n_blocks);
         let n_steps = width / LINE;
-        let n = self.scales.len().div_ceil(amx::ROWS) * n_steps;
+        let n = n_rows.div_ceil(amx::ROWS) * n_steps;
         self.n_steps = n_steps;
         if self.registers.len() < n {
             self.registers.resize(n, Aligned([0; amx::BYTES]));
         }
         self.registers[..n]
             .par_chunks_exact_mut(n_steps)
-            .zip(self.scales.par_chunks_mut(amx::ROWS))
-            .zip(self.starts.par_chunks_mut(amx::ROWS))
-            .zip(self.totals.par_chunks_mut(amx::ROWS))
+            .zip(self.scales.par_chunks_mut(amx::ROWS * n_blocks))
+            .zip(self.starts.par_chunks_mut(amx::ROWS * n_blocks))
+            .zip(self.totals.par_chunks_mut(amx::ROWS * n_blocks))
             .zip(x.par_chunks(amx::ROWS * width))
             .for_each(|((((registers, scales), starts), totals), x)| {
                 with_isa(
                     Isa::Amx,
                     #[inline(always)]
                     || {
-                        for (r, x) in x.chunks_exact(width).enumerate() {
+                        for (i, x) in x.chunks_exact(block).enumerate() {
+                            let (row, steps) = (i / n_blocks, block / LINE);
+                            let registers = &mut registers[i % n_blocks * steps..][..steps];
                             let (scale, inverse) = scale_of(largest(x));
                             let mut sum = 0;
-                            for (x, Aligned(to)) in x.as_chunks::<LINE>().0.iter().zip(&mut *registers) {
-                                let line = &mut to.as_chunks_mut::<LINE>().0[r];
+                            for (x, Aligned(to)) in x.as_chunks::<LINE>().0.iter().zip(registers) {
+                                let line = &mut to.as_chunks_mut::<LINE>().0[row];
                                 match inverse {
                                     // SAFETY: a machine with AMX has AVX-512.
                                     Some(inverse) => sum += unsafe { avx512::round_all(x, inverse, line) },
                                     None => *line = [0; LINE],
                                 }
                             }
-                            scales[r] = scale;
-                            starts[r] = -zero_point * sum;
-                            totals[r] = scale * sum as f32;
+                            scales[i] = scale;
+                            starts[i] = -zero_point * sum;
+                            totals[i] = scale * sum as f32;
                         }
                     },
                 );

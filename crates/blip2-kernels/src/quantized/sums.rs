@@ -75,6 +75,9 @@ macro_rules! with_count {
     };
 }
 
+#[cfg(target_arch = "x86_64")]
+pub(super) use with_count;
+
 /// `Σ x (q - 128)` over the quads of an [`Int8`](Format::Int8) panel, for each row.
 pub(super) fn integer_sums(isa: Isa, x: Activations<'_>, quads: &[[u8; QUAD]], sums: &mut Tile<i32>) {
     x.check(MAX_ROWS, 4 * quads.len());

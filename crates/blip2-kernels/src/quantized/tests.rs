@@ -98,6 +98,8 @@ fn products_equal_the_reference_for_all_tails_and_the_widths_of_the_models() {
     let mut sizes: Vec<(usize, usize, usize)> = (1..=70).map(|n_in| (n_in % 15 + 1, 33, n_in)).collect();
     sizes.extend((1..=70).map(|n_out| (n_out % 13 + 1, n_out, 40)));
     sizes.extend([(3, 88, 257), (13, 384, 576), (2, 31, 2560), (7, 96, 1408), (1, 33, 10_240)]);
+    // Rows of whole registers that fill none, one and more of them, and blocks that fill no turn of AMX.
+    sizes.extend([(13, 33, 64), (16, 64, 1024), (40, 70, 1088), (49, 33, 320)]);
     for width in [88, 257, 384, 576, 768, 1280, 1408, 2560, 6144, 10_240, 50_272] {
         sizes.extend([(2, 33, width), (2, width, 36)]);
     }
