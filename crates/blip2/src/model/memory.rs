@@ -201,11 +201,11 @@ mod tests {
         }
     }
 
-    /// Panics unless a number of bytes is within a quarter of what there are: panels are filled up with zeros, many in so small a
-    /// model, and scales are counted in whole bits.
+    /// Panics unless a number of bytes is within three tenths of what there are: panels and blocks are filled up with zeros, many in
+    /// so small a model, and scales are counted in whole bits.
     #[track_caller]
     fn assert_near(said: u64, there_are: usize, of: impl std::fmt::Debug) {
-        assert!((said as f64 / there_are as f64 - 1.0).abs() < 0.25, "{of:?}: {said} of {there_are}");
+        assert!((said as f64 / there_are as f64 - 1.0).abs() < 0.3, "{of:?}: {said} of {there_are}");
     }
 
     #[test]
