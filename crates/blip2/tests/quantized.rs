@@ -182,7 +182,8 @@ fn random_opt(outlier: Option<f32>) -> (Random, serde_json::Value) {
 fn a_decoder_in_few_bits_is_near_its_f32_and_has_its_gradient() {
     let (int8, int4) = (Quantization::Int8, Quantization::Int4);
     decoder_is_near(None, &[(int8, [0.999, 0.999, 0.994], 0.56), (int4, [0.97, 0.97, 0.9], 0.33)]);
-    decoder_is_near(Some(20.0), &[(int8, [0.99, 0.99, 0.95], 0.56)]);
+    // An outlier costs the 63 neighbours of its block, which are a quarter of so narrow a row.
+    decoder_is_near(Some(20.0), &[(int8, [0.97, 0.97, 0.88], 0.56)]);
 }
 
 /// The least cosines of hidden states, logits and gradient, and the largest share of the memory.
